@@ -1,0 +1,201 @@
+//! One error type: what went wrong, in which file, member and entry, what was expected and found, what to do.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Result of every fallible function of the crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What kind of thing went wrong; decides the Python exception type (see `py/errors.rs`).
+#[derive(Debug)]
+pub enum Kind {
+    /// The operating system refused an operation.
+    Io(std::io::Error),
+    /// The zip container is malformed.
+    Archive,
+    /// The bytes of a member do not match their CRC-32.
+    Crc,
+    /// The HDF5 image is malformed.
+    Hdf5,
+    /// A JSON text is malformed; the byte offset says where.
+    Json(usize),
+    /// A limit of `limits.rs` is exceeded.
+    Limit,
+    /// The file is well formed and asks for something that is refused: links out of the file, external storage.
+    Unsafe,
+    /// Legal, but nothing this build or engine can handle.
+    Unsupported,
+    /// The caller passed something that cannot be written.
+    Invalid,
+    /// The operation was cancelled by the caller.
+    Cancelled,
+    /// The caller's own code failed (a Python exception waits to be re-raised).
+    Caller,
+}
+
+/// An error with its place. Build with [`Error::new`] and the `with_*` methods; the outer layers add what they know.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    what: String,
+    path: Option<PathBuf>,
+    member: Option<String>,
+    entry: Option<String>,
+    expected: Option<String>,
+    found: Option<String>,
+    advice: Option<&'static str>,
+}
+
+impl Error {
+    /// A new error; `what` is one clause without a full stop.
+    #[cold]
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            what: what.into(),
+            path: None,
+            member: None,
+            entry: None,
+            expected: None,
+            found: None,
+            advice: None,
+        }))
+    }
+
+    /// Adds the file, unless an inner layer already did.
+    #[must_use]
+    pub fn with_path(mut self, path: &Path) -> Self {
+        self.0.path.get_or_insert_with(|| path.to_owned());
+        self
+    }
+
+    /// Adds the archive member, unless an inner layer already did.
+    #[must_use]
+    pub fn with_member(mut self, member: &str) -> Self {
+        self.0.member.get_or_insert_with(|| member.to_owned());
+        self
+    }
+
+    /// Adds the path inside the HDF5 image, unless an inner layer already did.
+    #[must_use]
+    pub fn with_entry(mut self, entry: &str) -> Self {
+        self.0.entry.get_or_insert_with(|| entry.to_owned());
+        self
+    }
+
+    /// Adds what was expected and what was found.
+    #[must_use]
+    pub fn with_found(mut self, expected: impl fmt::Display, found: impl fmt::Display) -> Self {
+        self.0.expected = Some(expected.to_string());
+        self.0.found = Some(found.to_string());
+        self
+    }
+
+    /// Adds a sentence that says what the user can do.
+    #[must_use]
+    pub fn with_advice(mut self, advice: &'static str) -> Self {
+        self.0.advice.get_or_insert(advice);
+        self
+    }
+
+    /// The kind.
+    pub fn kind(&self) -> &Kind {
+        &self.0.kind
+    }
+
+    /// The file, if known.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The archive member, if known.
+    pub fn member(&self) -> Option<&str> {
+        self.0.member.as_deref()
+    }
+
+    /// The path inside the HDF5 image, if known.
+    pub fn entry(&self) -> Option<&str> {
+        self.0.entry.as_deref()
+    }
+
+    /// What was expected, if it can be said.
+    pub fn expected(&self) -> Option<&str> {
+        self.0.expected.as_deref()
+    }
+
+    /// What was found, if it can be said.
+    pub fn found(&self) -> Option<&str> {
+        self.0.found.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let e = &*self.0;
+        f.write_str(&e.what)?;
+        if let Kind::Io(io) = &e.kind {
+            write!(f, ": {io}")?;
+        }
+        if let (Some(expected), Some(found)) = (&e.expected, &e.found) {
+            write!(f, ": expected {expected}, found {found}")?;
+        }
+        match (&e.member, &e.entry) {
+            (Some(m), Some(n)) => write!(f, " (entry '{n}' of member '{m}')")?,
+            (Some(m), None) => write!(f, " (member '{m}')")?,
+            (None, Some(n)) => write!(f, " (entry '{n}')")?,
+            (None, None) => {}
+        }
+        if let Some(p) = &e.path {
+            write!(f, " in '{}'", p.display())?;
+        }
+        f.write_str(".")?;
+        if let Some(a) = e.advice {
+            write!(f, " {a}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.0.kind {
+            Kind::Io(e) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+/// Adds a place to the error of a `Result`; the outer layers know the path, the inner ones the entry.
+pub trait Context<T> {
+    /// Turns an I/O error into [`Error`], saying what was attempted.
+    fn during(self, what: &str) -> Result<T>;
+}
+
+impl<T> Context<T> for std::io::Result<T> {
+    fn during(self, what: &str) -> Result<T> {
+        self.map_err(|e| Error::new(Kind::Io(e), what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_every_place_and_inner_wins() {
+        let e = Error::new(Kind::Hdf5, "bad shape")
+            .with_entry("a/b")
+            .with_entry("outer")
+            .with_member("model.weights.h5")
+            .with_path(Path::new("/x.keras"))
+            .with_found("[2]", "[3]")
+            .with_advice("Save it again.");
+        assert_eq!(
+            e.to_string(),
+            "bad shape: expected [2], found [3] (entry 'a/b' of member 'model.weights.h5') in '/x.keras'. Save it again."
+        );
+    }
+}

@@ -1,0 +1,749 @@
+//! Image → every group and dataset, with the offsets of their values. Safe Rust, bounded by `limits.rs`.
+//!
+//! Reads superblock versions 0 to 3, object headers 1 and 2, symbol-table and compact groups, contiguous and compact
+//! datasets. Other legal HDF5 is `Unsupported`, which sends the caller to the libhdf5 engine; links that leave the
+//! file and external storage are `Unsafe`.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+use super::{SIGNATURE, UNDEFINED, message};
+use crate::dtype::{Class, DType};
+use crate::error::{Error, Kind, Result};
+use crate::h5::{Found, Index, Storage};
+use crate::io::ReadAt;
+use crate::limits;
+use crate::tree::Attribute;
+
+/// Bytes read at once where metadata and payload alternate, as in files of h5py.
+const PAGE: u64 = 4096;
+/// Bytes of metadata read in one go where it comes first, as in ours.
+const MAX_PREFIX: u64 = 64 << 20;
+
+pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
+    let (root, pages) = open(image)?;
+    let mut reader = Reader {
+        pages,
+        found: Index::default(),
+        ancestors: Vec::new(),
+        groups: HashSet::new(),
+        heaps: HashMap::new(),
+        path: String::new(),
+    };
+    reader.object(root)?;
+    Ok(reader.found)
+}
+
+#[cold]
+fn malformed(what: &str) -> Error {
+    Error::new(Kind::Hdf5, format!("malformed HDF5: {what}")).with_advice("The file is damaged; use another copy.")
+}
+
+#[cold]
+fn unsupported(what: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("the direct engine does not read {what}"))
+}
+
+#[cold]
+fn refused(what: &str) -> Error {
+    Error::new(Kind::Unsafe, format!("Not allowed: H5 file with {what}"))
+        .with_advice("It points to data outside itself, which a model file must not.")
+}
+
+/// Superblock (§II): the address of the root group's object header.
+fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
+    let mut pages = Pages::new(image);
+    let head = pages.get(0, 48.min(image.len() as usize))?.into_owned();
+    if head.get(..8) != Some(&SIGNATURE) {
+        return Err(Error::new(Kind::Hdf5, "not an HDF5 file")
+            .with_found("the HDF5 signature", "other bytes")
+            .with_advice("Check that this is a weights file."));
+    }
+    let f = Fields(&head);
+    let (sizes, addresses, root) = match f.u8(8)? {
+        v @ (0 | 1) => (13, if v == 0 { 24 } else { 28 }, if v == 0 { 64 } else { 68 }),
+        2 | 3 => (9, 12, 36),
+        _ => return Err(unsupported("superblocks of this version")),
+    };
+    if (f.u8(sizes)?, f.u8(sizes + 1)?) != (8, 8) {
+        return Err(unsupported("offsets and lengths of other than 8 bytes"));
+    }
+    let fixed = pages.get(0, root + 8)?.into_owned();
+    let f = Fields(&fixed);
+    let (base, end) = match root {
+        36 => (f.u64(addresses)?, f.u64(28)?),
+        _ => (f.u64(addresses)?, f.u64(addresses + 16)?),
+    };
+    if base != 0 {
+        return Err(unsupported("images with a base address"));
+    }
+    if end > image.len() {
+        return Err(Error::new(Kind::Hdf5, "the HDF5 file is truncated")
+            .with_found(format_args!("{end} bytes"), format_args!("{} bytes", image.len()))
+            .with_advice("It was cut short or is still being written; copy or save it again."));
+    }
+    if root == 36 {
+        let whole = pages.get(0, 48)?.into_owned();
+        check_sum(&whole, "superblock")?;
+    }
+    let root = f.u64(root)?;
+    // Ours keep all metadata before the payload and end it with the root group and the heaps.
+    if root > PAGE && root < MAX_PREFIX {
+        pages.prefix(root + (64 << 10))?;
+    }
+    Ok((root, pages))
+}
+
+/// The image in pages, each read once; or all of it, where it is in memory.
+struct Pages<'a> {
+    image: &'a dyn ReadAt,
+    slice: Option<&'a [u8]>,
+    prefix: Vec<u8>,
+    pages: RefCell<HashMap<u64, Box<[u8]>>>,
+}
+
+impl<'a> Pages<'a> {
+    fn new(image: &'a dyn ReadAt) -> Self {
+        Self { image, slice: image.as_slice(), prefix: Vec::new(), pages: RefCell::default() }
+    }
+
+    fn prefix(&mut self, n: u64) -> Result<()> {
+        if self.slice.is_none() {
+            self.prefix = vec![0; n.min(self.image.len()) as usize];
+            self.image.read_at(&mut self.prefix, 0)?;
+        }
+        Ok(())
+    }
+
+    /// `n` bytes at `offset`, borrowed where they are in memory.
+    fn get(&self, offset: u64, n: usize) -> Result<Cow<'_, [u8]>> {
+        let end = offset.checked_add(n as u64).filter(|&end| end <= self.image.len());
+        let end = end.ok_or_else(|| malformed("an address points outside the file"))?;
+        for memory in [self.slice.unwrap_or_default(), &self.prefix] {
+            if let Some(bytes) = memory.get(offset as usize..end as usize) {
+                return Ok(Cow::Borrowed(bytes));
+            }
+        }
+        let mut out = Vec::with_capacity(n);
+        let mut pages = self.pages.borrow_mut();
+        let mut at = offset;
+        while at < end {
+            let number = at / PAGE;
+            let page = match pages.entry(number) {
+                std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
+                std::collections::hash_map::Entry::Vacant(e) => {
+                    let start = number * PAGE;
+                    let mut page = vec![0; PAGE.min(self.image.len() - start) as usize];
+                    self.image.read_at(&mut page, start)?;
+                    e.insert(page.into())
+                }
+            };
+            let from = (at % PAGE) as usize;
+            let take = (page.len() - from).min((end - at) as usize);
+            out.extend_from_slice(&page[from..from + take]);
+            at += take as u64;
+        }
+        Ok(Cow::Owned(out))
+    }
+}
+
+/// Little-endian fields of a piece of metadata; reading past its end is an error, never a panic.
+#[derive(Clone, Copy)]
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn bytes(self, at: usize, n: usize) -> Result<&'a [u8]> {
+        at.checked_add(n).and_then(|end| self.0.get(at..end)).ok_or_else(|| malformed("a structure is cut short"))
+    }
+
+    fn from(self, at: usize) -> Result<Fields<'a>> {
+        self.0.get(at..).map(Fields).ok_or_else(|| malformed("a structure is cut short"))
+    }
+
+    fn u8(self, at: usize) -> Result<u8> {
+        Ok(self.bytes(at, 1)?[0])
+    }
+
+    fn u16(self, at: usize) -> Result<u16> {
+        Ok(u16::from_le_bytes(self.bytes(at, 2)?.try_into().expect("two bytes")))
+    }
+
+    fn u32(self, at: usize) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.bytes(at, 4)?.try_into().expect("four bytes")))
+    }
+
+    fn u64(self, at: usize) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.bytes(at, 8)?.try_into().expect("eight bytes")))
+    }
+
+    /// An unsigned number of `width` ≤ 8 bytes.
+    fn uint(self, at: usize, width: usize) -> Result<u64> {
+        Ok(self.bytes(at, width)?.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
+    }
+
+    fn signature(self, at: usize, expected: [u8; 4]) -> Result<()> {
+        let found = self.bytes(at, 4)?;
+        if found == expected {
+            return Ok(());
+        }
+        Err(malformed("a structure has the wrong signature")
+            .with_found(String::from_utf8_lossy(&expected), String::from_utf8_lossy(found).escape_default()))
+    }
+}
+
+/// What the messages of one object header say.
+#[derive(Default)]
+struct Header {
+    symbol_table: Option<(u64, u64)>,
+    links: Vec<(String, u64)>,
+    is_group: bool,
+    shape: Option<Vec<u64>>,
+    dtype: Option<Type>,
+    storage: Option<(Storage, u64)>, // and the bytes stored
+    filtered: bool,
+    attributes: Vec<Attribute>,
+}
+
+struct Type {
+    dtype: DType,
+    native: bool, // little-endian, as it will be in memory
+    bfloat16: bool,
+}
+
+struct Reader<'a> {
+    pages: Pages<'a>,
+    found: Index,
+    ancestors: Vec<u64>,
+    groups: HashSet<u64>,
+    heaps: HashMap<u64, HashMap<u16, (u64, u64)>>, // collection → object → (offset, length)
+    path: String,
+}
+
+impl Reader<'_> {
+    /// Reads the object at `address` and everything below it; `self.path` is its path.
+    fn object(&mut self, address: u64) -> Result<()> {
+        if self.found.groups.len() + self.found.datasets.len() >= limits::MAX_OBJECTS {
+            return Err(Error::new(Kind::Limit, "too many groups and datasets")
+                .with_found(format_args!("at most {}", limits::MAX_OBJECTS), "more"));
+        }
+        let header = self.header(address).map_err(|e| e.with_entry(&self.path))?;
+        if !header.is_group {
+            let found = self.dataset(header).map_err(|e| e.with_entry(&self.path))?;
+            self.found.datasets.push(found);
+            return Ok(());
+        }
+        if !self.groups.insert(address) {
+            return Err(malformed("a group is reached twice").with_entry(&self.path));
+        }
+        if self.ancestors.len() > limits::MAX_DEPTH {
+            return Err(Error::new(Kind::Limit, "groups are nested too deeply").with_entry(&self.path));
+        }
+        if !self.path.is_empty() {
+            self.found.groups.push((self.path.clone(), header.attributes));
+        }
+        let mut links = header.links;
+        if let Some((btree, heap)) = header.symbol_table {
+            self.symbols(btree, heap, &mut links).map_err(|e| e.with_entry(&self.path))?;
+        }
+        links.sort_unstable(); // compact links come in order of creation
+        self.ancestors.push(address);
+        for (name, address) in links {
+            let length = self.path.len();
+            if !self.path.is_empty() {
+                self.path.push('/');
+            }
+            self.path.push_str(&name);
+            if self.path.len() > limits::MAX_PATH_BYTES {
+                return Err(Error::new(Kind::Limit, "a path is too long").with_entry(&self.path[..length]));
+            }
+            self.object(address)?;
+            self.path.truncate(length);
+        }
+        self.ancestors.pop();
+        Ok(())
+    }
+
+    fn dataset(&self, header: Header) -> Result<Found> {
+        let (Some(shape), Some(kind), Some((storage, stored))) = (header.shape, header.dtype, header.storage) else {
+            return Err(malformed("a dataset lacks its shape, type or layout"));
+        };
+        if header.filtered {
+            return Err(unsupported("filtered datasets"));
+        }
+        if !kind.native {
+            return Err(unsupported("big-endian numbers"));
+        }
+        let nbytes = kind.dtype.nbytes(&shape).ok_or_else(|| malformed("a dataset's size overflows"))?;
+        if nbytes > limits::BOMB_FLOOR_BYTES && nbytes / limits::DATASET_MAX_EXPANSION > stored {
+            return Err(shape_bomb(nbytes, stored));
+        }
+        let storage = match storage {
+            _ if nbytes == 0 => Storage::Empty,
+            Storage::Contiguous(UNDEFINED) => Storage::Empty,
+            Storage::Contiguous(offset) => {
+                let end = offset.checked_add(nbytes).filter(|&end| end <= self.pages.image.len());
+                if end.is_none() || stored < nbytes {
+                    return Err(malformed("a dataset lies outside the file")
+                        .with_found(format_args!("{nbytes} bytes"), format_args!("{stored} stored at {offset}")));
+                }
+                Storage::Contiguous(offset)
+            }
+            Storage::Compact(bytes) if bytes.len() as u64 == nbytes => Storage::Compact(bytes),
+            _ => return Err(malformed("a compact dataset's size does not match its shape")),
+        };
+        let mut attributes = header.attributes;
+        if kind.bfloat16 && !attributes.iter().any(|a| a.0 == "dtype") {
+            attributes.push(("dtype".into(), "bfloat16".into()));
+        }
+        Ok(Found { path: self.path.clone(), dtype: kind.dtype, shape, nbytes, storage, attributes })
+    }
+
+    /// Symbol table (§III): names and object header addresses of a group's members.
+    fn symbols(&self, btree: u64, heap: u64, out: &mut Vec<(String, u64)>) -> Result<()> {
+        let head = self.pages.get(heap, 32)?;
+        let f = Fields(&head);
+        f.signature(0, *b"HEAP")?;
+        let (size, data) = (f.u64(8)?, f.u64(24)?);
+        if size > limits::MAX_HEADER_BYTES {
+            return Err(Error::new(Kind::Limit, "a group's names are too large"));
+        }
+        let names = self.pages.get(data, size as usize)?;
+        let mut nodes = Vec::new();
+        self.btree(btree, None, &mut nodes)?;
+        for node in nodes {
+            let head = self.pages.get(node, 8)?;
+            Fields(&head).signature(0, *b"SNOD")?;
+            let count = usize::from(Fields(&head).u16(6)?);
+            let entries = self.pages.get(node + 8, count * 40)?;
+            for entry in entries.chunks_exact(40) {
+                let f = Fields(entry);
+                if f.u32(16)? == 2 {
+                    return Err(refused("SoftLink"));
+                }
+                let name = usize::try_from(f.u64(0)?).ok().and_then(|at| names.get(at..));
+                let name = name.ok_or_else(|| malformed("a name lies outside its heap"))?;
+                let end = name.iter().position(|&b| b == 0).ok_or_else(|| malformed("a name has no end"))?;
+                out.push((link_name(&name[..end])?, f.u64(8)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// Version 1 group B-tree (§III.A.1): addresses of its symbol nodes, ascending by name.
+    fn btree(&self, address: u64, expected: Option<u8>, out: &mut Vec<u64>) -> Result<()> {
+        let head = self.pages.get(address, 24)?;
+        let f = Fields(&head);
+        f.signature(0, *b"TREE")?;
+        let (level, count) = (f.u8(5)?, usize::from(f.u16(6)?));
+        // Levels fall by one towards the leaves, so a cycle cannot go on.
+        if f.u8(4)? != 0 || level > limits::MAX_BTREE_LEVELS || expected.is_some_and(|e| e != level) {
+            return Err(malformed("a B-tree node is of the wrong type or level"));
+        }
+        let body = self.pages.get(address + 24, count * 16 + 8)?;
+        for i in 0..count {
+            let child = Fields(&body).u64(i * 16 + 8)?;
+            if out.len() > limits::MAX_OBJECTS {
+                return Err(Error::new(Kind::Limit, "too many members in a group"));
+            }
+            match level {
+                0 => out.push(child),
+                _ => self.btree(child, Some(level - 1), out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// All messages of the object header at `address` (§IV.A.1).
+    fn header(&mut self, address: u64) -> Result<Header> {
+        let prefix = self.pages.get(address, 16)?.into_owned();
+        let f = Fields(&prefix);
+        let v2 = f.signature(0, *b"OHDR").is_ok();
+        let mut message_head = 8; // bytes before a message's data
+        let first = if v2 {
+            let flags = f.u8(5)?;
+            message_head = if flags & 4 == 0 { 4 } else { 6 };
+            let optional = if flags & 0x20 == 0 { 0 } else { 16 } + if flags & 0x10 == 0 { 0 } else { 4 };
+            let (at, width) = (6 + optional, 1 << (flags & 3));
+            let size = Fields(&self.pages.get(address, at + width)?).uint(at, width)?;
+            let start = (at + width) as u64;
+            let whole = size.checked_add(start + 4).filter(|&n| n <= limits::MAX_HEADER_BYTES);
+            let whole = whole.ok_or_else(|| malformed("an object header is too large"))?;
+            check_sum(&self.pages.get(address, whole as usize)?, "object header")?;
+            (address + start, size)
+        } else {
+            if f.u8(0)? != 1 {
+                return Err(malformed("an object header is of an unknown version"));
+            }
+            (address + 16, u64::from(f.u32(8)?))
+        };
+        let mut header = Header::default();
+        let mut chunks = vec![first];
+        let mut next = 0;
+        let mut total = 0;
+        while let Some(&(start, size)) = chunks.get(next) {
+            next += 1;
+            total += size.min(limits::MAX_HEADER_BYTES);
+            if chunks.len() > limits::MAX_CONTINUATIONS || total > limits::MAX_HEADER_BYTES {
+                return Err(Error::new(Kind::Limit, "an object header is too large"));
+            }
+            if chunks[..next - 1].contains(&(start, size)) {
+                return Err(malformed("an object header continues into itself"));
+            }
+            let chunk = self.pages.get(start, size as usize)?.into_owned();
+            let mut at = 0;
+            while at + message_head <= chunk.len() {
+                let f = Fields(&chunk[at..]);
+                let (kind, size, flags) = if v2 {
+                    (u16::from(f.u8(0)?), usize::from(f.u16(1)?), f.u8(3)?)
+                } else {
+                    (f.u16(0)?, usize::from(f.u16(2)?), f.u8(4)?)
+                };
+                let data = Fields(f.bytes(message_head, size)?);
+                at += message_head + size;
+                if kind == message::CONTINUATION {
+                    chunks.push(self.continuation(data, v2)?);
+                } else {
+                    self.message(kind, flags & 2 != 0, data, &mut header)?;
+                }
+            }
+        }
+        Ok(header)
+    }
+
+    fn continuation(&self, data: Fields<'_>, v2: bool) -> Result<(u64, u64)> {
+        let (start, size) = (data.u64(0)?, data.u64(8)?);
+        if !v2 {
+            return Ok((start, size));
+        }
+        if !(8..=limits::MAX_HEADER_BYTES).contains(&size) {
+            return Err(malformed("an object header continuation has an impossible size"));
+        }
+        let chunk = self.pages.get(start, size as usize)?;
+        Fields(&chunk).signature(0, *b"OCHK")?;
+        check_sum(&chunk, "object header continuation")?;
+        Ok((start + 4, size - 8))
+    }
+
+    fn message(&mut self, kind: u16, shared: bool, data: Fields<'_>, header: &mut Header) -> Result<()> {
+        if shared && matches!(kind, message::DATASPACE | message::DATATYPE | message::LAYOUT | message::FILTERS) {
+            return Err(unsupported("shared header messages"));
+        }
+        match kind {
+            message::DATASPACE => header.shape = Some(dataspace(data)?),
+            message::DATATYPE => header.dtype = Some(datatype(data)?),
+            message::LAYOUT => header.storage = Some(layout(data)?),
+            message::FILTERS => header.filtered = true,
+            message::EXTERNAL_FILES => return Err(refused("external Dataset")),
+            message::LINK_INFO => {
+                header.is_group = true;
+                let at = if data.u8(1)? & 1 == 0 { 2 } else { 10 };
+                if data.u64(at)? != UNDEFINED {
+                    return Err(unsupported("dense groups"));
+                }
+            }
+            message::LINK => {
+                header.is_group = true;
+                header.links.push(link(data)?);
+            }
+            message::SYMBOL_TABLE => {
+                header.is_group = true;
+                header.symbol_table = Some((data.u64(0)?, data.u64(8)?));
+            }
+            message::ATTRIBUTE if !shared => header.attributes.extend(self.attribute(data)?),
+            message::ATTRIBUTE_INFO => {
+                let at = if data.u8(1)? & 1 == 0 { 2 } else { 4 };
+                if data.u64(at)? != UNDEFINED {
+                    return Err(unsupported("dense attributes"));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A string attribute (§IV.A.2.m); others are of no interest.
+    fn attribute(&mut self, data: Fields<'_>) -> Result<Option<Attribute>> {
+        let version = data.u8(0)?;
+        let (at, pad) = match version {
+            1 => (8, 8),
+            2 => (8, 1),
+            3 => (9, 1),
+            _ => return Err(unsupported("attributes of this version")),
+        };
+        let shared = version > 1 && data.u8(1)? & 1 != 0;
+        let size = |at: usize| Ok::<_, Error>(usize::from(data.u16(at)?));
+        let (name_size, type_size, space_size) = (size(2)?, size(4)?, size(6)?);
+        let name = data.bytes(at, name_size)?;
+        let name = String::from_utf8_lossy(name.strip_suffix(b"\0").unwrap_or(name)).into_owned();
+        let type_at = at + name_size.next_multiple_of(pad);
+        let space_at = type_at + type_size.next_multiple_of(pad);
+        if shared {
+            return Ok(None); // its type is stored elsewhere: never a plain string
+        }
+        let (kind, space) = (Fields(data.bytes(type_at, type_size)?), Fields(data.bytes(space_at, space_size)?));
+        let value = data.from(space_at + space_size.next_multiple_of(pad))?;
+        if space.u8(1)? != 0 {
+            return Ok(None); // an array of strings
+        }
+        let text = match (kind.u8(0)? & 15, kind.u8(1)? & 15) {
+            (9, 1) => {
+                let (n, collection, object) = (value.u32(0)? as usize, value.u64(4)?, value.u32(12)?);
+                if n == 0 { Vec::new() } else { self.heap_object(collection, object, n)? }
+            }
+            (3, _) => {
+                let text = value.bytes(0, kind.u32(4)? as usize)?;
+                text.split(|&b| b == 0).next().unwrap_or_default().to_vec()
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some((name, String::from_utf8_lossy(&text).into_owned())))
+    }
+
+    /// The first `n` bytes of an object of the global heap (§III.E).
+    fn heap_object(&mut self, collection: u64, object: u32, n: usize) -> Result<Vec<u8>> {
+        let pages = &self.pages;
+        let objects = match self.heaps.entry(collection) {
+            std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
+            std::collections::hash_map::Entry::Vacant(e) => {
+                let head = pages.get(collection, 16)?;
+                Fields(&head).signature(0, *b"GCOL")?;
+                let size = Fields(&head).u64(8)?;
+                if size > limits::MAX_HEADER_BYTES {
+                    return Err(Error::new(Kind::Limit, "a heap of strings is too large"));
+                }
+                let bytes = pages.get(collection, size as usize)?;
+                let mut objects = HashMap::new();
+                let mut at = 16;
+                while at + 16 <= bytes.len() {
+                    let f = Fields(&bytes[at..]);
+                    let (index, length) = (f.u16(0)?, f.u64(8)?);
+                    let room = (bytes.len() - at - 16) as u64;
+                    if index == 0 {
+                        break;
+                    }
+                    if length > room {
+                        return Err(malformed("a string lies outside its heap"));
+                    }
+                    objects.insert(index, (collection + at as u64 + 16, length));
+                    at += 16 + (length as usize).next_multiple_of(8);
+                }
+                e.insert(objects)
+            }
+        };
+        let object = u16::try_from(object).ok().and_then(|i| objects.get(&i)).copied();
+        match object {
+            Some((at, length)) if n as u64 <= length => Ok(pages.get(at, n)?.into_owned()),
+            _ => Err(malformed("a string is not in its heap")),
+        }
+    }
+}
+
+fn shape_bomb(declared: u64, stored: u64) -> Error {
+    Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression/shape bomb")
+        .with_found(format_args!("{declared} bytes declared"), format_args!("{stored} bytes stored"))
+}
+
+fn link_name(bytes: &[u8]) -> Result<String> {
+    match std::str::from_utf8(bytes) {
+        Ok(name) if !name.is_empty() && !name.contains('/') => Ok(name.to_owned()),
+        _ => Err(malformed("a name is empty, holds a slash or is not UTF-8")),
+    }
+}
+
+/// Dataspace message (§IV.A.2.b): the dimensions.
+fn dataspace(data: Fields<'_>) -> Result<Vec<u64>> {
+    let (version, rank) = (data.u8(0)?, usize::from(data.u8(1)?));
+    let at = match version {
+        1 => 8,
+        2 if data.u8(3)? == 2 => return Err(unsupported("null dataspaces")),
+        2 => 4,
+        _ => return Err(unsupported("dataspaces of this version")),
+    };
+    if rank > limits::MAX_RANK {
+        return Err(malformed("a tensor has too many dimensions"));
+    }
+    (0..rank).map(|i| data.u64(at + 8 * i)).collect()
+}
+
+/// Datatype message (§IV.A.2.d): only what the dtype table knows.
+fn datatype(data: Fields<'_>) -> Result<Type> {
+    let (class, bits) = (data.u8(0)? & 15, data.u8(1)?);
+    let size = data.u32(4)? as usize;
+    let native = |dtype| Type { dtype, native: true, bfloat16: false };
+    let named = |wanted: Class| DType::named().find(|d| d.class() == wanted && d.size() == size);
+    match class {
+        0 => {
+            let dtype = named(Class::Integer { signed: bits & 8 != 0 })
+                .filter(|_| data.u16(8).is_ok_and(|o| o == 0) && data.u16(10).is_ok_and(|p| usize::from(p) == size * 8))
+                .ok_or_else(|| unsupported("integers of this layout"))?;
+            Ok(Type { native: bits & 1 == 0 || size == 1, ..native(dtype) })
+        }
+        1 => {
+            let (bfloat16, dtype) = float(data.from(8)?, size, &named)?;
+            if bits & 0x40 != 0 {
+                return Err(unsupported("VAX numbers"));
+            }
+            Ok(Type { dtype, native: bits & 1 == 0, bfloat16 })
+        }
+        5 => u16::try_from(size).ok().filter(|&n| n > 0).map(DType::Opaque).map(native).ok_or_else(|| unsupported("opaque values of this size")),
+        6 => complex(data, size).map(native).ok_or_else(|| unsupported("compound types other than complex numbers")),
+        8 if size == 1 && is_boolean(data) => Ok(native(DType::Bool)),
+        8 => Err(unsupported("enumerations other than booleans")),
+        _ => Err(unsupported("this datatype")),
+    }
+}
+
+/// Float properties: offset, precision, exponent and mantissa location and size, bias.
+fn float(f: Fields<'_>, size: usize, named: &dyn Fn(Class) -> Option<DType>) -> Result<(bool, DType)> {
+    let precision_ok = (f.u16(0)?, usize::from(f.u16(2)?)) == (0, size * 8);
+    let (exponent_at, exponent, mantissa_at, mantissa) = (f.u8(4)?, f.u8(5)?, f.u8(6)?, f.u8(7)?);
+    let bias = f.u32(8)?;
+    if precision_ok && mantissa_at == 0 && exponent_at == mantissa {
+        if (size, exponent, mantissa, bias) == (2, 8, 7, 127) {
+            return Ok((true, DType::Opaque(2)));
+        }
+        if let Some(dtype) = named(Class::Float(exponent, mantissa, bias)) {
+            return Ok((false, dtype));
+        }
+    }
+    Err(unsupported("floats of this layout"))
+}
+
+/// h5py's `{r, i}` compound of two equal little-endian floats.
+fn complex(data: Fields<'_>, size: usize) -> Option<DType> {
+    let version = data.u8(0).ok()? >> 4;
+    if data.u16(1).ok()? != 2 {
+        return None;
+    }
+    let mut at = 8;
+    let mut parts = Vec::new();
+    for (name, position) in [(b'r', 0), (b'i', size / 2)] {
+        if data.bytes(at, 2).ok()? != [name, 0] {
+            return None;
+        }
+        at += if version < 3 { 8 } else { 2 };
+        // Version 3 packs the member's offset into as few bytes as its size needs.
+        let width = if version < 3 { 4 } else { 1 };
+        if data.uint(at, width).ok()? != position as u64 {
+            return None;
+        }
+        at += width + if version == 1 { 28 } else { 0 };
+        let member = data.from(at).ok()?;
+        let part = datatype(Fields(member.bytes(0, 20).ok()?)).ok()?;
+        if !part.native || !matches!(part.dtype.class(), Class::Float(..)) {
+            return None;
+        }
+        parts.push(part.dtype);
+        at += 20;
+    }
+    let find = |d: &DType| matches!(d.class(), Class::Complex(p) if parts == [*p, *p]) && d.size() == size;
+    DType::named().find(find)
+}
+
+/// h5py's enumeration `{FALSE: 0, TRUE: 1}` over one byte.
+fn is_boolean(data: Fields<'_>) -> bool {
+    let version = data.u8(0).unwrap_or(0) >> 4;
+    let names: &[u8] = if version < 3 { b"FALSE\0\0\0TRUE\0\0\0\0\x00\x01" } else { b"FALSE\0TRUE\0\x00\x01" };
+    data.u16(1).is_ok_and(|n| n == 2) && data.bytes(20, names.len()).is_ok_and(|b| b == names)
+}
+
+/// Layout message (§IV.A.2.i): where the values are, and how many bytes are stored.
+fn layout(data: Fields<'_>) -> Result<(Storage, u64)> {
+    match (data.u8(0)?, data.u8(1)?) {
+        (3 | 4, 0) => {
+            let n = usize::from(data.u16(2)?);
+            Ok((Storage::Compact(data.bytes(4, n)?.to_vec()), n as u64))
+        }
+        (3 | 4, 1) => {
+            let offset = data.u64(2)?;
+            Ok((Storage::Contiguous(offset), if offset == UNDEFINED { 0 } else { data.u64(10)? }))
+        }
+        (4, 3) => Err(refused("virtual Dataset")),
+        (3..=5, _) => Err(unsupported("chunked datasets")),
+        _ => Err(unsupported("layouts of this version")),
+    }
+}
+
+/// Link message (§IV.A.2.g): a hard link's name and target.
+fn link(data: Fields<'_>) -> Result<(String, u64)> {
+    let flags = data.u8(1)?;
+    let mut at = 2;
+    if flags & 8 != 0 {
+        match data.u8(at)? {
+            0 => at += 1,
+            1 => return Err(refused("SoftLink")),
+            64 => return Err(refused("ExternalLink")),
+            _ => return Err(refused("user-defined link")),
+        }
+    }
+    at += if flags & 4 == 0 { 0 } else { 8 } + usize::from(flags & 16 != 0);
+    let width = 1 << (flags & 3);
+    let n = data.uint(at, width)? as usize;
+    at += width;
+    Ok((link_name(data.bytes(at, n)?)?, data.u64(at + n)?))
+}
+
+/// The last four bytes of `bytes` are the lookup3 hash of the rest (§"Checksum").
+fn check_sum(bytes: &[u8], what: &str) -> Result<()> {
+    let (body, sum) = bytes.split_at(bytes.len().saturating_sub(4));
+    if Fields(sum).u32(0)? == lookup3(body) {
+        return Ok(());
+    }
+    Err(malformed(&format!("the checksum of the {what} is wrong")))
+}
+
+/// Bob Jenkins' public-domain `hashlittle` of lookup3.c with initial value 0.
+fn lookup3(data: &[u8]) -> u32 {
+    let [mut a, mut b, mut c] = [0xdead_beef_u32.wrapping_add(data.len() as u32); 3];
+    let word = |d: &[u8], at: usize| {
+        let mut w = [0; 4];
+        let d = d.get(at..).unwrap_or_default();
+        let n = d.len().min(4);
+        w[..n].copy_from_slice(&d[..n]);
+        u32::from_le_bytes(w)
+    };
+    let mut rest = data;
+    loop {
+        if rest.is_empty() {
+            return c;
+        }
+        a = a.wrapping_add(word(rest, 0));
+        b = b.wrapping_add(word(rest, 4));
+        c = c.wrapping_add(word(rest, 8));
+        if rest.len() <= 12 {
+            break;
+        }
+        for (shift, turn) in [(4, 0), (6, 1), (8, 2), (16, 0), (19, 1), (4, 2)] {
+            let (x, y, z) = match turn {
+                0 => (&mut a, &mut b, &mut c),
+                1 => (&mut b, &mut c, &mut a),
+                _ => (&mut c, &mut a, &mut b),
+            };
+            *x = x.wrapping_sub(*z) ^ z.rotate_left(shift);
+            *z = z.wrapping_add(*y);
+        }
+        rest = &rest[12..];
+    }
+    for (shift, turn) in [(14, 0), (11, 1), (25, 2), (16, 0), (4, 1), (14, 2), (24, 0)] {
+        let (x, y) = match turn {
+            0 => (&mut c, b),
+            1 => (&mut a, c),
+            _ => (&mut b, a),
+        };
+        *x = (*x ^ y).wrapping_sub(y.rotate_left(shift));
+    }
+    c
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lookup3;
+
+    #[test]
+    fn lookup3_matches_published_values() {
+        // lookup3.c, driver5: hashlittle("", 0) and hashlittle("Four score and seven years ago", 0)
+        assert_eq!(lookup3(b""), 0xdead_beef);
+        assert_eq!(lookup3(b"Four score and seven years ago"), 0x1777_0551);
+    }
+}

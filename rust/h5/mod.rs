@@ -1,0 +1,91 @@
+//! A weights image: what a `.weights.h5` file is, and the two engines that lay one out and index one.
+//!
+//! An *engine* never moves payload: on the way out it places every dataset ([`Layout`]), on the way in it finds them
+//! ([`Index`]). The bytes are written by `io/emit.rs` and read by `io/fetch.rs`, whatever the engine.
+
+pub mod direct;
+#[cfg(feature = "libhdf5")]
+pub mod libhdf5;
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::io::ReadAt;
+use crate::tree::{Attribute, Tree};
+
+/// Every dataset of at least this many bytes starts at a multiple of it, so that TensorFlow and JAX can share it.
+pub const ALIGNMENT: u64 = 64;
+
+/// Where everything of an image goes. Offsets are from the start of the image; the superblock's base address is 0.
+#[derive(Debug, Default)]
+pub struct Layout {
+    /// Metadata: `(offset, bytes)`, ascending, disjoint from each other and from the datasets.
+    pub metadata: Vec<(u64, Vec<u8>)>,
+    /// Offset of each dataset of the tree, in its order; `None` where it has no bytes.
+    pub offsets: Vec<Option<u64>>,
+    /// Bytes of the whole image; what neither metadata nor datasets cover is zero.
+    pub len: u64,
+}
+
+/// Where the values of a dataset are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// One run of bytes of the image, little-endian, C order: `nbytes` from this offset.
+    Contiguous(u64),
+    /// In the metadata itself (at most 64 KiB).
+    Compact(Vec<u8>),
+    /// Nowhere: the tensor has no elements, or was never written (HDF5 then reads zeros).
+    Empty,
+    /// Only the engine can read it (chunks, filters, other byte orders): [`Engine::read`].
+    Engine,
+}
+
+/// A dataset found in an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Path from the root, without a leading slash.
+    pub path: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions.
+    pub shape: Vec<u64>,
+    /// Bytes of the tensor.
+    pub nbytes: u64,
+    /// Where the values are.
+    pub storage: Storage,
+    /// String attributes; others are dropped.
+    pub attributes: Vec<Attribute>,
+}
+
+/// Everything an image holds, in the order its groups list it (names ascending by byte).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    /// Every group but the root, parents first, with its string attributes.
+    pub groups: Vec<(String, Vec<Attribute>)>,
+    /// Every dataset.
+    pub datasets: Vec<Found>,
+}
+
+/// What lays images out and finds their datasets.
+pub trait Engine: Send + Sync {
+    /// `"direct"` or `"libhdf5"`.
+    fn name(&self) -> &'static str;
+
+    /// Places every dataset of `tree`.
+    ///
+    /// # Errors
+    /// `Invalid` for what the format cannot hold.
+    fn lay_out(&self, tree: &Tree) -> Result<Layout>;
+
+    /// Finds every group and dataset of the image that is all of `image`.
+    ///
+    /// # Errors
+    /// `Hdf5` for a malformed image, `Unsafe` for links and external storage, `Limit`, and `Unsupported` for legal
+    /// HDF5 that this engine does not read (the caller may then ask the other engine).
+    fn index(&self, image: &dyn ReadAt) -> Result<Index>;
+
+    /// Reads the datasets at `paths` whose storage is [`Storage::Engine`] into `out`, each of exactly its `nbytes`.
+    ///
+    /// # Errors
+    /// As [`Engine::index`].
+    fn read(&self, image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) -> Result<()>;
+}

@@ -1,0 +1,196 @@
+//! Layout and tensors → bytes in file order, in one pass: gather, CRC, write.
+//!
+//! Large tensors are written straight from where they lie, a block at a time, so that the CRC and the write find it
+//! in cache; small ones and metadata are gathered into a staging block first. One thread: the kernel's copy into the
+//! page cache is the limit, and a second writer of the same file only waits for its lock.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::error::{Error, Kind, Result};
+use crate::h5::Layout;
+use crate::tree::Dataset;
+
+/// Bytes per write: small enough to stay in the second-level cache, large enough to amortise the call.
+pub const BLOCK: usize = 256 << 10;
+
+/// The bytes of the tensors, asked for one at a time in file order.
+pub trait Tensors {
+    /// The bytes of dataset `i` of the tree. They must not change until the next call.
+    ///
+    /// # Errors
+    /// `Caller` when they cannot be had.
+    fn tensor(&mut self, i: usize) -> Result<&[u8]>;
+}
+
+/// Where bytes go.
+pub trait Sink {
+    /// Writes `bytes` at `offset`. Offsets ascend without gaps, except for patches of what was written before.
+    ///
+    /// # Errors
+    /// `Io` or `Caller`.
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()>;
+
+    /// Whether what was written can be patched.
+    fn can_patch(&self) -> bool {
+        true
+    }
+
+    /// Announces the size in bytes to come.
+    ///
+    /// # Errors
+    /// `Io` when there is no room for it.
+    fn reserve(&mut self, _len: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Sink for &File {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        super::write_all_at(self, bytes, offset)
+            .map_err(|e| Error::new(Kind::Io(e), format!("cannot write {} bytes at offset {offset}", bytes.len())))
+    }
+
+    /// Asks for the blocks at once, where the file system can: the file is less fragmented, and a full disk is noticed
+    /// before anything is written. A hint elsewhere, never emulated.
+    fn reserve(&mut self, len: u64) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        if len > 0 {
+            use rustix::{fs, io::Errno};
+            if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
+                fs::fallocate(self, fs::FallocateFlags::empty(), 0, len)
+            {
+                return Err(Error::new(Kind::Io(e.into()), format!("no room for the {len} bytes of this file"))
+                    .with_advice("Free some space; the old file is unchanged."));
+            }
+        }
+        let _ = len;
+        Ok(())
+    }
+}
+
+/// Memory of exactly the announced size.
+impl Sink for &mut [u8] {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        let end = offset as usize + bytes.len();
+        let room = self.get_mut(offset as usize..end);
+        room.ok_or_else(|| Error::new(Kind::Invalid, "the target buffer is too small"))?.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// How far a write is, and whether it should stop. Shared with whoever watches.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes written so far.
+    pub written: AtomicU64,
+    /// Set to stop at the next block.
+    pub cancelled: AtomicBool,
+}
+
+/// Writes the image laid out as `layout` at `base` of `sink`; returns its CRC-32.
+///
+/// # Errors
+/// Those of `tensors` and `sink`; `Cancelled`; `Invalid` when a tensor has not its size.
+pub fn emit(
+    layout: &Layout,
+    datasets: &[Dataset],
+    tensors: &mut dyn Tensors,
+    base: u64,
+    sink: &mut dyn Sink,
+    progress: &Progress,
+) -> Result<u32> {
+    enum Run<'a> {
+        Metadata(&'a [u8]),
+        Tensor(usize),
+    }
+    let mut runs: Vec<(u64, Run<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Run::Metadata(m))).collect();
+    runs.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Run::Tensor(i)))));
+    runs.sort_by_key(|run| run.0); // stable, and sorted already for the direct engine
+    let mut out = Stage { sink, base, written: 0, stage: Vec::with_capacity(BLOCK), crc: crc32fast::Hasher::new(), progress };
+    for (at, run) in runs {
+        out.zeros_up_to(at)?;
+        match run {
+            Run::Metadata(bytes) => out.put(bytes)?,
+            Run::Tensor(i) => {
+                let (bytes, d) = (tensors.tensor(i)?, &datasets[i]);
+                if bytes.len() as u64 != d.nbytes {
+                    return Err(Error::new(Kind::Invalid, "a tensor changed its size while it was saved")
+                        .with_found(format_args!("{} bytes", d.nbytes), format_args!("{} bytes", bytes.len()))
+                        .with_entry(&d.path));
+                }
+                out.put(bytes)?;
+            }
+        }
+    }
+    out.zeros_up_to(layout.len)?;
+    out.flush()?;
+    Ok(out.crc.finalize())
+}
+
+struct Stage<'a> {
+    sink: &'a mut dyn Sink,
+    base: u64,
+    written: u64, // of the image, without what is staged
+    stage: Vec<u8>,
+    crc: crc32fast::Hasher,
+    progress: &'a Progress,
+}
+
+impl Stage<'_> {
+    fn position(&self) -> u64 {
+        self.written + self.stage.len() as u64
+    }
+
+    fn zeros_up_to(&mut self, at: u64) -> Result<()> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        loop {
+            match at.checked_sub(self.position()) {
+                None => return Err(Error::new(Kind::Invalid, "the layout overlaps itself")),
+                Some(0) => return Ok(()),
+                Some(gap) => self.put(&ZEROS[..gap.min(4096) as usize])?,
+            }
+        }
+    }
+
+    /// Stages what fills no block; writes the rest from where it lies.
+    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if !self.stage.is_empty() || bytes.len() < BLOCK {
+            let head = bytes.len().min(BLOCK - self.stage.len());
+            self.stage.extend_from_slice(&bytes[..head]);
+            bytes = &bytes[head..];
+            if self.stage.len() == BLOCK {
+                self.flush()?;
+            }
+        }
+        while bytes.len() >= BLOCK {
+            let (block, rest) = bytes.split_at(BLOCK);
+            self.write(block)?;
+            bytes = rest;
+        }
+        self.stage.extend_from_slice(bytes); // empty, unless the stage is
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let mut stage = std::mem::take(&mut self.stage);
+        if !stage.is_empty() {
+            self.write(&stage)?;
+            stage.clear();
+        }
+        self.stage = stage;
+        Ok(())
+    }
+
+    fn write(&mut self, block: &[u8]) -> Result<()> {
+        if self.progress.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::new(Kind::Cancelled, "the save was cancelled"));
+        }
+        self.crc.update(block);
+        self.sink.write_at(block, self.base + self.written)?;
+        self.written += block.len() as u64;
+        self.progress.written.store(self.written, Ordering::Relaxed);
+        Ok(())
+    }
+}

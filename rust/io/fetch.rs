@@ -1,0 +1,335 @@
+//! Extents → aligned memory, in file order, in a background thread, with the CRC on the way.
+//!
+//! The reader runs ahead of whoever takes the tensors by a bounded number of bytes, unless a later tensor is asked
+//! for. Every byte of the image passes the CRC, also those between tensors.
+#![allow(unsafe_code)] // writes into blocks that are not shared until they are complete
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::ReadAt;
+use super::buffer::{Block, OWN_BLOCK};
+use crate::error::{Error, Kind, Result};
+use crate::h5::ALIGNMENT;
+
+/// Bytes per read of what is small or skipped; larger tensors are read in such steps too, so that the CRC finds them
+/// in cache.
+const STEP: usize = 256 << 10;
+
+/// A tensor to be read: `len` bytes at `offset` of the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// From the start of the image.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Part of a block that holds one tensor.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Keeps the memory alive.
+    pub block: Arc<Block>,
+    /// Where the tensor starts in it: a multiple of 64.
+    pub start: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl Slot {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        assert!(self.start + self.len <= self.block.len());
+        // SAFETY: in bounds; the reader finished this slot before it handed it out and never writes it again.
+        unsafe { std::slice::from_raw_parts(self.block.as_ptr().add(self.start), self.len) }
+    }
+}
+
+/// What is read, and what is known about it beforehand.
+pub struct Request {
+    /// The file.
+    pub source: Arc<dyn ReadAt>,
+    /// Where the image starts in it, and its bytes.
+    pub image: Extent,
+    /// The tensors, each with its bytes in the image; disjoint, in any order.
+    pub tensors: Vec<Extent>,
+    /// Expected CRC-32 of the whole image. Without it, only the tensors are read.
+    pub crc: Option<u32>,
+    /// Bytes that may be read ahead of what was taken.
+    pub read_ahead: u64,
+}
+
+/// A read in progress. Dropping it stops the reader.
+pub struct Fetch {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    slots: Vec<Option<Slot>>,
+    done: Vec<bool>,
+    ahead: u64,
+    wanted: Option<usize>, // the tensor somebody waits for
+    keep_all: bool,        // read to the end, whatever the limit
+    drain: bool,           // read to the end, keep nothing more
+    stop: bool,
+    outcome: Option<Result<()>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Fetch {
+    /// Starts to read.
+    ///
+    /// # Errors
+    /// `Hdf5` when tensors overlap or leave the image, `Io` when there is no thread to be had.
+    pub fn start(request: Request) -> Result<Self> {
+        let plan = plan(&request)?;
+        let n = request.tensors.len();
+        let state = State { slots: vec![None; n], done: vec![false; n], ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let in_thread = Arc::clone(&shared);
+        let run = move || {
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&request, &plan, &in_thread)));
+            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Invalid, "the reader thread panicked")));
+            in_thread.lock().outcome = Some(outcome);
+            in_thread.changed.notify_all();
+        };
+        let thread = std::thread::Builder::new().name("hornbeam-fetch".into()).spawn(run);
+        let thread = thread.map_err(|e| Error::new(Kind::Io(e), "cannot start the reader thread"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Waits for tensor `i` and takes it; a second call for the same tensor gets `None`.
+    ///
+    /// # Errors
+    /// Whatever stopped the reader before it got there.
+    pub fn take(&self, i: usize) -> Result<Option<Slot>> {
+        let mut state = self.shared.lock();
+        loop {
+            if state.done[i] {
+                let slot = state.slots[i].take();
+                state.ahead -= slot.as_ref().map_or(0, |s| s.len as u64);
+                drop(state);
+                self.shared.changed.notify_all();
+                return Ok(slot);
+            }
+            if let Some(outcome) = &mut state.outcome {
+                // The error is told once; whoever asks later learns that there was one.
+                let again = Err(Error::new(Kind::Io(std::io::Error::other("reading failed before")), "cannot read"));
+                std::mem::replace(outcome, again)?;
+                return Ok(None);
+            }
+            state.wanted = Some(i);
+            self.shared.changed.notify_all();
+            state = self.shared.wait(state);
+        }
+    }
+
+    /// Waits until every byte was read and the CRC was found right; the tensors stay to be taken.
+    ///
+    /// # Errors
+    /// `Crc`, or whatever stopped the reader.
+    pub fn complete(&self) -> Result<()> {
+        self.finish(|state| state.keep_all = true)
+    }
+
+    /// As [`Fetch::complete`], but drops what was not taken.
+    ///
+    /// # Errors
+    /// `Crc`, or whatever stopped the reader.
+    pub fn drain(&self) -> Result<()> {
+        self.finish(|state| state.drain = true)
+    }
+
+    fn finish(&self, how: impl FnOnce(&mut State)) -> Result<()> {
+        let mut state = self.shared.lock();
+        how(&mut state);
+        self.shared.changed.notify_all();
+        loop {
+            if let Some(outcome) = &mut state.outcome {
+                return std::mem::replace(outcome, Ok(()));
+            }
+            state = self.shared.wait(state);
+        }
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Runs of the image in order: a tensor, or what lies between.
+type Run = (Extent, Option<usize>);
+
+fn plan(request: &Request) -> Result<Vec<Run>> {
+    let mut order: Vec<usize> = (0..request.tensors.len()).filter(|&i| request.tensors[i].len > 0).collect();
+    order.sort_unstable_by_key(|&i| request.tensors[i].offset);
+    let mut runs = Vec::with_capacity(order.len() * 2 + 1);
+    let mut at = 0;
+    let mut gap = |from: u64, to: u64, runs: &mut Vec<Run>| {
+        if to > from && request.crc.is_some() {
+            runs.push((Extent { offset: from, len: to - from }, None));
+        }
+    };
+    for i in order {
+        let tensor = request.tensors[i];
+        let end = tensor.offset.checked_add(tensor.len).filter(|&end| end <= request.image.len);
+        let Some(end) = end.filter(|_| tensor.offset >= at) else {
+            return Err(Error::new(Kind::Hdf5, "malformed HDF5: two tensors share bytes, or one leaves the file"));
+        };
+        gap(at, tensor.offset, &mut runs);
+        runs.push((tensor, Some(i)));
+        at = end;
+    }
+    gap(at, request.image.len, &mut runs);
+    Ok(runs)
+}
+
+/// The reader: fills slots in file order.
+fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
+    {
+        let mut state = shared.lock();
+        for (i, tensor) in request.tensors.iter().enumerate() {
+            state.done[i] = tensor.len == 0;
+        }
+    }
+    let mut order = vec![0; request.tensors.len()]; // position in the plan
+    for (position, (_, i)) in plan.iter().enumerate() {
+        i.iter().for_each(|&i| order[i] = position);
+    }
+    let mut crc = request.crc.map(|_| crc32fast::Hasher::new());
+    let mut reader = Reader { request, stage: Vec::new(), staged: 0..0 };
+    let mut arena: Option<(Arc<Block>, usize)> = None;
+    for (position, &(extent, tensor)) in plan.iter().enumerate() {
+        let keep = {
+            let mut state = shared.lock();
+            loop {
+                if state.stop {
+                    return Err(Error::new(Kind::Cancelled, "the read was cancelled"));
+                }
+                let asked = state.wanted.is_some_and(|i| !state.done[i] && order[i] >= position);
+                if state.keep_all || state.drain || asked || state.ahead < request.read_ahead {
+                    break;
+                }
+                state = shared.wait(state);
+            }
+            !state.drain
+        };
+        match tensor.filter(|_| keep) {
+            None if crc.is_none() => {}
+            None => reader.each(extent, &mut |bytes| crc.iter_mut().for_each(|c| c.update(bytes)))?,
+            Some(i) => {
+                let len = extent.len as usize;
+                let (block, start) = if len >= OWN_BLOCK {
+                    (Arc::new(Block::new(len)), 0)
+                } else {
+                    if arena.as_ref().is_none_or(|(block, used)| used + len > block.len()) {
+                        // The last arena is no larger than what is still to come.
+                        let mut rest = 0;
+                        for (next, _) in plan[position..].iter().filter(|run| run.1.is_some()) {
+                            rest = (rest + next.len).next_multiple_of(ALIGNMENT);
+                            if rest >= OWN_BLOCK as u64 {
+                                break;
+                            }
+                        }
+                        arena = Some((Arc::new(Block::new(rest.clamp(len as u64, OWN_BLOCK as u64) as usize)), 0));
+                    }
+                    let (block, used) = arena.as_mut().expect("just made");
+                    let start = *used;
+                    *used = (start + len).next_multiple_of(ALIGNMENT as usize);
+                    (Arc::clone(block), start)
+                };
+                // SAFETY: slots of a block are handed out once and do not overlap; this one is not shared yet.
+                reader.fill(extent, unsafe { block.slot(start, len) }, &mut |bytes| {
+                    crc.iter_mut().for_each(|c| c.update(bytes));
+                })?;
+                let mut state = shared.lock();
+                state.slots[i] = Some(Slot { block, start, len });
+                state.done[i] = true;
+                state.ahead += extent.len;
+                drop(state);
+                shared.changed.notify_all();
+            }
+        }
+    }
+    match (crc.map(crc32fast::Hasher::finalize), request.crc) {
+        (Some(found), Some(expected)) if found != expected => Err(Error::new(Kind::Crc, "Bad CRC-32 for the weights")
+            .with_found(format_args!("{expected:08x}"), format_args!("{found:08x}"))
+            .with_advice("Their bytes changed after they were written; use another copy.")),
+        _ => Ok(()),
+    }
+}
+
+/// Reads what is small in large steps.
+struct Reader<'a> {
+    request: &'a Request,
+    stage: Vec<u8>,
+    staged: std::ops::Range<u64>,
+}
+
+impl Reader<'_> {
+    /// Fills `out` with the extent: from what is staged, then directly where it is large.
+    fn fill(&mut self, extent: Extent, out: &mut [u8], each: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let mut done = 0;
+        while done < out.len() {
+            let at = extent.offset + done as u64;
+            let rest = out.len() - done;
+            let n = if rest >= STEP && !self.staged.contains(&at) {
+                self.request.source.read_at(&mut out[done..done + STEP], self.request.image.offset + at)?;
+                STEP
+            } else {
+                let staged = self.staged(at)?;
+                let n = rest.min(staged.len());
+                out[done..done + n].copy_from_slice(&staged[..n]);
+                n
+            };
+            each(&out[done..done + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn each(&mut self, extent: Extent, each: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let mut at = extent.offset;
+        let end = extent.offset + extent.len;
+        while at < end {
+            let staged = self.staged(at)?;
+            let n = staged.len().min((end - at) as usize);
+            each(&staged[..n]);
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the image from `at` on: at least one, as many as were read together with it.
+    fn staged(&mut self, at: u64) -> Result<&[u8]> {
+        if !self.staged.contains(&at) {
+            let n = (self.request.image.len - at).min(STEP as u64);
+            self.stage.resize(n as usize, 0);
+            self.request.source.read_at(&mut self.stage, self.request.image.offset + at)?;
+            self.staged = at..at + n;
+        }
+        Ok(&self.stage[(at - self.staged.start) as usize..])
+    }
+}

@@ -1,0 +1,27 @@
+//! The core of hornbeam: Keras model files, written and read in one pass over the bytes. Knows no Python; everything
+//! that does is in `py/`, behind the feature `python`.
+//!
+//! ```text
+//! save   model ──walk──▶ entries ──view──▶ (path, dtype, shape, bytes)              Python
+//!        tree ──h5: lay out──▶ layout ──io/emit──▶ temporary file ──commit──▶ file  here
+//!        config ──config: encode──▶ JSON ──archive/write──┘
+//!
+//! load   file ──archive/read──▶ members ──config: decode──▶ model                   here, then Python
+//!              └──h5: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
+//! ```
+//!
+//! Each stage is one file, with one test file and one benchmark. [`limits`] holds every limit, [`error`] the one error.
+
+const _: () = assert!(usize::BITS == 64, "tensors are addressed with 64 bits");
+
+pub mod archive;
+pub mod commit;
+pub mod config;
+pub mod dtype;
+pub mod error;
+pub mod h5;
+pub mod io;
+pub mod limits;
+#[cfg(feature = "python")]
+mod py;
+pub mod tree;

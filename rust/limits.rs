@@ -1,0 +1,34 @@
+//! Every limit on what a file may ask for, in one place. Exceeding one is `Kind::Limit`, before anything is allocated.
+
+/// HDF5's own limit on dimensions (`H5S_MAX_RANK`).
+pub const MAX_RANK: usize = 32;
+/// Bytes of a path inside a weights image.
+pub const MAX_PATH_BYTES: usize = 16 << 10;
+/// Nesting of groups.
+pub const MAX_DEPTH: usize = 200;
+/// Bytes of an attribute name.
+pub const MAX_ATTRIBUTE_NAME_BYTES: usize = 1 << 10;
+/// Groups and datasets in one image.
+pub const MAX_OBJECTS: usize = 4_000_000;
+/// Bytes of one object header chunk or local heap.
+pub const MAX_HEADER_BYTES: u64 = 256 << 20;
+/// Chunks of one object header.
+pub const MAX_CONTINUATIONS: usize = 4096;
+/// Levels of a group's B-tree.
+pub const MAX_BTREE_LEVELS: u8 = 16;
+
+/// Members of an archive; Python's zipfile writes zip64 from here on.
+pub const MAX_MEMBERS: u64 = 1 << 20;
+/// Bytes of the central directory.
+pub const MAX_DIRECTORY_BYTES: u64 = 1 << 30;
+/// A member is a bomb when it declares more than this many bytes …
+pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
+/// … and more than this many times what it stores (Keras: `_ZIP_MEMBER_MAX_EXPANSION`; deflate reaches 1032).
+pub const BOMB_MAX_EXPANSION: u64 = 100;
+/// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
+pub const DATASET_MAX_EXPANSION: u64 = 1000;
+
+/// Bytes of a JSON text read from a file.
+pub const MAX_JSON_BYTES: u64 = 1 << 30;
+/// Nesting of a JSON text read from a file; real models stay below 60.
+pub const MAX_JSON_DEPTH: usize = 1000;

@@ -1,0 +1,168 @@
+//! What a weights file holds: groups, string attributes and datasets, in the order they were recorded. No bytes.
+
+use std::collections::HashMap;
+
+use crate::dtype::DType;
+use crate::error::{Error, Kind, Result};
+use crate::limits;
+
+/// A string attribute: name and value.
+pub type Attribute = (String, String);
+
+/// A tensor to be written: where, of what type and shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dataset {
+    /// Path from the root, without a leading slash: `layers/dense/vars/0`.
+    pub path: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// String attributes, in order.
+    pub attributes: Vec<Attribute>,
+    /// Bytes of the tensor: `dtype.size()` times the product of `shape`.
+    pub nbytes: u64,
+}
+
+/// A group that was named: it exists even when empty. Its ancestors are implied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Path from the root, without a leading slash.
+    pub path: String,
+    /// String attributes, in order.
+    pub attributes: Vec<Attribute>,
+}
+
+/// Groups and datasets of one weights image. Paths are unique and valid; [`Tree`] cannot hold others.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tree {
+    groups: Vec<Group>,
+    datasets: Vec<Dataset>,
+    nodes: HashMap<String, Node>,
+}
+
+/// What stands at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    /// A group that so far is only somebody's parent.
+    Implied,
+    /// A group added by name.
+    Group,
+    /// A dataset.
+    Dataset,
+}
+
+impl Tree {
+    /// An empty tree.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Groups, in the order they were added.
+    pub fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+
+    /// Datasets, in the order they were added; their payload is laid out in this order.
+    pub fn datasets(&self) -> &[Dataset] {
+        &self.datasets
+    }
+
+    /// Bytes of all tensors.
+    pub fn nbytes(&self) -> u64 {
+        self.datasets.iter().map(|d| d.nbytes).sum()
+    }
+
+    /// Adds a group and, implicitly, its ancestors.
+    ///
+    /// # Errors
+    /// `Invalid` when the path is malformed or already taken by a group with attributes or by a dataset.
+    pub fn add_group(&mut self, path: &str, attributes: Vec<Attribute>) -> Result<()> {
+        self.claim(path, Node::Group)?;
+        check_attributes(path, &attributes)?;
+        self.groups.push(Group { path: path.to_owned(), attributes });
+        Ok(())
+    }
+
+    /// Adds a dataset and, implicitly, its ancestors.
+    ///
+    /// # Errors
+    /// `Invalid` when the path is malformed or taken, or the size overflows.
+    pub fn add_dataset(&mut self, path: &str, dtype: DType, shape: &[u64], attributes: Vec<Attribute>) -> Result<()> {
+        self.claim(path, Node::Dataset)?;
+        check_attributes(path, &attributes)?;
+        let too_large = || Error::new(Kind::Invalid, "tensor size overflows 64 bits").with_entry(path);
+        let nbytes = dtype.nbytes(shape).filter(|&n| n < 1 << 60).ok_or_else(too_large)?;
+        if shape.len() > limits::MAX_RANK {
+            return Err(Error::new(Kind::Invalid, "HDF5 has no tensors of such rank")
+                .with_found(format_args!("at most {}", limits::MAX_RANK), shape.len())
+                .with_entry(path));
+        }
+        self.datasets.push(Dataset { path: path.to_owned(), dtype, shape: shape.to_vec(), attributes, nbytes });
+        Ok(())
+    }
+
+    /// Registers `path` and its ancestors, refusing what HDF5 or a file system underneath could misread.
+    fn claim(&mut self, path: &str, node: Node) -> Result<()> {
+        let bad = |what: &str| Err(Error::new(Kind::Invalid, what).with_entry(path));
+        if path.len() > limits::MAX_PATH_BYTES {
+            return bad("path is too long for a weights file");
+        }
+        if path.split('/').any(|part| matches!(part, "" | "." | "..") || part.contains('\0')) {
+            return bad("path has an empty part, '.', '..' or a NUL character, which HDF5 cannot store");
+        }
+        if path.split('/').count() > limits::MAX_DEPTH {
+            return bad("path is nested too deeply");
+        }
+        match (self.nodes.get(path), node) {
+            (None, _) | (Some(Node::Implied), Node::Group) => {}
+            (Some(Node::Dataset), _) => return bad("name is already taken by a dataset"),
+            (Some(_), _) => return bad("name is already taken by a group"),
+        }
+        let mut parent = path;
+        while let Some((head, _)) = parent.rsplit_once('/') {
+            match self.nodes.get(head) {
+                Some(Node::Dataset) => return bad("a parent of this path is a dataset"),
+                Some(_) => break,
+                None => self.nodes.insert(head.to_owned(), Node::Implied),
+            };
+            parent = head;
+        }
+        self.nodes.insert(path.to_owned(), node);
+        Ok(())
+    }
+}
+
+/// Both end up in one object header message, whose size is 16 bits.
+fn check_attributes(path: &str, attributes: &[Attribute]) -> Result<()> {
+    for (name, value) in attributes {
+        if name.is_empty() || name.contains('\0') || name.len() > limits::MAX_ATTRIBUTE_NAME_BYTES {
+            return Err(Error::new(Kind::Invalid, "attribute name is empty, too long or holds a NUL").with_entry(path));
+        }
+        if value.contains('\0') {
+            return Err(Error::new(Kind::Invalid, "attribute value holds a NUL character, which HDF5 strings cannot")
+                .with_entry(path));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_hdf5_cannot_hold() {
+        let mut t = Tree::new();
+        t.add_dataset("a/b", DType::F32, &[2], vec![]).unwrap();
+        for bad in ["", "a//b", "/a", "a/", "a/../b", "a/.", "x\0", "a/b/c", "a/b", "a"] {
+            assert!(t.add_dataset(bad, DType::F32, &[1], vec![]).is_err(), "{bad:?}");
+        }
+        assert!(t.add_group("a/b", vec![]).is_err());
+        t.add_group("a", vec![("name".into(), "x".into())]).unwrap(); // implied before, now named
+        assert!(t.add_group("a", vec![]).is_err());
+        assert!(t.add_dataset("big", DType::F64, &[1 << 40, 1 << 40], vec![]).is_err());
+        assert!(t.add_dataset("rank", DType::F64, &[1; 33], vec![]).is_err());
+        assert_eq!((t.datasets().len(), t.groups().len(), t.nbytes()), (1, 1, 8));
+    }
+}
