@@ -96,18 +96,15 @@ impl Pending {
         &self.target
     }
 
-    /// Why the target is written over instead of being replaced, if it is.
-    pub fn in_place(&self) -> Option<&'static str> {
-        self.in_place
-    }
-
-    /// Cuts the file to `len` bytes and puts it in the target's place.
+    /// Cuts the file to `len` bytes and puts it in the target's place. Returns why the target was written over
+    /// instead, if it was.
     ///
     /// # Errors
     /// `Io`; the target is then as it was, unless it is written in place.
-    pub fn commit(mut self, len: u64) -> Result<()> {
+    pub fn commit(mut self, len: u64) -> Result<Option<&'static str>> {
         let target = self.target.clone();
-        self.commit_inner(len).map_err(|e| e.with_path(&target))
+        self.commit_inner(len).map_err(|e| e.with_path(&target))?;
+        Ok(self.in_place)
     }
 
     fn commit_inner(&mut self, len: u64) -> Result<()> {
@@ -161,7 +158,119 @@ impl Drop for Pending {
 pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<()> {
     let pending = Pending::create(target, options)?;
     crate::io::write_all_at(pending.file(), bytes, 0).during("cannot write").map_err(|e| e.with_path(target))?;
-    pending.commit(bytes.len() as u64)
+    pending.commit(bytes.len() as u64)?;
+    Ok(())
+}
+
+/// A directory that is being written, beside the one it will replace. Dropping it without [`Directory::commit`] leaves
+/// the target as it was.
+#[derive(Debug)]
+pub struct Directory {
+    target: PathBuf,
+    temporary: Option<PathBuf>,
+    lock: Option<File>,
+    durable: bool,
+}
+
+impl Directory {
+    /// Makes the directory to write to. A target that holds anything but `names` is written in place, so that nothing
+    /// of somebody else's is lost; so is any target without `options.atomic`.
+    ///
+    /// # Errors
+    /// `Io`, also when the target is a file.
+    pub fn create(target: &Path, names: &[&str], options: Options) -> Result<Self> {
+        Self::create_inner(target, names, options).map_err(|e| e.with_path(target))
+    }
+
+    fn create_inner(target: &Path, names: &[&str], options: Options) -> Result<Self> {
+        let target = follow_links(target)?;
+        let replaceable = match fs::read_dir(&target) {
+            Ok(entries) => entries.flatten().all(|e| names.iter().any(|n| e.file_name() == *n)),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                fs::create_dir_all(directory(&target)).during("cannot create the parent directory")?;
+                true
+            }
+            Err(e) => return Err(Error::new(Kind::Io(e), "cannot write to this directory")),
+        };
+        if options.atomic && replaceable {
+            match temporary(&target) {
+                Ok((lock, path)) => {
+                    // The locked file stands for the directory of the same name with another ending.
+                    let inner = path.with_extension("hornbeam-dir");
+                    fs::create_dir(&inner).during("cannot create a directory beside the target")?;
+                    let this = Self { target, temporary: Some(inner), lock: Some(lock), durable: options.durable };
+                    return Ok(this);
+                }
+                Err(e) if target.is_dir() && refused_by_directory(&e) => {}
+                Err(e) => return Err(Error::new(Kind::Io(e), "cannot create a file in this directory")),
+            }
+        }
+        fs::create_dir_all(&target).during("cannot create the directory")?;
+        Ok(Self { target, temporary: None, lock: None, durable: options.durable })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        self.temporary.as_deref().unwrap_or(&self.target)
+    }
+
+    /// Puts the directory in the target's place, in one step where the system can.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn commit(mut self) -> Result<()> {
+        let target = self.target.clone();
+        self.commit_inner().map_err(|e| e.with_path(&target))
+    }
+
+    fn commit_inner(&mut self) -> Result<()> {
+        let Some(temporary) = self.temporary.clone() else { return Ok(()) };
+        if self.durable && cfg!(unix) {
+            let inner = File::open(&temporary).and_then(|d| d.sync_all());
+            inner.during("cannot bring the directory to stable storage")?;
+        }
+        if self.target.exists() {
+            exchange(&temporary, &self.target)?; // the old one now has the temporary name, and is removed on drop
+        } else {
+            fs::rename(&temporary, &self.target).during("cannot put the new directory in place")?;
+        }
+        if self.durable {
+            sync_directory(&self.target)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        if let Some(path) = &self.temporary {
+            let _ = fs::remove_dir_all(path);
+            self.lock = None;
+            let _ = fs::remove_file(path.with_extension(&SUFFIX[1..]));
+        }
+    }
+}
+
+/// Swaps two directories.
+fn exchange(new: &Path, old: &Path) -> Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        if renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE).is_ok() {
+            return Ok(());
+        }
+    }
+    // Two steps: a crash between them leaves the old directory beside the target, under a name that tells.
+    let aside = old.with_extension("hornbeam-old");
+    let _ = fs::remove_dir_all(&aside);
+    fs::rename(old, &aside).during("cannot move the old directory aside")?;
+    match fs::rename(new, old) {
+        Ok(()) => fs::rename(&aside, new).during("cannot remove the old directory"),
+        Err(e) => {
+            let _ = fs::rename(&aside, old);
+            Err(Error::new(Kind::Io(e), "cannot put the new directory in the old one's place"))
+        }
+    }
 }
 
 /// The file that `path` stands for, if it is a symbolic link; the link itself stays.
@@ -228,6 +337,7 @@ fn clear_leftovers(directory: &Path, prefix: &OsString) {
         }
         let Ok(file) = OpenOptions::new().write(true).open(entry.path()) else { continue };
         if lock(&file) == Lock::Ours {
+            let _ = fs::remove_dir_all(entry.path().with_extension("hornbeam-dir"));
             let _ = fs::remove_file(entry.path());
         }
     }

@@ -29,8 +29,8 @@ pub enum Kind {
     Invalid,
     /// The operation was cancelled by the caller.
     Cancelled,
-    /// The caller's own code failed (a Python exception waits to be re-raised).
-    Caller,
+    /// The caller's own code failed, with this; it is handed back as it is.
+    Caller(Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// An error with its place. Build with [`Error::new`] and the `with_*` methods; the outer layers add what they know.
@@ -104,6 +104,11 @@ impl Error {
     /// The kind.
     pub fn kind(&self) -> &Kind {
         &self.0.kind
+    }
+
+    /// The kind, without the rest.
+    pub fn into_kind(self) -> Kind {
+        self.0.kind
     }
 
     /// The file, if known.

@@ -22,6 +22,8 @@ pub mod error;
 pub mod h5;
 pub mod io;
 pub mod limits;
+pub mod load;
 #[cfg(feature = "python")]
 mod py;
+pub mod save;
 pub mod tree;

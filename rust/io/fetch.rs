@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::ReadAt;
 use super::buffer::{Block, OWN_BLOCK};
@@ -15,6 +16,12 @@ use crate::h5::ALIGNMENT;
 /// Bytes per read of what is small or skipped; larger tensors are read in such steps too, so that the CRC finds them
 /// in cache.
 const STEP: usize = 256 << 10;
+
+/// How often a waiting caller is asked whether to go on.
+pub const POLL: Duration = Duration::from_millis(100);
+
+/// Called while waiting; an error ends the wait.
+pub type Interrupt<'a> = &'a dyn Fn() -> Result<()>;
 
 /// A tensor to be read: `len` bytes at `offset` of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +44,16 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// A slot that is all of `block`, with a copy of `bytes`.
+    ///
+    /// # Panics
+    /// When the block has not their size.
+    pub fn copy_of(bytes: &[u8], block: Block) -> Self {
+        // SAFETY: the block is not shared yet.
+        unsafe { block.slot(0, block.len()) }.copy_from_slice(bytes);
+        Self { start: 0, len: bytes.len(), block: Arc::new(block) }
+    }
+
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         assert!(self.start + self.len <= self.block.len());
@@ -90,6 +107,17 @@ impl Shared {
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits a while; asks between whether to go on.
+    fn wait_for<'a>(&'a self, state: MutexGuard<'a, State>, go_on: Interrupt<'_>) -> Result<MutexGuard<'a, State>> {
+        let (state, waited) = self.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
+        if !waited.timed_out() {
+            return Ok(state);
+        }
+        drop(state);
+        go_on()?;
+        Ok(self.lock())
+    }
 }
 
 impl Fetch {
@@ -118,7 +146,7 @@ impl Fetch {
     ///
     /// # Errors
     /// Whatever stopped the reader before it got there.
-    pub fn take(&self, i: usize) -> Result<Option<Slot>> {
+    pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
         let mut state = self.shared.lock();
         loop {
             if state.done[i] {
@@ -129,14 +157,12 @@ impl Fetch {
                 return Ok(slot);
             }
             if let Some(outcome) = &mut state.outcome {
-                // The error is told once; whoever asks later learns that there was one.
-                let again = Err(Error::new(Kind::Io(std::io::Error::other("reading failed before")), "cannot read"));
-                std::mem::replace(outcome, again)?;
+                tell(outcome)?;
                 return Ok(None);
             }
             state.wanted = Some(i);
             self.shared.changed.notify_all();
-            state = self.shared.wait(state);
+            state = self.shared.wait_for(state, interrupt)?;
         }
     }
 
@@ -144,29 +170,38 @@ impl Fetch {
     ///
     /// # Errors
     /// `Crc`, or whatever stopped the reader.
-    pub fn complete(&self) -> Result<()> {
-        self.finish(|state| state.keep_all = true)
+    pub fn complete(&self, interrupt: Interrupt<'_>) -> Result<()> {
+        self.finish(|state| state.keep_all = true, interrupt)
     }
 
     /// As [`Fetch::complete`], but drops what was not taken.
     ///
     /// # Errors
     /// `Crc`, or whatever stopped the reader.
-    pub fn drain(&self) -> Result<()> {
-        self.finish(|state| state.drain = true)
+    pub fn drain(&self, interrupt: Interrupt<'_>) -> Result<()> {
+        self.finish(|state| state.drain = true, interrupt)
     }
 
-    fn finish(&self, how: impl FnOnce(&mut State)) -> Result<()> {
+    fn finish(&self, how: impl FnOnce(&mut State), interrupt: Interrupt<'_>) -> Result<()> {
         let mut state = self.shared.lock();
         how(&mut state);
         self.shared.changed.notify_all();
         loop {
             if let Some(outcome) = &mut state.outcome {
-                return std::mem::replace(outcome, Ok(()));
+                return tell(outcome);
             }
-            state = self.shared.wait(state);
+            state = self.shared.wait_for(state, interrupt)?;
         }
     }
+}
+
+/// The error is told once; whoever asks later learns that there was one.
+fn tell(outcome: &mut Result<()>) -> Result<()> {
+    if outcome.is_ok() {
+        return Ok(());
+    }
+    let again = Error::new(Kind::Io(std::io::Error::other("an earlier read failed")), "cannot read");
+    std::mem::replace(outcome, Err(again))
 }
 
 impl Drop for Fetch {
@@ -187,7 +222,7 @@ fn plan(request: &Request) -> Result<Vec<Run>> {
     order.sort_unstable_by_key(|&i| request.tensors[i].offset);
     let mut runs = Vec::with_capacity(order.len() * 2 + 1);
     let mut at = 0;
-    let mut gap = |from: u64, to: u64, runs: &mut Vec<Run>| {
+    let gap = |from: u64, to: u64, runs: &mut Vec<Run>| {
         if to > from && request.crc.is_some() {
             runs.push((Extent { offset: from, len: to - from }, None));
         }

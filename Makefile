@@ -1,0 +1,151 @@
+# What one does with this project; `make help` lists it. A fresh machine needs Python 3.11 or newer, Rust, a C
+# compiler and make: everything else is installed into .venv*, once, and again only when its inputs change.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+VENV := .venv
+PY := $(VENV)/$(BIN)/python
+MATURIN := $(PY) -m maturin
+# One profile and one target folder everywhere: HDF5 takes minutes to build, and is built once for each.
+CARGO_FLAGS := --release --locked
+RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
+WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
+# What is worth running again on another backend or Keras.
+BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py
+
+export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PYO3_PYTHON := $(CURDIR)/$(PY)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_QUIET := 1
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+unexport HDF5_DIR HDF5_VERSION# either would silently replace the bundled, static HDF5
+unexport CONDA_PREFIX# maturin refuses two environments at once
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-rust test-python check fmt bench docs wheel test-matrix clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.group-dev $(VENV)/.extension ## Make .venv: every tool, and hornbeam built from here, editable
+
+demo: $(VENV)/.group-demo $(VENV)/.extension ## Save and load a model beside stock Keras, with timings
+	$(PY) benches/demo.py
+
+test: check test-rust test-python test-backend-jax test-backend-numpy ## All checks and tests of the main environment
+
+test-rust: $(VENV)/.group-build ## The Rust tests, without features and with libhdf5
+	@echo "==> Rust tests, no features"
+	cargo test $(CARGO_FLAGS)
+	@echo "==> Rust tests, libhdf5 (the first run builds HDF5: some three minutes)"
+	cargo test $(CARGO_FLAGS) --features libhdf5
+
+test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
+	@echo "==> Python tests, TensorFlow"
+	KERAS_BACKEND=tensorflow $(PY) -m pytest $(PYTEST_ARGS)
+
+test-backend-%: setup ## The parity tests on another backend of .venv: jax, numpy
+	@echo "==> Python tests, $* backend"
+	KERAS_BACKEND=$* $(PY) -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+
+check: setup ## Formatting, lints and types, of Rust, Python and the workflows
+	@echo "==> Rust: formatting, lints"
+	cargo fmt --check
+	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+	cargo clippy $(CARGO_FLAGS) --all-targets --features python -- -D warnings
+	cargo clippy $(CARGO_FLAGS) --all-targets --all-features -- -D warnings
+	@echo "==> Python: lints, formatting, types"
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest hornbeam._core --mypy-config-file pyproject.toml
+	@echo "==> Workflows"
+	$(VENV)/$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/$(BIN)/zizmor --quiet --offline .github/workflows
+
+fmt: $(VENV)/.group-dev ## Format the code and mend what the linters can
+	cargo fmt
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: setup ## The Python benchmarks (BENCH_ARGS="-k save"); the Rust ones: cargo bench
+	KERAS_BACKEND=tensorflow $(PY) -m pytest benches --benchmark-enable --benchmark-only $(BENCH_ARGS)
+
+docs: setup ## Run the examples of README.md and docs/ (pytest's 5: there are none)
+	KERAS_BACKEND=tensorflow $(PY) -m pytest --doctest-glob='*.md' README.md docs || [ $$? -eq 5 ]
+
+# A save and a load by the import swap, in an environment that has only what the wheel asks for and a backend.
+define SMOKE
+import os, tempfile
+import keras, numpy
+from hornbeam.saving import load_model, save_model
+
+os.chdir(tempfile.mkdtemp())
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+save_model(model, "model.keras")
+for ours, saved in zip(load_model("model.keras").get_weights(), model.get_weights(), strict=True):
+    numpy.testing.assert_array_equal(ours, saved)
+print("saved and loaded")
+endef
+export SMOKE
+
+wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in a fresh environment, save and load
+	rm -rf dist
+	$(MATURIN) build --release --out dist
+	$(MATURIN) sdist --out dist
+	set -e; for file in dist/*; do \
+	  echo "==> $$file in a fresh environment"; rm -rf .venv-dist; $(PYTHON) -m venv .venv-dist; \
+	  CARGO_TARGET_DIR=$${CARGO_TARGET_DIR:-$(CURDIR)/target} .venv-dist/$(BIN)/python -m pip install "$$file[jax]"; \
+	  KERAS_BACKEND=jax .venv-dist/$(BIN)/python -c "$$SMOKE"; \
+	done; rm -rf .venv-dist
+
+test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The parity tests on torch, and on the oldest Keras supported
+	@echo "==> Python tests, torch backend"
+	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+	@echo "==> Python tests, Keras 3.12.4"
+	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+
+clean: ## Remove everything these targets made
+	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f python/hornbeam/_core.*.so python/hornbeam/_core.*.pyd
+
+# --- how the environments are made: a stamp file says what was done ---
+
+%/.python:
+	@echo "==> $*: a Python environment"
+	@$(PYTHON) -c 'import sys; sys.exit("hornbeam needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $*
+	$*/$(BIN)/python -m pip install --upgrade pip
+	@touch $@
+
+$(VENV)/.group-%: pyproject.toml | $(VENV)/.python
+	@echo "==> $(VENV): installing the '$*' group"
+	$(PY) -m pip install --group $*
+	@touch $@
+
+$(VENV)/.extension: $(RUST) | $(VENV)/.group-build
+	@echo "==> $(VENV): building hornbeam (the first build takes some three minutes, most of it HDF5)"
+	$(MATURIN) develop --release
+	@touch $@
+
+target/wheels/.built: $(WHEEL) | $(VENV)/.group-build
+	@echo "==> building the wheel"
+	@mkdir -p target/wheels && rm -f target/wheels/*.whl
+	$(MATURIN) build --release --out target/wheels
+	@touch $@
+
+.venv-%/.group: pyproject.toml | .venv-%/.python
+	@echo "==> .venv-$*: installing the 'matrix-$*' group"
+	.venv-$*/$(BIN)/python -m pip install --group matrix-$*
+	@touch $@
+
+.venv-%/.wheel: target/wheels/.built .venv-%/.group
+	.venv-$*/$(BIN)/python -m pip install --no-deps --force-reinstall target/wheels/*.whl
+	@touch $@
+.PRECIOUS: %/.python $(VENV)/.group-% .venv-%/.group

@@ -1,0 +1,61 @@
+"""hornbeam: Keras model files, written and read by a Rust core.
+
+Swap an import (`from hornbeam.saving import load_model`), call `hornbeam.install()` once, or run
+`python -m hornbeam script.py`. Importing this module imports neither Keras nor a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hornbeam import errors
+from hornbeam._core import build_info
+from hornbeam._hook import install, installed, uninstall
+from hornbeam._state import Stats, options, stats
+from hornbeam.errors import HornbeamError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hornbeam import callbacks, export, models, saving
+
+__version__: str = build_info()["version"]
+__all__ = [
+    "HornbeamError",
+    "Stats",
+    "UnsupportedError",
+    "callbacks",
+    "errors",
+    "export",
+    "install",
+    "installed",
+    "models",
+    "options",
+    "saving",
+    "stats",
+    "uninstall",
+    "wait",
+]
+
+if build_info()["debug"]:
+    import warnings
+
+    warnings.warn(
+        "hornbeam._core is a debug build: it is slow. Build it with --release.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def wait() -> None:
+    """Waits until every asynchronous save is done. There are none yet, so it returns at once."""
+
+
+def __getattr__(name: str) -> Any:
+    # These import Keras, so they are imported when they are used.
+    if name in ("saving", "models", "callbacks", "export"):
+        return importlib.import_module(f"hornbeam.{name}")
+    raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,217 @@
+"""The only file that reaches into `keras.src`: detects what is there, patches it, restores it.
+
+Every save and load of Keras goes through a few functions of `saving_lib`, looked up on the module at each call. They
+are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from hornbeam import _hook
+from hornbeam._state import logger
+
+#: Function of `saving_lib` → parameters it is known to have, in order.
+_SIGNATURES = {
+    "save_model": ("model", "filepath", "weights_format", "zipped"),
+    "_save_model_to_fileobj": ("model", "fileobj", "weights_format"),
+    "_save_model_to_dir": ("model", "dirpath", "weights_format"),
+    "_load_model_from_fileobj": ("fileobj", "custom_objects", "compile", "safe_mode"),
+    "_load_model_from_dir": ("dirpath", "custom_objects", "compile", "safe_mode"),
+    "save_weights_only": ("model", "filepath", "max_shard_size", "objects_to_skip"),
+    "load_weights_only": ("model", "filepath", "skip_mismatch", "objects_to_skip"),
+}
+
+_lock = threading.RLock()
+_originals: dict[str, Callable[..., Any]] = {}
+_users = 0  # scopes in force, in all threads
+_local = threading.local()
+
+
+def _active() -> bool:
+    return _hook.is_installed() or getattr(_local, "depth", 0) > 0
+
+
+def _ours(name: str) -> Callable[..., Any]:
+    from hornbeam import _load, _save
+
+    for module in (_save, _load):
+        function = getattr(module, name.lstrip("_"), None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise AttributeError(name)
+
+
+def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        if not _active():
+            return original(*args, **kwargs)
+        return _ours(name)(original, *args, **kwargs)
+
+    dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
+    return dispatch
+
+
+def patch(saving_lib: ModuleType) -> None:
+    """Puts the dispatchers in place; a function with an unknown signature stays stock."""
+    with _lock:
+        for name, parameters in _SIGNATURES.items():
+            original = getattr(saving_lib, name, None)
+            if original is None or hasattr(original, "__hornbeam__"):
+                continue
+            if tuple(inspect.signature(original).parameters) != parameters:
+                logger.warning(
+                    "this Keras is unknown to hornbeam: saving_lib.%s has another signature and stays stock",
+                    name,
+                )
+                continue
+            _originals[name] = original
+            setattr(saving_lib, name, _dispatcher(name, original))
+
+
+def unpatch(saving_lib: ModuleType) -> None:
+    """Restores the originals, unless a scope or `install()` still needs the dispatchers."""
+    with _lock:
+        if _users or _hook.is_installed():
+            return
+        for name, original in _originals.items():
+            if hasattr(getattr(saving_lib, name), "__hornbeam__"):
+                setattr(saving_lib, name, original)
+        _originals.clear()
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Routes the calling thread's saves and loads through hornbeam, whether or not it is installed."""
+    global _users
+    from keras.src.saving import saving_lib
+
+    with _lock:
+        _users += 1
+        patch(saving_lib)
+    _local.depth = getattr(_local, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
+        with _lock:
+            _users -= 1
+            unpatch(saving_lib)
+
+
+class FastWalk:
+    """`saving_lib._walk_saveable` with the attribute names of each class listed once.
+
+    Stock Keras lists `dir()` of every object, and builds a dummy layer for the set of names to skip on every call: it
+    reads the cache under one name and writes it under another. Both are pure functions of the class.
+    """
+
+    def __init__(self, saving_lib: ModuleType) -> None:
+        self.stock = _walk_patch.original
+        self.skip_names = functools.partial(_skip_names, saving_lib)
+        self.name_key = saving_lib._name_key
+        self.names: dict[type, tuple[str, ...]] = {}
+
+    def __call__(self, saveable: Any) -> Iterator[tuple[str, Any]]:
+        from keras.src.saving.keras_saveable import KerasSaveable
+
+        if not isinstance(saveable, KerasSaveable):
+            yield from self.stock(saveable)  # raises
+        kind = saveable._obj_type()
+        if kind in ("Sequential", "Functional"):
+            yield "layers", saveable.layers
+        for name in sorted(self._names(saveable, self.skip_names(kind)), key=self.name_key):
+            try:
+                child = getattr(saveable, name)
+            except Exception:  # noqa: S112  as stock Keras: a property that fails is no child
+                continue
+            yield name, child
+
+    def _names(self, saveable: Any, skip: frozenset[str]) -> set[str]:
+        cls = type(saveable)
+        if cls.__dir__ is not object.__dir__:  # torch modules list what is in no __dict__
+            return {name for name in dir(saveable) if not name.startswith("__") and name not in skip}
+        names = self.names.get(cls)
+        if names is None:
+            names = self.names[cls] = tuple(
+                name for name in dir(cls) if not name.startswith("__") and name not in skip
+            )
+        own = (name for name in vars(saveable) if not name.startswith("__") and name not in skip)
+        return {*names, *own}
+
+
+_skip_cache: dict[str, frozenset[str]] = {}
+
+
+def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
+    if kind not in _skip_cache:
+        _skip_cache[kind] = frozenset(saving_lib.get_attr_skipset(kind))
+    return _skip_cache[kind]
+
+
+class _Patch:
+    """An attribute replaced while somebody needs it, in any thread; the replacement decides per thread."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.original: Any = None
+
+    @contextlib.contextmanager
+    def __call__(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
+        with _lock:
+            if self.users == 0:
+                self.original = getattr(owner, name)
+                setattr(owner, name, replacement)
+            self.users += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self.users -= 1
+                if self.users == 0:
+                    setattr(owner, name, self.original)
+
+
+_walk_patch = _Patch()
+_optimizer_patch = _Patch()
+
+
+def _dispatch_walk(saveable: Any) -> Iterator[tuple[str, Any]]:
+    walk = getattr(_local, "walk", None) or _walk_patch.original
+    return walk(saveable)  # type: ignore[no-any-return]
+
+
+def _dispatch_optimizer(self: Any, store: Any) -> None:
+    """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
+    from hornbeam._store import RecordStore
+
+    if isinstance(store, RecordStore):
+        for i, variable in enumerate(self.variables):
+            store[str(i)] = variable
+    else:
+        _optimizer_patch.original(self, store)
+
+
+@contextlib.contextmanager
+def fast_walk() -> Iterator[None]:
+    """Walks of this thread list names once per class; optimizers hand variables to our store."""
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.saving import saving_lib
+
+    with (
+        _walk_patch(saving_lib, "_walk_saveable", _dispatch_walk),
+        _optimizer_patch(BaseOptimizer, "save_own_variables", _dispatch_optimizer),
+    ):
+        before = getattr(_local, "walk", None)
+        _local.walk = FastWalk(saving_lib)
+        try:
+            yield
+        finally:
+            _local.walk = before

@@ -1,0 +1,273 @@
+"""The save flow: walk the model, plan, write in a Rust thread while Python serialises the config, commit.
+
+Each public function here stands in for the function of `saving_lib` of the same name; the first argument is the stock
+one, for what hornbeam does not handle.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from keras.src.saving import saving_lib
+
+from hornbeam import _core, _keras, _state, _tensors
+from hornbeam._store import AssetStore, RecordStore
+
+Stock = Callable[..., Any]
+#: The store class that Keras had when hornbeam was imported; another one is somebody else's patch.
+_STORE = saving_lib.H5IOStore
+
+
+class _PathTarget(io.IOBase):
+    """Stands for a local path where stock Keras would pass an open file, so that it is not opened."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def save_model(
+    stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True
+) -> Any:
+    """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
+    if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
+        return stock(model, filepath, weights_format, zipped)
+    if str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath)):
+        return stock(model, filepath, weights_format, zipped)  # writes to a BytesIO, which comes back here
+    return stock(model, _PathTarget(str(filepath)), weights_format, zipped)
+
+
+def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str) -> Any:
+    """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
+    reason = _unsupported(weights_format)
+    if reason is not None:
+        if isinstance(fileobj, _PathTarget):
+            with open(fileobj.path, "wb") as file:
+                return _state.hand_over(reason, stock, model, file, weights_format)
+        return _state.hand_over(reason, stock, model, fileobj, weights_format)
+    options = _state.current()
+    with _recorded(model, assets=True) as (store, assets):
+        plan = _plan(store)
+        if isinstance(fileobj, _PathTarget):
+            target: Any = fileobj.path
+            info = _write(model, plan, store, assets, target, base=0, options=options)
+        elif type(fileobj) is io.BytesIO:
+            info = _write_memory(model, plan, store, assets, fileobj, options)
+        else:
+            base = fileobj.tell() if fileobj.seekable() else 0
+            info = _write(model, plan, store, assets, fileobj, base=base, options=options)
+    _count_save(plan, store, info["bytes"])
+    return None
+
+
+def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str) -> Any:
+    """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
+    reason = _unsupported(weights_format)
+    if reason is None and saving_lib.file_utils.is_remote_path(str(dirpath)):
+        reason = "remote directory"
+    if reason is not None:
+        return _state.hand_over(reason, stock, model, dirpath, weights_format)
+    options = _state.current()
+    with _recorded(model, assets=True) as (store, assets):
+        plan = _plan(store)
+        names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
+        names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
+        with _core.Directory(
+            os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable
+        ) as directory:
+            root = Path(directory.path)
+            save = plan.start(
+                str(root / saving_lib._VARS_FNAME_H5),
+                _buffers(store),
+                archive=False,
+                atomic=False,
+                durable=options.durable,
+            )
+            members = _finishing(save, lambda: _members(model))
+            info = save.finish([], _puller(store))
+            for name, data in members:
+                _core.write_file(str(root / name), data, atomic=False, durable=options.durable)
+            for name, path in assets.files():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, root / name)
+            (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
+            directory.commit()
+    _count_save(plan, store, info["bytes"])
+    return None
+
+
+def save_weights_only(
+    stock: Stock,
+    model: Any,
+    filepath: Any,
+    max_shard_size: float | None = None,
+    objects_to_skip: Any = None,
+) -> Any:
+    """`saving_lib.save_weights_only`: one `.weights.h5`, or shards with an index."""
+    text = str(filepath)
+    suffix = ".weights.h5" if max_shard_size is None else ("weights.h5", "weights.json")
+    if not model.built or not text.endswith(suffix):
+        return stock(model, filepath, max_shard_size, objects_to_skip)  # raises
+    reason = _unsupported("h5")
+    if reason is None and saving_lib.file_utils.is_remote_path(filepath):
+        reason = "remote path"
+    if reason is not None:
+        return _state.hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
+    options = _state.current()
+    skipped = {id(o) for o in objects_to_skip or ()}
+    with _recorded(model, assets=False, visited=skipped) as (store, _):
+        if max_shard_size is not None:
+            from hornbeam._shards import save_shards
+
+            save_shards(store, text, float(max_shard_size), options)
+            return None
+        plan = _plan(store)
+        save = plan.start(
+            text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable
+        )
+        info = save.finish([], _puller(store))
+        _log_in_place(info, text)
+    _count_save(plan, store, info["bytes"])
+    return None
+
+
+def _unsupported(weights_format: str) -> str | None:
+    """Why stock Keras must do this save, if it must."""
+    if weights_format != "h5":
+        return f"weights_format={weights_format!r}"
+    if saving_lib.H5IOStore is not _STORE:
+        return "saving_lib.H5IOStore is replaced"
+    return None
+
+
+@contextmanager
+def _recorded(
+    model: Any, *, assets: bool, visited: set[int] | None = None
+) -> Iterator[tuple[RecordStore, AssetStore]]:
+    """Keras' walk over the model, with what it stored; assets live until the end of the block."""
+    store, asset_store = RecordStore(), AssetStore("w")
+    try:
+        with _keras.fast_walk():
+            saving_lib._save_state(
+                model,
+                weights_store=store,
+                assets_store=asset_store if assets else None,
+                inner_path="",
+                visited_saveables=visited if visited is not None else set(),
+            )
+        yield store, asset_store
+    finally:
+        asset_store.close()
+
+
+def _plan(store: RecordStore) -> _core.Plan:
+    groups = list(store.groups.items())
+    datasets = [(path, d.dtype, d.shape, d.tag) for path, d in store.datasets.items()]
+    return _core.plan(groups, datasets, engine=_state.current().engine)
+
+
+def _buffers(store: RecordStore) -> list[np.ndarray | None]:
+    return [None if callable(d.memory) else _tensors.as_buffer(d.memory) for d in store.datasets.values()]
+
+
+def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
+    """Gives the memory of the values that were not lent at the start."""
+    datasets = list(store.datasets.values())
+    return lambda i: _tensors.as_buffer(datasets[i].array())
+
+
+def _members(model: Any) -> list[tuple[str, bytes]]:
+    """The JSON members, in the order Keras writes them."""
+    with saving_lib.ObjectSharingScope():
+        config = saving_lib.serialize_keras_object(model)
+    metadata = {
+        "keras_version": saving_lib.keras_version,
+        "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
+    }
+    return [
+        (saving_lib._METADATA_FILENAME, json.dumps(metadata).encode()),
+        (saving_lib._CONFIG_FILENAME, _core.encode_json(config)),
+    ]
+
+
+def _finishing(save: _core.Save, work: Callable[[], Any]) -> Any:
+    """Runs `work` while the writer writes; stops the writer if it fails."""
+    try:
+        return work()
+    except BaseException:
+        save.cancel()
+        raise
+
+
+def _write(
+    model: Any,
+    plan: _core.Plan,
+    store: RecordStore,
+    assets: AssetStore,
+    target: Any,
+    *,
+    base: int,
+    options: _state.Options,
+) -> dict[str, Any]:
+    save = plan.start(
+        target,
+        _buffers(store),
+        archive=True,
+        base=base,
+        atomic=options.atomic,
+        durable=options.durable,
+    )
+    members: list[tuple[str, Any]] = _finishing(save, lambda: _members(model))
+    members += [(name, Path(path)) for name, path in assets.files()]
+    info = save.finish(members, _puller(store))
+    if isinstance(target, str):
+        _log_in_place(info, target)
+    return info
+
+
+def _write_memory(
+    model: Any,
+    plan: _core.Plan,
+    store: RecordStore,
+    assets: AssetStore,
+    file: io.BytesIO,
+    options: _state.Options,
+) -> dict[str, Any]:
+    """To a BytesIO: grown once, then filled in place; what follows the weights is appended."""
+    base = file.tell()
+    before = file.getvalue() if base < file.seek(0, io.SEEK_END) else None  # what a failed save must leave
+    end = base + plan.weights_end(True)
+    try:
+        file.seek(end - 1)
+        file.write(b"\0")
+        with file.getbuffer() as memory:
+            info = _write(model, plan, store, assets, memory[base:end], base=base, options=options)
+        file.seek(end)
+        file.write(info["tail"])
+    except BaseException:
+        file.seek(base)
+        file.truncate()
+        if before is not None:
+            file.write(before[base:])
+            file.seek(base)
+        raise
+    file.truncate()
+    return info
+
+
+def _log_in_place(info: dict[str, Any], path: str) -> None:
+    if info["in_place"] and info["in_place"] != "atomic=False":
+        _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, info["in_place"])
+
+
+def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int) -> None:
+    _state.count(engine=plan.engine, saves=1, bytes_written=nbytes, tensors_written=len(store.datasets))
+

@@ -1,0 +1,132 @@
+"""Sharded weights: `<name>.weights.json` says which `<name>_00000.weights.h5` holds which group."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from keras.src.saving import saving_lib
+from keras.src.utils import dtype_utils
+
+from hornbeam import _core, _save, _state
+from hornbeam._store import RecordStore
+from hornbeam.errors import ConfigError, UnsafeFileError
+
+
+def _index_path(text: str, *, saving: bool) -> Path:
+    """The path of the index; another suffix is renamed with Keras' warning."""
+    path = Path(text)
+    if path.suffix != ".json":
+        new = path.with_suffix(".json")
+        warnings.warn(
+            f"{'Saving' if saving else 'Loading'} sharded weights requires `*.json` as the extension. "
+            f"The original path: {path!s} will be renamed to {new!s}.",
+            stacklevel=2,
+        )
+        path = new
+    return path
+
+
+def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _state.Options) -> None:
+    """Writes the recorded values in shards of at most `max_shard_size` GB (1024³ bytes) and their index.
+
+    Every shard is complete before the first takes its place; the old index goes first and the new one comes last, so
+    that an interrupted replacement is refused instead of mixing two saves.
+
+    Raises:
+        ValueError: When a single value exceeds the size.
+    """
+    path = _index_path(text, saving=True)
+    shards, weight_map, total = _split(store, path, max_shard_size * 1024**3)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
+    running: list[tuple[_core.Save, _core.Plan, RecordStore, int]] = []
+    for name, shard in shards:
+        plan = _save._plan(shard)
+        save = plan.start(
+            str(path.with_name(name)),
+            _save._buffers(shard),
+            archive=False,
+            atomic=options.atomic,
+            durable=options.durable,
+        )
+        info = save.finish([], _save._puller(shard), commit=False)
+        running.append((save, plan, shard, info["bytes"]))
+    if options.atomic:
+        path.unlink(missing_ok=True)
+    for save, *_ in running:
+        save.commit()
+    _core.write_file(str(path), index.encode(), atomic=options.atomic, durable=options.durable)
+    for i, (_, plan, shard, nbytes) in enumerate(running):
+        _state.count(
+            engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets)
+        )
+
+
+def _split(
+    store: RecordStore, path: Path, limit: float
+) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:
+    """Distributes the values as Keras' `ShardedH5IOStore` does: in order, a new shard when the next does not fit."""
+    base = path.stem.replace(".weights", "")
+    shards: list[tuple[str, RecordStore]] = []
+
+    def new_shard() -> RecordStore:
+        shards.append((f"{base}_{len(shards):05}.weights.h5", RecordStore()))
+        return shards[-1][1]
+
+    current, size, total = new_shard(), 0.0, 0.0
+    weight_map: dict[str, Any] = {}
+    for kind, place in store.order:
+        if kind == "group":
+            current.groups[place] = store.groups[place]
+            continue
+        if place not in store.datasets:
+            continue  # deleted again
+        dataset = store.datasets[place]
+        nbytes = math.prod(dataset.shape) * dtype_utils.dtype_size(dataset.name) / 8
+        total += nbytes
+        group, _, key = place.rpartition("/")
+        if nbytes > limit:
+            raise ValueError(
+                f"The size of {key} is {saving_lib.readable_memory_size(nbytes)} which exceeds the maximum "
+                f"shard size {saving_lib.readable_memory_size(limit)}. You can increase the `max_shard_size` "
+                "parameter to accommodate the size."
+            )
+        size += nbytes
+        if size > limit:
+            current, size = new_shard(), nbytes
+        current.datasets[place] = dataset
+        name = shards[-1][0]
+        known = weight_map.setdefault(f"/{group}", name)
+        if known != name and name not in known:
+            weight_map[f"/{group}"] = [*([known] if isinstance(known, str) else known), name]
+    return shards, weight_map, total
+
+
+def open_shards(text: str) -> list[tuple[str, _core.File]]:
+    """Opens every shard that the index names.
+
+    Raises:
+        ValueError: When the index is malformed or names a file elsewhere.
+        FileNotFoundError: When a shard is missing.
+    """
+    path = _index_path(text, saving=False)
+    try:
+        index = _core.decode_json(path.read_bytes(), trusted=False)
+        values = list(index["weight_map"].values())
+        names = [n for value in values for n in (value if isinstance(value, list) else [value])]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(f"'{path}' is not an index of sharded weights: it has no weight_map") from e
+    base = path.stem.replace(".weights", "")
+    first = f"{base}_00000.weights.h5"  # holds the groups without values
+    if path.with_name(first).exists():
+        names.insert(0, first)
+    opened = []
+    for name in dict.fromkeys(names):
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name:
+            raise UnsafeFileError(f"'{path}' names a shard outside its directory: {name!r}")
+        opened.append((name, _core.open(str(path.with_name(name)), archive=False)))
+    return opened

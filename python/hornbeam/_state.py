@@ -1,0 +1,141 @@
+"""Options and counters. Options are per thread and scoped; counters are for the process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from hornbeam.errors import UnsupportedError
+
+logger = logging.getLogger("hornbeam")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `hornbeam.options` can set.
+
+    Attributes:
+        strict: Raise `UnsupportedError` instead of handing over to stock Keras.
+        engine: `"auto"` (our own; libhdf5 for reading what it does not), `"direct"` or `"libhdf5"`.
+        atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
+        durable: A save returns only when data and directory are on stable storage.
+    """
+
+    strict: bool = False
+    engine: str = "auto"
+    atomic: bool = True
+    durable: bool = False
+
+
+class _Local(threading.local):
+    options = Options()
+
+
+_local = _Local()
+
+
+def current() -> Options:
+    """The options in force in this thread."""
+    return _local.options
+
+
+@contextlib.contextmanager
+def options(
+    *,
+    strict: bool | None = None,
+    engine: str | None = None,
+    atomic: bool | None = None,
+    durable: bool | None = None,
+) -> Iterator[Options]:
+    """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
+
+    Args:
+        strict: Raise `UnsupportedError` where hornbeam would hand over to stock Keras.
+        engine: `"auto"`, `"direct"` or `"libhdf5"`.
+        atomic: Replace files by renaming (the default) or write over them.
+        durable: Wait for stable storage.
+
+    Yields:
+        The options in force inside.
+
+    Raises:
+        ValueError: For an unknown engine.
+    """
+    given = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable}
+    if engine not in (None, "auto", "direct", "libhdf5"):
+        raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
+    before = _local.options
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    _local.options = dataclasses.replace(before, **changes)
+    try:
+        yield _local.options
+    finally:
+        _local.options = before
+
+
+@dataclasses.dataclass
+class Stats:
+    """What hornbeam did in this process.
+
+    Attributes:
+        saves: Files, directories and file objects written.
+        loads: Files, directories and file objects read.
+        bytes_written: Bytes of those written.
+        bytes_read: Bytes of the tensors handed over.
+        tensors_written: Tensors written.
+        tensors_read: Tensors handed over.
+        engines: How often each engine laid out or indexed an image.
+        handovers: How often stock Keras did the work instead, by reason.
+    """
+
+    saves: int = 0
+    loads: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    tensors_written: int = 0
+    tensors_read: int = 0
+    engines: Counter[str] = dataclasses.field(default_factory=Counter)
+    handovers: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+_stats = Stats()
+_lock = threading.Lock()
+
+
+def stats(*, reset: bool = False) -> Stats:
+    """A copy of the counters; with `reset`, they start again from zero."""
+    global _stats
+    with _lock:
+        copy = dataclasses.replace(
+            _stats, engines=Counter(_stats.engines), handovers=Counter(_stats.handovers)
+        )
+        if reset:
+            _stats = Stats()
+    return copy
+
+
+def count(*, engine: str | None = None, **amounts: int) -> None:
+    """Adds to the counters."""
+    with _lock:
+        for name, amount in amounts.items():
+            setattr(_stats, name, getattr(_stats, name) + amount)
+        if engine is not None:
+            _stats.engines[engine] += 1
+
+
+def hand_over(reason: str, stock: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Lets stock Keras do it: counted, logged, refused under `strict`."""
+    if current().strict:
+        raise UnsupportedError(
+            f"hornbeam does not handle this: {reason}. Without `strict`, stock Keras would do it."
+        )
+    with _lock:
+        _stats.handovers[reason] += 1
+    logger.info("handed over to Keras: %s", reason)
+    return stock(*args, **kwargs)

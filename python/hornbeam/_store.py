@@ -1,0 +1,299 @@
+"""Stores between Keras' walk and the Rust core: `RecordStore` notes a save, `LoadStore` serves a load.
+
+Keras asks that a store be an instance of its own `H5IOStore`; nothing of that class is used.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from keras.src import backend
+from keras.src.saving import saving_lib
+
+from hornbeam import _core, _tensors
+
+Attributes = list[tuple[str, str]]
+
+
+class _Dataset:
+    """A recorded value: what is known of it now, and its memory or how to get it."""
+
+    __slots__ = ("dtype", "memory", "name", "shape", "tag")
+
+    def __init__(self, memory: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.memory = memory
+        self.name = dtype.name
+        self.dtype = _tensors.dtype_name(dtype)
+        self.tag = [("dtype", "bfloat16")] if dtype.name == "bfloat16" else []
+        self.shape = shape
+
+    def array(self) -> np.ndarray:
+        return self.memory() if callable(self.memory) else self.memory
+
+
+class RecordStore(saving_lib.H5IOStore):
+    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value."""
+
+    def __init__(self) -> None:
+        self.mode = "w"
+        self.groups: dict[str, Attributes] = {}
+        self.datasets: dict[str, _Dataset] = {}
+        self.order: list[tuple[str, str]] = []  # ("group" or "dataset", path)
+        self._prefix = "vars"
+
+    def __bool__(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def make(self, path: str, metadata: dict[str, Any] | None = None) -> RecordStore:
+        """Points the store at `<path>/vars`; with metadata, the group exists even if it stays empty."""
+        if not isinstance(metadata, dict | None):
+            raise ValueError(f"`metadata` should be a dict or `None`. Received: {metadata}")
+        self._prefix = f"{path}/vars" if path else "vars"
+        if metadata:
+            if self._prefix in self.groups:
+                raise ValueError(f"Unable to create group (name already exists): {self._prefix}")
+            self.groups[self._prefix] = [(name, str(value)) for name, value in metadata.items()]
+            self.order.append(("group", self._prefix))
+        return self
+
+    def _path(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        path = self._path(key)
+        if path in self.datasets:
+            raise ValueError(f"Unable to create dataset (name already exists): {path}")
+        found = _tensors.view(value)
+        if callable(found):
+            # Keras' own layers do not change a variable after they stored it; anybody else may.
+            if sys._getframe(1).f_globals.get("__name__", "").startswith(("keras.", "hornbeam.")):
+                self._note(path, _Dataset(found, _deferred_dtype(value.dtype), tuple(value.shape)))
+                return
+            found = found()
+        backend.standardize_dtype(found.dtype)  # refuses strings and objects as stock Keras does
+        self._note(path, _Dataset(found, found.dtype, found.shape))
+
+    def _note(self, path: str, dataset: _Dataset) -> None:
+        self.datasets[path] = dataset
+        self.order.append(("dataset", path))
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        try:
+            return np.array(self.datasets[self._path(key)].array())
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __delitem__(self, key: str) -> None:
+        try:
+            del self.datasets[self._path(key)]
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __contains__(self, key: object) -> bool:
+        return self._path(str(key)) in self.datasets
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        """Names in the current group, in the order HDF5 lists them."""
+        start = len(self._prefix) + 1
+        inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
+        return sorted(set(inside), key=str.encode)
+
+
+def _deferred_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+class LoadStore(saving_lib.H5IOStore):
+    """Serves a load from one image or several shards, each read by a background thread of the core."""
+
+    def __init__(self, images: Iterable[Image]) -> None:
+        self.mode = "r"
+        self.images = list(images)
+        self.where: dict[str, tuple[Image, int]] = {}
+        self.members: dict[str, list[str]] = {}  # group → names in it
+        self.error: Exception | None = None
+        self.taken: set[str] = set()
+        self._alive: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
+        self._prefix: str | None = None
+        for image in self.images:
+            for path in image.groups:
+                self._list(path)
+                self.members.setdefault(path, [])
+            for i, (path, *_) in enumerate(image.datasets):
+                if path in self.where:
+                    raise ValueError(f"'{path}' is in two shards: {image.name} and another")
+                self.where[path] = (image, i)
+                self._list(path)
+
+    def _list(self, path: str) -> None:
+        parent, _, name = path.rpartition("/")
+        names = self.members.setdefault(parent, [])
+        if not names or names[-1] != name:
+            names.append(name)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Stops the readers."""
+        for image in self.images:
+            image.close()
+
+    def get(self, path: str) -> LoadStore:
+        """Points the store at `<path>/vars`; a path that is not there gives an empty store."""
+        self._prefix = None
+        if self._enter(path):
+            return self
+        # Files of tf.keras up to 2.13.
+        if path and "_layer_checkpoint_dependencies" in self.members:
+            self._enter(path.replace("layers", "_layer_checkpoint_dependencies"))
+        return self
+
+    def _enter(self, path: str) -> bool:
+        group = f"{path}/vars" if path else "vars"
+        for place in (path, group):
+            if place in self.where:
+                raise ValueError(f"Invalid H5 file, expected Group but found a dataset at '{place}'")
+        if group in self.members:
+            self._prefix = group
+            return True
+        return False
+
+    def has_path(self, path: str) -> bool:
+        """Whether there is a group or dataset at `path`."""
+        return path in self.members or path in self.where
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        """Names in the current group, in the order HDF5 lists them."""
+        return [] if self._prefix is None else sorted(set(self.members[self._prefix]), key=str.encode)
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return self._prefix is not None and self.has_path(f"{self._prefix}/{key}")
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        path = f"{self._prefix}/{key}"
+        if self._prefix is None or path not in self.where:
+            if self._prefix is not None and path in self.members:
+                raise ValueError(f"Invalid H5 file, expected Dataset, received a group at '{path}'")
+            raise KeyError(key)
+        alive = self._alive.get(path)
+        if alive is not None:
+            return np.array(alive)
+        image, i = self.where[path]
+        try:
+            array = image.take(i)
+        except Exception as error:
+            # Keras collects what its layers raise while loading; a broken file must not become one of those.
+            self.error = self.error or error
+            raise
+        self.taken.add(path)
+        self._alive[path] = array
+        return array
+
+    def complete(self, *, drop_rest: bool) -> None:
+        """Waits until every byte was read and checked.
+
+        Raises:
+            HornbeamError: When the file is broken, also if Keras has swallowed the error before.
+        """
+        if self.error is not None:
+            raise self.error
+        for image in self.images:
+            image.complete(drop_rest=drop_rest)
+
+
+class Image:
+    """One weights image that is being read."""
+
+    def __init__(self, weights: _core.Weights, name: str, *, verify: bool, read_ahead: int) -> None:
+        self.name = name
+        self.weights = weights
+        self.groups = [path for path, _ in weights.groups()]
+        self.datasets = weights.datasets()
+        self.verify = verify
+        self.reading: _core.Reading | None = weights.fetch(
+            list(range(len(self.datasets))), verify=verify, read_ahead=read_ahead
+        )
+        self.bytes = 0
+        self.tensors = 0
+
+    def take(self, i: int) -> np.ndarray:
+        """The value of dataset `i`, in memory of its own."""
+        _, name, shape, attributes = self.datasets[i]
+        dtype = _tensors.numpy_dtype(name, dict(attributes).get("dtype"))
+        if self.reading is None:
+            raise ValueError("I/O operation on a closed store.")
+        block = self.reading.take(i)
+        if block is None:  # taken before: read it again
+            block = self.weights.fetch([i], verify=False, read_ahead=0).take(i)
+        self.tensors += 1
+        if block is None or len(block) == 0:
+            return np.empty(shape, dtype)
+        self.bytes += len(block)
+        return np.frombuffer(block, np.uint8).view(dtype).reshape(shape)
+
+    def complete(self, *, drop_rest: bool) -> None:
+        if self.reading is not None:
+            self.reading.complete(drop_rest=drop_rest)
+
+    def close(self) -> None:
+        self.reading = None
+
+
+class AssetStore(saving_lib.DiskIOStore):
+    """Keras' asset store, whose temporary directory is made when the first asset asks for it."""
+
+    def __init__(self, mode: str, extract: Callable[[str], None] | None = None) -> None:
+        self.mode = mode
+        self.archive = None
+        self.tmp_dir: str | None = None
+        self.root_path = saving_lib._ASSETS_DIRNAME
+        self._extract = extract
+        self._working_dir: str | None = None
+
+    @property
+    def working_dir(self) -> str:  # type: ignore[override]
+        if self._working_dir is None:
+            self.tmp_dir = saving_lib.get_temp_dir()
+            self._working_dir = str(Path(self.tmp_dir) / self.root_path)
+            Path(self._working_dir).mkdir()
+            if self._extract is not None:
+                self._extract(self._working_dir)
+        return self._working_dir
+
+    def files(self) -> list[tuple[str, str]]:
+        """`(member name, path)` of every asset, in the order stock Keras archives them."""
+        if self._working_dir is None:
+            return []
+        root = Path(self._working_dir)
+        found = [p for p in sorted(root.rglob("*")) if p.is_file()]
+        return [(f"{self.root_path}/{p.relative_to(root).as_posix()}", str(p)) for p in found]
+
+    def close(self) -> None:
+        """Removes the temporary directory."""
+        if self.tmp_dir is not None:
+            saving_lib.file_utils.rmtree(self.tmp_dir)
+            self.tmp_dir = self._working_dir = None

@@ -1,0 +1,138 @@
+"""Values ↔ host memory, per backend. The only file that knows TensorFlow, JAX and torch.
+
+A value is *shared* where its memory cannot change while it is held (TensorFlow and JAX tensors on the CPU), *deferred*
+where it can or has to be fetched from a device (torch, NumPy, accelerators): then it is copied when its turn comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+#: Gives the host array of a value; called when its turn comes.
+Deferred = Callable[[], np.ndarray]
+
+
+@functools.cache
+def _backend() -> str:
+    import keras
+
+    return keras.backend.backend()
+
+
+def view(value: Any) -> np.ndarray | Deferred:
+    """Host memory of a variable, tensor or array.
+
+    Returns:
+        An array that nobody else can change (shared, or copied now), or a function that makes one later.
+    """
+    import keras
+
+    if isinstance(value, keras.Variable):
+        value = value.value
+        deferrable = True
+    else:
+        deferrable = False
+    viewer = _VIEWERS.get(_backend())
+    found = viewer(value) if viewer is not None else None
+    if found is None or (callable(found) and not deferrable):
+        return _copy(value)
+    return found
+
+
+def _copy(value: Any) -> np.ndarray:
+    """As stock Keras converts it; the result shares no memory."""
+    from keras.src import backend
+
+    return backend.convert_to_numpy(value)  # type: ignore[no-any-return]
+
+
+def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
+    import tensorflow as tf
+    from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+    if type(value) is ResourceVariable:
+        if "CPU" not in (value.device or "CPU"):
+            return lambda: value.numpy()
+        # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
+        # sparse update copies it once instead, if the view is still held.
+        tf.raw_ops.DisableCopyOnRead(resource=value.handle)
+        tensor = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
+        return np.asarray(tensor)
+    if type(value).__name__ == "EagerTensor" and tf.is_tensor(value) and "CPU" in value.device:
+        return np.asarray(value)
+    return None
+
+
+def _view_jax(value: Any) -> np.ndarray | Deferred | None:
+    import jax
+
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return None
+    if all(device.platform == "cpu" for device in value.devices()):
+        return np.asarray(value) if len(value.devices()) == 1 else None
+    # np.asarray would keep the host copy alive with the device array.
+    return lambda: np.array(jax.device_put(value, jax.devices("cpu")[0]))
+
+
+def _view_torch(value: Any) -> np.ndarray | Deferred | None:
+    import torch
+
+    return (lambda: _copy_torch(value)) if isinstance(value, torch.Tensor) else None
+
+
+def _copy_torch(value: Any) -> np.ndarray:
+    import ml_dtypes
+    import torch
+
+    host = value.detach().to("cpu", copy=True).contiguous()
+    if host.dtype == torch.bfloat16:
+        return host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return host.numpy()  # type: ignore[no-any-return]
+
+
+def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
+    return (lambda: np.array(value)) if isinstance(value, np.ndarray) else None
+
+
+_VIEWERS: dict[str, Callable[[Any], np.ndarray | Deferred | None]] = {
+    "tensorflow": _view_tensorflow,
+    "jax": _view_jax,
+    "torch": _view_torch,
+    "numpy": _view_numpy,
+}
+
+
+def as_buffer(array: np.ndarray) -> np.ndarray:
+    """The array in a form that the buffer protocol can lend: contiguous, of a dtype that it knows."""
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    array = array.reshape(-1)  # scalars lend no shape
+    return array if array.dtype.name in _NUMBERS else array.view(np.uint8)
+
+
+#: Extension dtypes of one byte and more that h5py stores as opaque bytes.
+def dtype_name(dtype: np.dtype) -> str:
+    """The name the Rust core knows a dtype by; `V{n}` for what HDF5 has no type for."""
+    if dtype.kind in "fiubc" and dtype.name in _NUMBERS:
+        return dtype.name
+    return f"V{dtype.itemsize}"
+
+
+_NUMBERS = frozenset(
+    "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
+)
+
+
+def numpy_dtype(name: str, tag: str | None) -> np.dtype:
+    """The NumPy dtype of a dataset: its own, or the one its `dtype` attribute names, as Keras reads it."""
+    if tag == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(f"|{name}" if name.startswith("V") else name)

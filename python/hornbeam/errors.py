@@ -1,0 +1,103 @@
+"""Exceptions: each is a `HornbeamError` and what Keras or Python raises in the same place."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from typing import Any
+
+
+class HornbeamError(Exception):
+    """Base of every error of hornbeam's own; says where it happened.
+
+    Attributes:
+        path: The file, or `None`.
+        member: The archive member, or `None`.
+        entry: The path inside the weights image, or `None`.
+        expected: What was expected, as text, or `None`.
+        found: What was found, as text, or `None`.
+    """
+
+    path: str | None = None
+    member: str | None = None
+    entry: str | None = None
+    expected: str | None = None
+    found: str | None = None
+
+
+class ArchiveError(HornbeamError, zipfile.BadZipFile):
+    """The zip container is malformed."""
+
+
+class ChecksumError(ArchiveError):
+    """Bytes of a member do not match their CRC-32."""
+
+
+class WeightsFileError(HornbeamError, OSError):
+    """The HDF5 image is malformed."""
+
+
+class ConfigError(HornbeamError, ValueError):
+    """A JSON member is malformed."""
+
+
+class LimitError(HornbeamError, ValueError):
+    """A file asks for more than a limit allows: decompression bombs, nesting, counts."""
+
+
+class UnsafeFileError(HornbeamError, ValueError):
+    """A file points to data outside itself: links, external or virtual datasets."""
+
+
+class UnsupportedError(HornbeamError, ValueError):
+    """Hornbeam does not handle this; under `options(strict=True)` it is not handed to Keras either."""
+
+
+class InvalidError(HornbeamError, ValueError):
+    """Something that cannot be written was to be saved."""
+
+
+class CancelledError(HornbeamError, RuntimeError):
+    """The operation was cancelled."""
+
+
+class StorageError(HornbeamError, OSError):
+    """The operating system refused an operation. Raised as a subclass that also is, say, `FileNotFoundError`."""
+
+
+_KINDS: dict[str, type[HornbeamError]] = {
+    "archive": ArchiveError,
+    "crc": ChecksumError,
+    "hdf5": WeightsFileError,
+    "json": ConfigError,
+    "limit": LimitError,
+    "unsafe": UnsafeFileError,
+    "unsupported": UnsupportedError,
+    "invalid": InvalidError,
+    "cancelled": CancelledError,
+}
+_storage_errors: dict[type[OSError], type[StorageError]] = {OSError: StorageError}
+
+
+def _storage_error(number: int | None) -> type[StorageError]:
+    """`StorageError`, also deriving from the subclass of `OSError` that Python uses for this `errno`."""
+    builtin = type(OSError(number, "")) if number is not None else OSError
+    if builtin not in _storage_errors:
+        name = f"Storage{builtin.__name__}"
+        _storage_errors[builtin] = type(name, (StorageError, builtin), {"__module__": __name__})
+    return _storage_errors[builtin]
+
+
+def _from_core(kind: str, message: str, *, errno: int | None = None, **place: Any) -> HornbeamError:
+    """The exception for an error of the Rust core; called by `py/errors.rs`."""
+    error: HornbeamError
+    if kind == "io":
+        cls = _storage_error(errno)
+        error = cls(message) if errno is None else cls(errno, message)
+        if errno is not None and place.get("path"):
+            error.filename = os.fspath(place["path"])  # type: ignore[attr-defined]
+    else:
+        error = _KINDS[kind](message)
+    for name, value in place.items():
+        setattr(error, name, value)
+    return error

@@ -1,0 +1,57 @@
+//! The one mapping from [`Error`] to Python exceptions; the classes are in `hornbeam/errors.py`.
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::error::{Error, Kind};
+
+/// The Python exception for `error`, with its place as attributes.
+pub(crate) fn to_py(error: Error) -> PyErr {
+    if !matches!(error.kind(), Kind::Caller(_)) {
+        return Python::attach(|py| build(py, &error).unwrap_or_else(|e| e));
+    }
+    match error.into_kind() {
+        Kind::Caller(e) => match e.downcast::<PyErr>() {
+            Ok(e) => *e,
+            Err(e) => PyRuntimeError::new_err(e.to_string()),
+        },
+        _ => unreachable!("checked above"),
+    }
+}
+
+fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
+    let kind = match error.kind() {
+        Kind::Io(_) => "io",
+        Kind::Archive => "archive",
+        Kind::Crc => "crc",
+        Kind::Hdf5 => "hdf5",
+        Kind::Json(_) => "json",
+        Kind::Limit => "limit",
+        Kind::Unsafe => "unsafe",
+        Kind::Unsupported => "unsupported",
+        Kind::Invalid | Kind::Caller(_) => "invalid",
+        Kind::Cancelled => "cancelled",
+    };
+    let place = PyDict::new(py);
+    place.set_item("path", error.path().map(|p| p.to_string_lossy()))?;
+    place.set_item("member", error.member())?;
+    place.set_item("entry", error.entry())?;
+    place.set_item("expected", error.expected())?;
+    place.set_item("found", error.found())?;
+    if let Kind::Io(io) = error.kind() {
+        place.set_item("errno", errno(io))?;
+    }
+    let make = py.import("hornbeam.errors")?.getattr("_from_core")?;
+    Ok(PyErr::from_value(make.call((kind, error.to_string()), Some(&place))?))
+}
+
+/// Rust's own errors carry a kind instead of the system's number.
+fn errno(io: &std::io::Error) -> Option<i32> {
+    io.raw_os_error().or(match io.kind() {
+        std::io::ErrorKind::NotFound => Some(2),
+        std::io::ErrorKind::PermissionDenied => Some(13),
+        std::io::ErrorKind::IsADirectory => Some(21),
+        _ => None,
+    })
+}

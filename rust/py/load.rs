@@ -1,0 +1,161 @@
+//! `open`, `File`, `Weights`, `Reading`: a file, the image in it, a read in progress.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::buffer::{Block, Seekable, source};
+use super::errors::to_py;
+use super::run::{interrupt, run};
+use crate::archive::read::{Member, Members};
+use crate::error::{Error, Kind, Result};
+use crate::io::ReadAt;
+use crate::load::{self, Choice};
+use crate::tree::Attribute;
+
+pub(super) fn choice(engine: &str) -> PyResult<Choice> {
+    match engine {
+        "auto" => Ok(Choice::Auto),
+        "direct" => Ok(Choice::Direct),
+        "libhdf5" => Ok(Choice::LibHdf5),
+        other => Err(PyValueError::new_err(format!("engine must be 'auto', 'direct' or 'libhdf5', not '{other}'"))),
+    }
+}
+
+/// An open file: an archive, or a bare weights image.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct File {
+    source: Arc<dyn ReadAt>,
+    path: Option<PathBuf>,
+    members: Option<Members>,
+}
+
+#[pyfunction]
+#[pyo3(signature = (target, *, archive))]
+pub(super) fn open(py: Python<'_>, target: &Bound<'_, PyAny>, archive: bool) -> PyResult<File> {
+    let path = target.extract::<PathBuf>().ok();
+    let source = match &path {
+        Some(path) => run(py, || load::open(path))?,
+        None if target.hasattr("seek")? => Arc::new(Seekable::new(target)?),
+        None => source(target)?,
+    };
+    let read = || archive.then(|| Members::open(&*source)).transpose();
+    let members = run(py, || placed(read(), path.as_ref()))?;
+    Ok(File { source, path, members })
+}
+
+fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
+    result.map_err(|e| match path {
+        Some(path) => e.with_path(path),
+        None => e,
+    })
+}
+
+impl File {
+    fn member(&self, name: &str) -> Result<&Member> {
+        let missing = || Error::new(Kind::Archive, format!("There is no item named '{name}' in the archive"));
+        self.members.as_ref().and_then(|m| m.get(name)).ok_or_else(missing)
+    }
+}
+
+#[pymethods]
+impl File {
+    /// `(name, bytes, stored bytes)` of every member.
+    fn members(&self) -> Vec<(String, u64, u64)> {
+        let all = self.members.iter().flat_map(Members::iter);
+        all.map(|m| (m.name.clone(), m.size, m.stored)).collect()
+    }
+
+    /// All bytes of a member, CRC checked.
+    fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = run(py, || placed(self.member(name).and_then(|m| m.read(&*self.source)), self.path.as_ref()))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores.
+    fn check_expansion(&self, name: &str, floor: u64, max_expansion: u64) -> PyResult<()> {
+        let checked = self.member(name).and_then(|m| m.check_expansion(floor, max_expansion));
+        placed(checked, self.path.as_ref()).map_err(to_py)
+    }
+
+    /// Indexes the weights.
+    #[pyo3(signature = (*, engine = "auto"))]
+    fn weights(&self, py: Python<'_>, engine: &str) -> PyResult<Weights> {
+        let choice = choice(engine)?;
+        let open = || match &self.members {
+            Some(members) => load::Weights::open_member(&self.source, members, choice),
+            None => load::Weights::open(Arc::clone(&self.source), choice),
+        };
+        let weights = run(py, || placed(open(), self.path.as_ref()))?;
+        Ok(Weights { weights: Arc::new(weights), path: self.path.clone() })
+    }
+}
+
+/// The index of a weights image.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct Weights {
+    weights: Arc<load::Weights>,
+    path: Option<PathBuf>,
+}
+
+#[pymethods]
+impl Weights {
+    #[getter]
+    fn engine(&self) -> &'static str {
+        self.weights.engine()
+    }
+
+    #[getter]
+    fn has_crc(&self) -> bool {
+        self.weights.has_crc()
+    }
+
+    /// `(path, attributes)` of every group.
+    fn groups(&self) -> Vec<(String, Vec<Attribute>)> {
+        self.weights.index().groups.clone()
+    }
+
+    /// `(path, dtype, shape, attributes)` of every dataset.
+    #[allow(clippy::type_complexity)] // one row of a table
+    fn datasets(&self) -> Vec<(String, String, Vec<u64>, Vec<Attribute>)> {
+        let row = |d: &crate::h5::Found| {
+            (d.path.clone(), d.dtype.name().into_owned(), d.shape.clone(), d.attributes.clone())
+        };
+        self.weights.index().datasets.iter().map(row).collect()
+    }
+
+    /// Starts to read datasets by their position in `datasets()`.
+    #[pyo3(signature = (wanted, *, verify = true, read_ahead))]
+    fn fetch(&self, py: Python<'_>, wanted: Vec<usize>, verify: bool, read_ahead: u64) -> PyResult<Reading> {
+        if wanted.iter().any(|&i| i >= self.weights.index().datasets.len()) {
+            return Err(PyValueError::new_err("no dataset has this position"));
+        }
+        let reading = run(py, || placed(self.weights.fetch(&wanted, verify, read_ahead), self.path.as_ref()))?;
+        Ok(Reading { reading, path: self.path.clone() })
+    }
+}
+
+/// A read in progress.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct Reading {
+    reading: load::Reading,
+    path: Option<PathBuf>,
+}
+
+#[pymethods]
+impl Reading {
+    /// Waits for a dataset and takes it; `None` if it was taken before.
+    fn take(&self, py: Python<'_>, i: usize) -> PyResult<Option<Block>> {
+        let slot = run(py, || placed(self.reading.take(i, &interrupt), self.path.as_ref()))?;
+        Ok(slot.map(Block::new))
+    }
+
+    /// Waits until every byte was read and checked.
+    #[pyo3(signature = (*, drop_rest = false))]
+    fn complete(&self, py: Python<'_>, drop_rest: bool) -> PyResult<()> {
+        run(py, || placed(self.reading.complete(drop_rest, &interrupt), self.path.as_ref()))
+    }
+}

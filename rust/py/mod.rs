@@ -1,0 +1,39 @@
+//! The boundary: the only place that names pyo3. Every function here extracts, runs the core detached, converts.
+//!
+//! Lock order: detach from the interpreter first, then wait or lock; never attach while holding a lock.
+
+mod buffer;
+pub(crate) mod errors;
+mod json;
+mod load;
+mod run;
+mod save;
+
+use pyo3::prelude::*;
+
+/// `hornbeam._core`; documented and typed in `_core.pyi`.
+#[pymodule]
+mod _core {
+    use super::{PyResult, Python};
+    use pyo3::prelude::*;
+    use pyo3::types::PyDict;
+
+    #[pymodule_export]
+    use super::buffer::Block;
+    #[pymodule_export]
+    use super::json::{decode_json, encode_json};
+    #[pymodule_export]
+    use super::load::{File, Reading, Weights, open};
+    #[pymodule_export]
+    use super::save::{Directory, Plan, Save, plan, write_file};
+
+    /// How this extension was built.
+    #[pyfunction]
+    fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+        let info = PyDict::new(py);
+        info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+        info.set_item("debug", cfg!(debug_assertions))?;
+        info.set_item("libhdf5", cfg!(feature = "libhdf5"))?;
+        Ok(info)
+    }
+}

@@ -1,0 +1,351 @@
+//! `plan`, `Plan.start`, `Save.finish`: a save in a thread of its own, while Python serialises the config.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use super::buffer::{Lent, Memory, Stream};
+use super::errors::to_py;
+use super::run::{caller, interrupt, run};
+use crate::archive::write::Content;
+use crate::commit::{self, Options};
+use crate::dtype::DType;
+use crate::error::{Error, Kind, Result};
+use crate::io::emit::{Progress, Sink, Tensors};
+use crate::io::fetch::POLL;
+use crate::save::{self, Prepared, Target};
+use crate::tree::{Attribute, Tree};
+
+use super::load::choice;
+
+/// A laid-out weights image, ready to be written.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct Plan(Arc<save::Plan>);
+
+#[pyfunction]
+#[pyo3(signature = (groups, datasets, *, engine = "auto"))]
+pub(super) fn plan(
+    py: Python<'_>,
+    groups: Vec<(String, Vec<Attribute>)>,
+    datasets: Vec<(String, String, Vec<u64>, Vec<Attribute>)>,
+    engine: &str,
+) -> PyResult<Plan> {
+    let choice = choice(engine)?;
+    let laid_out = run(py, || {
+        let mut tree = Tree::new();
+        for (path, attributes) in groups {
+            tree.add_group(&path, attributes)?;
+        }
+        for (path, dtype, shape, attributes) in datasets {
+            let known = DType::from_name(&dtype).ok_or_else(|| {
+                Error::new(Kind::Invalid, format!("Invalid dtype: {dtype}; a weights file cannot hold it"))
+                    .with_entry(&path)
+            })?;
+            tree.add_dataset(&path, known, &shape, attributes)?;
+        }
+        save::Plan::new(tree, &*choice.writer()?)
+    });
+    Ok(Plan(Arc::new(laid_out?)))
+}
+
+#[pymethods]
+impl Plan {
+    #[getter]
+    fn engine(&self) -> &'static str {
+        self.0.engine()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.0.tree().nbytes()
+    }
+
+    fn weights_end(&self, archive: bool) -> u64 {
+        self.0.weights_end(archive)
+    }
+
+    /// Starts the writer thread. `buffers[i]` is the memory of dataset `i`, or `None` to be asked for later.
+    #[pyo3(signature = (target, buffers, *, archive, base = 0, atomic = true, durable = false))]
+    fn start(
+        &self,
+        target: &Bound<'_, PyAny>,
+        buffers: Vec<Option<Bound<'_, PyAny>>>,
+        archive: bool,
+        base: u64,
+        atomic: bool,
+        durable: bool,
+    ) -> PyResult<Save> {
+        if buffers.len() != self.0.tree().datasets().len() {
+            return Err(PyRuntimeError::new_err("one buffer per dataset is needed"));
+        }
+        let lent = buffers.iter().map(|b| b.as_ref().map(Lent::new).transpose()).collect::<PyResult<Vec<_>>>()?;
+        let (tail_to, tail) = channel();
+        let target = if let Ok(path) = target.extract::<PathBuf>() {
+            Target::Path(path, Options { atomic, durable })
+        } else if target.hasattr("write")? {
+            let seekable = target.call_method0("seekable").and_then(|s| s.is_truthy()).unwrap_or(false);
+            Target::Sink(Box::new(Stream { file: target.clone().unbind(), seekable, position: base }), base)
+        } else {
+            Target::Sink(Box::new(KeepsTail(Memory::new(target, base)?, tail_to)), base)
+        };
+        Save::spawn(Arc::clone(&self.0), target, lent, archive, tail)
+    }
+}
+
+/// Memory that sends what came behind its end when it is done.
+struct KeepsTail(Memory, Sender<Vec<u8>>);
+
+impl Sink for KeepsTail {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+}
+
+impl Drop for KeepsTail {
+    fn drop(&mut self) {
+        let _ = self.1.send(std::mem::take(&mut self.0.tail));
+    }
+}
+
+/// What the writer thread asks of the caller.
+enum Event {
+    Tensor(usize),
+    Done(Box<Result<Prepared>>),
+}
+
+/// What the caller answers.
+enum Answer {
+    Tensor(Lent),
+    Members(Vec<(String, Content)>),
+}
+
+/// A save in progress.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct Save {
+    progress: Arc<Progress>,
+    running: Mutex<Option<Running>>,
+    prepared: Mutex<Option<Prepared>>,
+}
+
+struct Running {
+    thread: JoinHandle<Vec<Option<Lent>>>,
+    events: Receiver<Event>,
+    tensors: Sender<Answer>,
+    members: Sender<Answer>,
+    tail: Receiver<Vec<u8>>,
+    archive: bool,
+}
+
+/// The writer thread's view of the tensors: lent ones at once, others when the caller hands them over.
+struct Source<'a> {
+    lent: &'a [Option<Lent>],
+    current: Option<Lent>,
+    ask: &'a Sender<Event>,
+    answers: &'a Receiver<Answer>,
+}
+
+fn gone<E>(_: E) -> Error {
+    Error::new(Kind::Cancelled, "the save was cancelled")
+}
+
+impl Tensors for Source<'_> {
+    fn tensor(&mut self, i: usize) -> Result<&[u8]> {
+        if let Some(lent) = &self.lent[i] {
+            return Ok(lent.bytes());
+        }
+        self.current = None;
+        self.ask.send(Event::Tensor(i)).map_err(gone)?;
+        match self.answers.recv().map_err(gone)? {
+            Answer::Tensor(lent) => Ok(self.current.insert(lent).bytes()),
+            Answer::Members(_) => Err(gone(())),
+        }
+    }
+}
+
+impl Save {
+    fn spawn(
+        plan: Arc<save::Plan>,
+        target: Target,
+        lent: Vec<Option<Lent>>,
+        archive: bool,
+        tail: Receiver<Vec<u8>>,
+    ) -> PyResult<Self> {
+        let progress = Arc::new(Progress::default());
+        let (ask, events) = channel();
+        let (tensors, tensor_answers) = channel();
+        let (members, member_answers) = channel();
+        let watched = Arc::clone(&progress);
+        let run = move || {
+            let work = || {
+                let mut source = Source { lent: &lent, current: None, ask: &ask, answers: &tensor_answers };
+                let mut members = || match member_answers.recv().map_err(gone)? {
+                    Answer::Members(members) => Ok(members),
+                    Answer::Tensor(_) => Err(gone(())),
+                };
+                let members: Option<save::Members<'_>> = if archive { Some(&mut members) } else { None };
+                save::write(&plan, target, &mut source, members, &watched)
+            };
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Invalid, "the writer thread panicked")));
+            let _ = ask.send(Event::Done(Box::new(outcome)));
+            lent // released by the caller, who is attached
+        };
+        let thread = std::thread::Builder::new().name("hornbeam-save".into()).spawn(run)?;
+        let running = Running { thread, events, tensors, members, tail, archive };
+        Ok(Self { progress, running: Mutex::new(Some(running)), prepared: Mutex::new(None) })
+    }
+
+    fn take(&self) -> Option<Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+#[pymethods]
+impl Save {
+    #[getter]
+    fn written(&self) -> u64 {
+        self.progress.written.load(Ordering::Relaxed)
+    }
+
+    /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor not lent before. Without
+    /// `commit`, the old file stays until [`Save::commit`].
+    #[pyo3(signature = (members, pull = None, *, commit = true))]
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        members: Vec<(String, MemberContent)>,
+        pull: Option<&Bound<'py, PyAny>>,
+        commit: bool,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let Some(mut running) = self.take() else { return Err(PyRuntimeError::new_err("the save was finished before")) };
+        if running.archive {
+            let members = members.into_iter().map(|(name, content)| (name, content.into())).collect();
+            let _ = running.members.send(Answer::Members(members));
+        }
+        let waited = loop {
+            let events = &mut running.events;
+            match py.detach(|| next(events)) {
+                Ok(Some(Event::Done(outcome))) => break *outcome,
+                Ok(Some(Event::Tensor(i))) => {
+                    let given = pull.ok_or_else(|| PyRuntimeError::new_err("no pull function was given"));
+                    match given.and_then(|p| p.call1((i,))).and_then(|b| Lent::new(&b)) {
+                        Ok(lent) => drop(running.tensors.send(Answer::Tensor(lent))),
+                        Err(e) => break Err(caller(e)),
+                    }
+                }
+                Ok(None) => {}
+                Err(e) => break Err(e),
+            }
+        };
+        self.progress.cancelled.store(waited.is_err(), Ordering::Relaxed);
+        let Running { thread, events, tensors, members, tail, .. } = running;
+        drop((events, tensors, members));
+        let lent = py.detach(|| thread.join());
+        drop(lent);
+        let prepared = waited.map_err(to_py)?;
+        let info = PyDict::new(py);
+        info.set_item("bytes", prepared.bytes())?;
+        if commit {
+            info.set_item("in_place", run(py, || prepared.commit())?.in_place)?;
+        } else {
+            *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
+        }
+        info.set_item("tail", tail.try_recv().ok().map(|t| PyBytes::new(py, &t)))?;
+        Ok(info)
+    }
+
+    /// Puts the new file in the old one's place, after `finish(commit=False)`.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
+        prepared.map_or(Ok(()), |p| run(py, || p.commit().map(|_| ())))
+    }
+
+    /// Stops the writer and removes what it wrote.
+    fn cancel(&self, py: Python<'_>) {
+        let Some(running) = self.take() else { return };
+        self.progress.cancelled.store(true, Ordering::Relaxed);
+        let Running { thread, .. } = running; // dropping the channels wakes a waiting thread
+        drop(py.detach(|| thread.join()));
+    }
+}
+
+/// The writer's next event; `None` after a while without one.
+fn next(events: &mut Receiver<Event>) -> Result<Option<Event>> {
+    match events.recv_timeout(POLL) {
+        Ok(event) => Ok(Some(event)),
+        Err(RecvTimeoutError::Timeout) => interrupt().map(|()| None),
+        Err(RecvTimeoutError::Disconnected) => Err(Error::new(Kind::Invalid, "the writer thread is gone")),
+    }
+}
+
+impl Drop for Save {
+    fn drop(&mut self) {
+        Python::attach(|py| self.cancel(py));
+    }
+}
+
+/// A member's content: bytes, or the path of a file.
+#[derive(FromPyObject)]
+pub(super) enum MemberContent {
+    Bytes(Vec<u8>),
+    File(PathBuf),
+}
+
+impl From<MemberContent> for Content {
+    fn from(content: MemberContent) -> Self {
+        match content {
+            MemberContent::Bytes(b) => Self::Bytes(b),
+            MemberContent::File(p) => Self::File(p),
+        }
+    }
+}
+
+/// Replaces a small file atomically.
+#[pyfunction]
+#[pyo3(signature = (path, data, *, atomic = true, durable = false))]
+pub(super) fn write_file(py: Python<'_>, path: PathBuf, data: Vec<u8>, atomic: bool, durable: bool) -> PyResult<()> {
+    run(py, || commit::write(&path, &data, Options { atomic, durable }))
+}
+
+/// A directory that replaces another when it is complete; a context manager.
+#[pyclass(frozen, module = "hornbeam._core")]
+pub(super) struct Directory(Mutex<Option<commit::Directory>>, PathBuf);
+
+#[pymethods]
+impl Directory {
+    #[new]
+    #[pyo3(signature = (target, names, *, atomic = true, durable = false))]
+    #[allow(clippy::needless_pass_by_value)] // extracted
+    fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let made = run(py, || commit::Directory::create(&target, &names, Options { atomic, durable }))?;
+        let path = made.path().to_owned();
+        Ok(Self(Mutex::new(Some(made)), path))
+    }
+
+    #[getter]
+    fn path(&self) -> &std::path::Path {
+        &self.1
+    }
+
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        made.map_or(Ok(()), |d| run(py, || d.commit()))
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_raised))]
+    fn __exit__(&self, py: Python<'_>, _raised: &Bound<'_, PyAny>) {
+        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(made));
+    }
+}
