@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from keras.src import backend
 from keras.src.saving import saving_lib
 
 from hornbeam import _core, _tensors
@@ -27,9 +26,9 @@ class _Dataset:
 
     def __init__(self, memory: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self.memory = memory
-        self.name = dtype.name
+        self.name = _tensors.keras_dtype(dtype)
         self.dtype = _tensors.dtype_name(dtype)
-        self.tag = [("dtype", "bfloat16")] if dtype.name == "bfloat16" else []
+        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
         self.shape = shape
 
     def array(self) -> np.ndarray:
@@ -78,7 +77,6 @@ class RecordStore(saving_lib.H5IOStore):
                 self._note(path, _Dataset(found, _deferred_dtype(value.dtype), tuple(value.shape)))
                 return
             found = found()
-        backend.standardize_dtype(found.dtype)  # refuses strings and objects as stock Keras does
         self._note(path, _Dataset(found, found.dtype, found.shape))
 
     def _note(self, path: str, dataset: _Dataset) -> None:

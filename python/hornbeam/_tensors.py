@@ -113,15 +113,25 @@ def as_buffer(array: np.ndarray) -> np.ndarray:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     array = array.reshape(-1)  # scalars lend no shape
-    return array if array.dtype.name in _NUMBERS else array.view(np.uint8)
+    return array if dtype_name(array.dtype)[0] != "V" else array.view(np.uint8)
 
 
-#: Extension dtypes of one byte and more that h5py stores as opaque bytes.
+@functools.cache
 def dtype_name(dtype: np.dtype) -> str:
-    """The name the Rust core knows a dtype by; `V{n}` for what HDF5 has no type for."""
-    if dtype.kind in "fiubc" and dtype.name in _NUMBERS:
-        return dtype.name
-    return f"V{dtype.itemsize}"
+    """The name the Rust core knows a dtype by; `V{n}` for what HDF5 has no type for, as h5py stores it."""
+    return dtype.name if dtype.name in _NUMBERS else f"V{dtype.itemsize}"
+
+
+@functools.cache
+def keras_dtype(dtype: np.dtype) -> str:
+    """Keras' name of a dtype.
+
+    Raises:
+        ValueError: For strings and objects, as stock Keras raises it when it stores them.
+    """
+    from keras.src import backend
+
+    return backend.standardize_dtype(dtype)  # type: ignore[no-any-return]
 
 
 _NUMBERS = frozenset(

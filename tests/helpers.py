@@ -1,0 +1,74 @@
+"""What tests compare: every value of a model, every object of a weights file."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+
+Value = tuple[str, str, tuple[int, ...], bytes]
+
+
+def state(model: Any) -> list[Value]:
+    """Path, dtype, shape and bytes of every variable and optimizer slot, in Keras' order."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer is not None else [])]
+    return [value(v) for v in variables]
+
+
+def value(variable: Any) -> Value:
+    array = np.asarray(keras.ops.convert_to_numpy(variable))
+    return variable.path, str(array.dtype), array.shape, array.tobytes()
+
+
+def values(model: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    """`state` without paths, which count on in every process."""
+    return [entry[1:] for entry in state(model)]
+
+
+def tree(file: Any) -> dict[str, Any]:
+    """Every object of a weights image, by path: attributes, and for datasets type, shape and bytes."""
+    found: dict[str, Any] = {}
+
+    def visit(name: str, item: Any) -> None:
+        attributes = {key: item.attrs[key] for key in item.attrs}
+        if isinstance(item, h5py.Group):
+            found[name] = ("group", attributes)
+            return
+        kind = item.id.get_type()
+        assert item.chunks is None and item.compression is None and item.maxshape == item.shape
+        found[name] = ("dataset", attributes, kind.encode(), item.shape, item[()].tobytes())
+
+    if not isinstance(file, h5py.File):
+        with h5py.File(file, "r") as opened:
+            opened.visititems(visit)
+    else:
+        file.visititems(visit)
+    return found
+
+
+def member(path: str | Path | io.BytesIO, name: str = "model.weights.h5") -> bytes:
+    """A member of an archive, read by the standard library, which checks its CRC."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name)
+
+
+def archive_tree(path: str | Path | io.BytesIO) -> dict[str, Any]:
+    return tree(io.BytesIO(member(path)))
+
+
+def config(path: str | Path | io.BytesIO) -> Any:
+    """`config.json` without `shared_object_id`, which is an address."""
+    return without_ids(json.loads(member(path, "config.json")))
+
+
+def without_ids(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {key: without_ids(inner) for key, inner in item.items() if key != "shared_object_id"}
+    return [without_ids(inner) for inner in item] if isinstance(item, list) else item

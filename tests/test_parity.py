@@ -1,0 +1,285 @@
+"""ours == Keras': same trees, same values, same training, over the zoo and both ways."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import archive_tree, config, state, tree, values
+from zoo import ZOO
+
+import hornbeam
+
+
+def step(model: Any, x: Any, y: Any) -> Any:
+    """One more training step, from the same random state."""
+    keras.utils.set_random_seed(7)
+    model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+    return values(model)
+
+
+def load(path: Any, *, ours: bool, compile: bool = True) -> Any:
+    keras.utils.set_random_seed(3)
+    if not ours:
+        return keras.models.load_model(path, compile=compile)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        return keras.models.load_model(path, compile=compile)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name: str, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    model, x, y = ZOO[name]()
+    before = state(model)
+    stock, ours = tmp_path / "stock.keras", tmp_path / "ours.keras"
+    model.save(stock)
+    hornbeam.stats(reset=True)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(ours)
+    stats = hornbeam.stats()
+    assert (stats.saves, stats.engines, dict(stats.handovers)) == (1, {"direct": 1}, {})
+    assert state(model) == before
+
+    # The file: same objects, attributes, types, shapes, bytes; same configuration; and nothing else.
+    expected = archive_tree(stock)
+    assert archive_tree(ours) == expected
+    assert stats.tensors_written == sum(item[0] == "dataset" for item in expected.values())
+    assert config(ours) == config(stock)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.keras", "stock.keras"]
+
+    # The models: stock reads ours, we read both.
+    models = [load(stock, ours=False), load(ours, ours=False), load(stock, ours=True), load(ours, ours=True)]
+    for loaded in models[1:]:
+        assert values(loaded) == values(models[0])
+        assert [v.trainable for v in loaded.variables] == [v.trainable for v in models[0].variables]
+        assert type(loaded) is type(models[0])
+    assert hornbeam.stats().loads == 2
+    outputs = [np.asarray(o) for m in models for o in keras.tree.flatten(m.predict(x, verbose=0))]
+    each = len(outputs) // 4
+    for i in range(each, len(outputs)):
+        np.testing.assert_array_equal(outputs[i], outputs[i % each])
+    if y is not None:
+        trained = [step(m, x, y) for m in models]
+        assert trained[1:] == [trained[0]] * 3
+
+
+@pytest.mark.parametrize("name", ["functional", "subclassed", "bfloat16", "odd_variables", "unicode_and_long_names"])
+def test_weights_files(name: str, tmp_path: Path) -> None:
+    model, _, _ = ZOO[name]()
+    stock, ours = tmp_path / "stock.weights.h5", tmp_path / "ours.weights.h5"
+    model.save_weights(stock)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save_weights(ours)
+    assert tree(ours) == tree(stock)
+    saved = values(model)
+    for path in (stock, ours):
+        for installed in (True, False):
+            for variable in model.variables:
+                variable.assign(np.zeros(variable.shape, "int8"))
+            if installed:
+                with hornbeam.installed(), hornbeam.options(strict=True):
+                    model.load_weights(path)
+            else:
+                model.load_weights(path)
+            assert values(model) == saved
+
+
+@pytest.mark.parametrize("engine", ["direct", "libhdf5"])
+def test_engines_write_and_read_the_same(engine: str, tmp_path: Path) -> None:
+    model, _, _ = ZOO["odd_variables"]()
+    path = tmp_path / "m.keras"
+    model.save(tmp_path / "stock.keras")
+    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+        model.save(path)
+        loaded = keras.models.load_model(path)
+    assert hornbeam.stats().engines == {engine: 2}
+    assert archive_tree(path) == archive_tree(tmp_path / "stock.keras")
+    assert values(loaded) == values(model)
+
+
+def test_compile_false_leaves_the_model_uncompiled(tmp_path: Path) -> None:
+    model, _, _ = ZOO["functional"]()
+    model.save(tmp_path / "m.keras")
+    loaded = load(tmp_path / "m.keras", ours=True, compile=False)
+    assert not loaded.compiled
+    assert values(loaded) == values(model)[: len(model.variables) - len(model.metrics_variables)]
+
+
+def test_import_swap_needs_no_install(tmp_path: Path) -> None:
+    import hornbeam.models
+    import hornbeam.saving
+
+    model, _, _ = ZOO["functional"]()
+    path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
+    saved = values(model)
+    with hornbeam.options(strict=True):
+        hornbeam.saving.save_model(model, path)
+        loaded = hornbeam.models.load_model(path)
+        hornbeam.saving.save_weights(model, weights)
+        hornbeam.saving.load_weights(loaded, weights)
+    stats = hornbeam.stats()
+    assert (stats.saves, stats.loads) == (2, 2)
+    assert values(loaded) == saved
+    model.save(path)  # stock again
+    assert hornbeam.stats().saves == 2
+
+
+def test_swapped_modules_mirror_keras_name_by_name() -> None:
+    import hornbeam.callbacks
+    import hornbeam.export
+    import hornbeam.models
+    import hornbeam.saving
+
+    for ours, theirs in [
+        (hornbeam.saving, keras.saving),
+        (hornbeam.models, keras.models),
+        (hornbeam.callbacks, keras.callbacks),
+        (hornbeam.export, keras.export),
+    ]:
+        for name in dir(theirs):
+            if not name.startswith("_"):
+                assert hasattr(ours, name), name
+    assert hornbeam.saving.get_custom_objects() is keras.saving.get_custom_objects()
+
+
+def test_file_objects(tmp_path: Path) -> None:
+    from keras.src.saving import saving_lib
+
+    model, _, _ = ZOO["functional"]()
+    model.save(tmp_path / "stock.keras")
+    expected = archive_tree(tmp_path / "stock.keras")
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        memory = io.BytesIO(b"before" + bytes(10_000_000))
+        memory.seek(6)
+        saving_lib.save_model(model, memory)
+        assert memory.tell() == len(memory.getvalue())
+        assert memory.getvalue()[:6] == b"before"
+        assert archive_tree(memory) == expected
+        with open(tmp_path / "file.keras", "wb") as file:
+            saving_lib.save_model(model, file)
+            file.write(b"")
+        assert archive_tree(tmp_path / "file.keras") == expected
+
+        class Unseekable(io.RawIOBase):
+            data = bytearray()
+
+            def writable(self) -> bool:
+                return True
+
+            def write(self, block: Any) -> int:
+                self.data += bytes(block)[:1000]
+                return min(len(block), 1000)
+
+        pipe = Unseekable()
+        saving_lib.save_model(model, pipe)
+        assert archive_tree(io.BytesIO(bytes(pipe.data))) == expected
+
+        for source in (io.BytesIO(bytes(pipe.data)), io.BytesIO((tmp_path / "file.keras").read_bytes())):
+            assert values(saving_lib.load_model(source)) == values(model)
+            source.write(b"")  # no longer held
+        with open(tmp_path / "file.keras", "rb", buffering=0) as raw:
+            assert values(saving_lib.load_model(raw)) == values(model)
+        with open(tmp_path / "file.keras", "rb") as file:
+            assert values(saving_lib.load_model(file)) == values(model)
+    assert not hornbeam.stats().handovers
+
+
+def test_deepcopy_and_pickle_use_no_temporary_files(strict: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+    import pickle
+    import tempfile
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a temporary file was made")
+
+    for name in ("mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory"):
+        monkeypatch.setattr(tempfile, name, refuse)
+    model, _, _ = ZOO["functional"]()
+    assert values(copy.deepcopy(model)) == values(model)
+    assert values(pickle.loads(pickle.dumps(model))) == values(model)
+    layer = model.layers[1]
+    assert [v[1:] for v in map(_value, copy.deepcopy(layer).weights)] == [v[1:] for v in map(_value, layer.weights)]
+    assert hornbeam.stats().saves == hornbeam.stats().loads == 3
+
+
+def _value(variable: Any) -> Any:
+    from helpers import value
+
+    return value(variable)
+
+
+def test_no_h5py_file_is_opened(strict: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import h5py
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("h5py opened a file")
+
+    model, _, _ = ZOO["subclassed"]()
+    monkeypatch.setattr(h5py, "File", refuse)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    loaded.load_weights(tmp_path / "m.keras")
+    loaded.save_weights(tmp_path / "m.weights.h5")
+    loaded.load_weights(tmp_path / "m.weights.h5")
+    assert values(loaded) == values(model)
+
+
+@pytest.mark.parametrize("size", [1e-9 * 400, 1e-9 * 200, 1.0])
+def test_shards(size: float, tmp_path: Path) -> None:
+    import json
+
+    model, _, _ = ZOO["functional"]()
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "ours").mkdir()
+    model.save_weights(tmp_path / "stock" / "m.weights.json", max_shard_size=size)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save_weights(tmp_path / "ours" / "m.weights.json", max_shard_size=size)
+    stock, ours = ({p.name: p for p in (tmp_path / d).iterdir()} for d in ("stock", "ours"))
+    assert sorted(ours) == sorted(stock)
+    for name in stock:
+        if name.endswith(".json"):
+            assert json.loads(ours[name].read_text()) == json.loads(stock[name].read_text())
+        else:
+            assert tree(ours[name]) == tree(stock[name])
+    saved = values(model)
+    for files, installed in ((stock, True), (ours, False), (ours, True)):
+        for variable in model.variables:
+            variable.assign(np.zeros(variable.shape))
+        with hornbeam.installed() if installed else hornbeam.options():
+            model.load_weights(files["m.weights.json"])
+        assert values(model) == saved
+
+
+def test_directories(tmp_path: Path) -> None:
+    model, x, _ = ZOO["custom_assets"]()
+    stock, ours = tmp_path / "stock", tmp_path / "ours"
+    model.save(stock, zipped=False)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(ours, zipped=False)
+        model.layers[1].text = "second"
+        model.save(ours, zipped=False)  # stock Keras fails here
+        loaded = keras.models.load_model(ours)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "stock"]
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in stock.iterdir())
+    assert tree(ours / "model.weights.h5") == tree(stock / "model.weights.h5")
+    for one in (loaded, keras.models.load_model(ours)):
+        assert one.layers[1].text == "second"
+        assert values(one) == values(model)
+    (ours / "notes.txt").write_text("mine")
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(ours, zipped=False)
+    assert (ours / "notes.txt").read_text() == "mine"
+    assert values(keras.models.load_model(ours)) == values(model)
+
+
+def test_file_editor_opens_ours(strict: None, tmp_path: Path) -> None:
+    model, _, _ = ZOO["nested"]()
+    model.save(tmp_path / "m.keras")
+    model.save_weights(tmp_path / "m.weights.h5")
+    for name in ("m.keras", "m.weights.h5"):
+        editor = keras.saving.KerasFileEditor(str(tmp_path / name))
+        assert editor.compare(model)["status"] == "success"
