@@ -16,10 +16,18 @@ Value = tuple[str, str, tuple[int, ...], bytes]
 
 
 def state(model: Any) -> list[Value]:
-    """Path, dtype, shape and bytes of every variable and optimizer slot, in Keras' order."""
+    """Path, dtype, shape and bytes of every variable, seed generator, metric and optimizer slot, in Keras' order."""
+    return [value(v) for v in [*model.variables, *_slots(model)]]
+
+
+def saved(model: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of what files hold: no file format of Keras has seed generators and metrics."""
+    return [value(v)[1:] for v in [*model.weights, *_slots(model)]]
+
+
+def _slots(model: Any) -> list[Any]:
     optimizer = getattr(model, "optimizer", None)
-    variables = [*model.variables, *(optimizer.variables if optimizer is not None else [])]
-    return [value(v) for v in variables]
+    return list(optimizer.variables) if optimizer is not None else []
 
 
 def value(variable: Any) -> Value:

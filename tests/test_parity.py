@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import archive_tree, config, state, tree, values
+from helpers import archive_tree, config, saved, state, tree, value, values
 from zoo import ZOO
 
 import hornbeam
@@ -75,7 +75,7 @@ def test_weights_files(name: str, tmp_path: Path) -> None:
     with hornbeam.installed(), hornbeam.options(strict=True):
         model.save_weights(ours)
     assert tree(ours) == tree(stock)
-    saved = values(model)
+    before = saved(model)
     for path in (stock, ours):
         for installed in (True, False):
             for variable in model.variables:
@@ -85,7 +85,7 @@ def test_weights_files(name: str, tmp_path: Path) -> None:
                     model.load_weights(path)
             else:
                 model.load_weights(path)
-            assert values(model) == saved
+            assert saved(model) == before
 
 
 @pytest.mark.parametrize("engine", ["direct", "libhdf5"])
@@ -98,7 +98,7 @@ def test_engines_write_and_read_the_same(engine: str, tmp_path: Path) -> None:
         loaded = keras.models.load_model(path)
     assert hornbeam.stats().engines == {engine: 2}
     assert archive_tree(path) == archive_tree(tmp_path / "stock.keras")
-    assert values(loaded) == values(model)
+    assert saved(loaded) == saved(model)
 
 
 def test_compile_false_leaves_the_model_uncompiled(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_compile_false_leaves_the_model_uncompiled(tmp_path: Path) -> None:
     model.save(tmp_path / "m.keras")
     loaded = load(tmp_path / "m.keras", ours=True, compile=False)
     assert not loaded.compiled
-    assert values(loaded) == values(model)[: len(model.variables) - len(model.metrics_variables)]
+    assert saved(loaded) == saved(model)[: len(model.weights)]
 
 
 def test_import_swap_needs_no_install(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_import_swap_needs_no_install(tmp_path: Path) -> None:
 
     model, _, _ = ZOO["functional"]()
     path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
-    saved = values(model)
+    before = saved(model)
     with hornbeam.options(strict=True):
         hornbeam.saving.save_model(model, path)
         loaded = hornbeam.models.load_model(path)
@@ -123,7 +123,7 @@ def test_import_swap_needs_no_install(tmp_path: Path) -> None:
         hornbeam.saving.load_weights(loaded, weights)
     stats = hornbeam.stats()
     assert (stats.saves, stats.loads) == (2, 2)
-    assert values(loaded) == saved
+    assert saved(loaded) == before
     model.save(path)  # stock again
     assert hornbeam.stats().saves == 2
 
@@ -179,12 +179,12 @@ def test_file_objects(tmp_path: Path) -> None:
         assert archive_tree(io.BytesIO(bytes(pipe.data))) == expected
 
         for source in (io.BytesIO(bytes(pipe.data)), io.BytesIO((tmp_path / "file.keras").read_bytes())):
-            assert values(saving_lib.load_model(source)) == values(model)
+            assert saved(saving_lib.load_model(source)) == saved(model)
             source.write(b"")  # no longer held
         with open(tmp_path / "file.keras", "rb", buffering=0) as raw:
-            assert values(saving_lib.load_model(raw)) == values(model)
+            assert saved(saving_lib.load_model(raw)) == saved(model)
         with open(tmp_path / "file.keras", "rb") as file:
-            assert values(saving_lib.load_model(file)) == values(model)
+            assert saved(saving_lib.load_model(file)) == saved(model)
     assert not hornbeam.stats().handovers
 
 
@@ -199,17 +199,11 @@ def test_deepcopy_and_pickle_use_no_temporary_files(strict: None, monkeypatch: p
     for name in ("mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory"):
         monkeypatch.setattr(tempfile, name, refuse)
     model, _, _ = ZOO["functional"]()
-    assert values(copy.deepcopy(model)) == values(model)
-    assert values(pickle.loads(pickle.dumps(model))) == values(model)
+    assert saved(copy.deepcopy(model)) == saved(model)
+    assert saved(pickle.loads(pickle.dumps(model))) == saved(model)
     layer = model.layers[1]
-    assert [v[1:] for v in map(_value, copy.deepcopy(layer).weights)] == [v[1:] for v in map(_value, layer.weights)]
+    assert [value(v)[1:] for v in copy.deepcopy(layer).weights] == [value(v)[1:] for v in layer.weights]
     assert hornbeam.stats().saves == hornbeam.stats().loads == 3
-
-
-def _value(variable: Any) -> Any:
-    from helpers import value
-
-    return value(variable)
 
 
 def test_no_h5py_file_is_opened(strict: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +219,7 @@ def test_no_h5py_file_is_opened(strict: None, tmp_path: Path, monkeypatch: pytes
     loaded.load_weights(tmp_path / "m.keras")
     loaded.save_weights(tmp_path / "m.weights.h5")
     loaded.load_weights(tmp_path / "m.weights.h5")
-    assert values(loaded) == values(model)
+    assert saved(loaded) == saved(model)
 
 
 @pytest.mark.parametrize("size", [1e-9 * 400, 1e-9 * 200, 1.0])
@@ -245,13 +239,13 @@ def test_shards(size: float, tmp_path: Path) -> None:
             assert json.loads(ours[name].read_text()) == json.loads(stock[name].read_text())
         else:
             assert tree(ours[name]) == tree(stock[name])
-    saved = values(model)
+    before = saved(model)
     for files, installed in ((stock, True), (ours, False), (ours, True)):
         for variable in model.variables:
             variable.assign(np.zeros(variable.shape))
         with hornbeam.installed() if installed else hornbeam.options():
             model.load_weights(files["m.weights.json"])
-        assert values(model) == saved
+        assert saved(model) == before
 
 
 def test_directories(tmp_path: Path) -> None:
@@ -268,16 +262,16 @@ def test_directories(tmp_path: Path) -> None:
     assert tree(ours / "model.weights.h5") == tree(stock / "model.weights.h5")
     for one in (loaded, keras.models.load_model(ours)):
         assert one.layers[1].text == "second"
-        assert values(one) == values(model)
+        assert saved(one) == saved(model)
     (ours / "notes.txt").write_text("mine")
     with hornbeam.installed(), hornbeam.options(strict=True):
         model.save(ours, zipped=False)
     assert (ours / "notes.txt").read_text() == "mine"
-    assert values(keras.models.load_model(ours)) == values(model)
+    assert saved(keras.models.load_model(ours)) == saved(model)
 
 
 def test_file_editor_opens_ours(strict: None, tmp_path: Path) -> None:
-    model, _, _ = ZOO["nested"]()
+    model, _, _ = ZOO["shared_layers"]()
     model.save(tmp_path / "m.keras")
     model.save_weights(tmp_path / "m.weights.h5")
     for name in ("m.keras", "m.weights.h5"):

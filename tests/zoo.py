@@ -327,7 +327,7 @@ def preprocessing_with_assets() -> Entry:
     b = keras.Input((1,), dtype="string")
     c = keras.Input((1,), dtype="int64")
     d = keras.Input((1,))
-    joined = layers.Concatenate()([text(a), strings(b), numbers(c), layers.Flatten()(bins(d))])
+    joined = layers.Concatenate()([layers.Flatten()(text(a)), strings(b), numbers(c), layers.Flatten()(bins(d))])
     model = keras.Model([a, b, c, d], layers.Dense(2)(joined))
     import tensorflow as tf
 

@@ -100,9 +100,12 @@ def _split(
             current, size = new_shard(), nbytes
         current.datasets[place] = dataset
         name = shards[-1][0]
-        known = weight_map.setdefault(f"/{group}", name)
-        if known != name and name not in known:
-            weight_map[f"/{group}"] = [*([known] if isinstance(known, str) else known), name]
+        known = weight_map.get(f"/{group}")
+        if known is None:
+            weight_map[f"/{group}"] = name
+        else:  # a list from the second value on, also in one shard
+            names = [known] if isinstance(known, str) else known
+            weight_map[f"/{group}"] = names if name in names else [*names, name]
     return shards, weight_map, total
 
 

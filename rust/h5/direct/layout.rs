@@ -368,7 +368,6 @@ impl Writer {
                     self.put(&[0; 28]); // no dimensions
                     self.float(part.size(), exponent, mantissa, bias);
                 }
-                self.put(&[0; 8]);
             }
             Class::Opaque => {
                 self.put(&[0x15, 0, 0, 0]); // no tag
