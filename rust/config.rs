@@ -20,7 +20,7 @@ pub enum Text<'a> {
     Utf16(&'a [u16]),
 }
 
-/// Writes JSON as `json.dumps` does with its default arguments: `", "` and `": "`, everything outside ASCII escaped.
+/// Writes JSON as `json.dumps` does with its default arguments: `", "` and `": "`, all but printable ASCII escaped.
 ///
 /// Commas are placed by the encoder; that calls are properly nested is up to the caller.
 #[derive(Debug, Default)]
@@ -73,7 +73,9 @@ impl Encoder {
             Text::Utf8(s) => self.str(s),
             Text::Utf16(units) => {
                 self.token(b"\"");
-                units.iter().for_each(|&unit| push_unit(&mut self.out, unit));
+                for &unit in units {
+                    push_unit(&mut self.out, unit);
+                }
                 self.out.push(b'"');
             }
         }
@@ -138,16 +140,16 @@ impl Encoder {
     }
 }
 
-/// What a JSON string written by Python never holds as it is; DEL, oddly, is not among it.
+/// What a JSON string written by Python never holds as it is.
 const ESCAPED: [bool; 256] = byte_set(false);
 /// What ends a run of plain characters when a string is read.
 const STOPS: [bool; 256] = byte_set(true);
 
-const fn byte_set(non_ascii_is_plain: bool) -> [bool; 256] {
+const fn byte_set(high_is_plain: bool) -> [bool; 256] {
     let mut set = [false; 256];
     let mut b = 0;
     while b < 256 {
-        set[b] = b < 0x20 || b == b'"' as usize || b == b'\\' as usize || (b >= 0x80 && !non_ascii_is_plain);
+        set[b] = b < 0x20 || b == b'"' as usize || b == b'\\' as usize || (b >= 0x7f && !high_is_plain);
         b += 1;
     }
     set
@@ -164,7 +166,7 @@ fn push_unit(out: &mut Vec<u8>, unit: u16) {
         0x0d => b'r',
         0x22 => b'"',
         0x5c => b'\\',
-        0x20..=0x7f => return out.push(unit as u8),
+        0x20..=0x7e => return out.push(unit as u8),
         _ => {
             let digit = |shift: u32| HEX[usize::from(unit >> shift & 15)];
             return out.extend_from_slice(&[b'\\', b'u', digit(12), digit(8), digit(4), digit(0)]);
@@ -182,24 +184,26 @@ pub fn float_text(value: f64) -> String {
 
 /// Rust finds the shortest digits that round-trip, as Python does; the layout is Python's `'r'` format.
 fn push_float(out: &mut Vec<u8>, value: f64) {
-    if !value.is_finite() {
-        let name: &[u8] = if value.is_nan() { b"NaN" } else { b"Infinity" };
-        out.extend_from_slice(if value < 0.0 { b"-" } else { b"" });
-        return out.extend_from_slice(name);
+    if value.is_sign_negative() && !value.is_nan() {
+        out.push(b'-');
     }
-    let mut buffer = [0; 32]; // "-1.2345678901234567e-308" is as long as it gets
+    if !value.is_finite() {
+        return out.extend_from_slice(if value.is_nan() { b"NaN" } else { b"Infinity" });
+    }
+    let mut buffer = [0; 32]; // "1.2345678901234567e-308" is as long as it gets
     let mut free = &mut buffer[..];
     let _ = write!(free, "{:e}", value.abs());
     let len = 32 - free.len();
     let e = buffer[..len].iter().position(|&b| b == b'e').unwrap_or(len);
-    let exponent = buffer[e..len].iter().filter(|b| b.is_ascii_digit()).fold(0, |n, b| n * 10 + usize::from(b - b'0'));
-    let negative = buffer.get(e + 1) == Some(&b'-');
-    buffer.copy_within(2..e.max(2), 1); // the digits, without their point
-    let digits = &buffer[..if e > 1 { e - 1 } else { 1 }];
-
-    if value.is_sign_negative() {
-        out.push(b'-');
+    let negative = buffer[e + 1] == b'-';
+    let exponent = decimal(&buffer[e + 1 + usize::from(negative)..len]) as usize;
+    buffer.copy_within(2..e.max(2), 1); // closes the gap the point leaves
+    let digits = &mut buffer[..e.max(2) - 1];
+    let last = digits.len() - 1;
+    if digits[last] % 2 == 1 && is_tie(value.abs(), digits, negative, exponent) {
+        digits[last] -= 1;
     }
+
     let point = exponent + 1; // digits before the decimal point
     match negative {
         true if exponent <= 4 => {
@@ -227,6 +231,27 @@ fn push_float(out: &mut Vec<u8>, value: f64) {
     }
 }
 
+/// Is `value` exactly half a unit of the last digit below `digits`, and would the number a whole unit below do as well?
+/// Python takes the even one of the two, while Rust always takes the upper one.
+#[expect(clippy::cast_sign_loss, clippy::cast_possible_wrap)] // of small numbers that have no sign
+fn is_tie(value: f64, digits: &[u8], negative: bool, exponent: usize) -> bool {
+    // `value` has one digit more, an odd one: `places` after the point. So the power of two in it is 2^-places, and
+    // 5^places divides its at most 18 digits: no more than 25 places.
+    let places = if negative { digits.len() + exponent } else { digits.len().saturating_sub(exponent) };
+    if places > 25 {
+        return false;
+    }
+    let odd = value * f64::from(1_u32 << places); // exact
+    odd.fract() == 0.0
+        && odd < 1e18
+        && odd as u128 * 5_u128.pow(places as u32) == u128::from(decimal(digits)) * 10 - 5
+        && value - value.next_down() > 0.1_f64.powi(places as i32 - 1) // floats are denser below a power of two
+}
+
+fn decimal(digits: &[u8]) -> u64 {
+    digits.iter().fold(0, |n, b| n * 10 + u64::from(b - b'0'))
+}
+
 /// What [`decode`] accepts.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -250,11 +275,10 @@ pub enum Fault {
     Syntax(&'static str, usize),
     /// A dict has a key twice; the second one is here.
     Duplicate(usize),
-    /// A list, or else a dict, is nested deeper than `Limits::depth`.
-    Depth {
-        /// Is it a list?
-        list: bool,
-    },
+    /// A list is nested deeper than `Limits::depth`.
+    DeepList,
+    /// A dict is nested deeper than `Limits::depth`.
+    DeepDict,
     /// It has more bytes than `Limits::bytes`.
     Bytes(u64),
 }
@@ -264,10 +288,27 @@ impl From<Fault> for Error {
         match fault {
             Fault::Syntax(what, at) => Self::new(Kind::Json(at), format!("malformed JSON at byte {at}: {what}")),
             Fault::Duplicate(at) => Self::new(Kind::Json(at), format!("the JSON key at byte {at} is a duplicate")),
-            Fault::Depth { .. } => Self::new(Kind::Limit, "JSON is nested too deeply"),
+            Fault::DeepList | Fault::DeepDict => Self::new(Kind::Limit, "JSON is nested too deeply"),
             Fault::Bytes(n) => Self::new(Kind::Limit, format!("JSON text is too long: {n} bytes")),
         }
     }
+}
+
+/// A value without other values inside.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scalar<'a> {
+    /// `null`.
+    Null,
+    /// `true` or `false`.
+    Bool(bool),
+    /// An integer of 64 bits.
+    Int(i64),
+    /// A larger integer, in decimal.
+    IntText(&'a str),
+    /// A float, maybe NaN or infinite.
+    Float(f64),
+    /// A string.
+    Text(Text<'a>),
 }
 
 /// Makes values out of what [`decode`] reads.
@@ -281,18 +322,8 @@ pub trait Build {
     /// What stops decoding.
     type Error: From<Fault>;
 
-    /// `null`.
-    fn null(&mut self) -> Self::Value;
-    /// `true` or `false`.
-    fn bool(&mut self, value: bool) -> Self::Value;
-    /// An integer of 64 bits.
-    fn int(&mut self, value: i64) -> Self::Value;
-    /// A larger integer, in decimal.
-    fn int_text(&mut self, digits: &str) -> Result<Self::Value, Self::Error>;
-    /// A float, maybe NaN or infinite.
-    fn float(&mut self, value: f64) -> Self::Value;
-    /// A string.
-    fn text(&mut self, text: Text) -> Result<Self::Value, Self::Error>;
+    /// Anything that is neither a list nor a dict.
+    fn scalar(&mut self, scalar: Scalar) -> Result<Self::Value, Self::Error>;
     /// A list of `items`.
     fn list(&mut self, items: std::vec::Drain<Self::Value>) -> Result<Self::Value, Self::Error>;
     /// An empty dict.
@@ -328,7 +359,7 @@ pub fn decode<B: Build + ?Sized>(text: &str, limits: &Limits, build: &mut B) -> 
             Some(open @ (b'[' | b'{')) => {
                 let list = open == b'[';
                 if frames.len() >= limits.depth {
-                    return Err(Fault::Depth { list }.into());
+                    return Err(if list { Fault::DeepList } else { Fault::DeepDict }.into());
                 }
                 p.at += 1;
                 p.space();
@@ -395,7 +426,7 @@ struct Parser<'t> {
     utf8: String,    // the same, unless it has lone surrogates
 }
 
-impl Parser<'_> {
+impl<'t> Parser<'t> {
     fn peek(&self) -> Option<u8> {
         self.text.as_bytes().get(self.at).copied()
     }
@@ -426,44 +457,58 @@ impl Parser<'_> {
     fn key<B: Build + ?Sized>(&mut self, build: &mut B) -> Result<(B::Key, usize), B::Error> {
         let at = self.at;
         self.expect(b'"', "Expecting property name enclosed in double quotes")?;
-        let key = build.key(self.string()?)?;
+        let key = match self.simple() {
+            Some(s) => build.key(Text::Utf8(s))?,
+            None => build.key(self.string()?)?,
+        };
         self.space();
         self.expect(b':', "Expecting ':' delimiter")?;
         Ok((key, at))
     }
 
-    /// Anything that is neither a list nor a dict.
+    /// Anything that is neither a list nor a dict. Built here, since a `Scalar` that is returned first costs time.
     fn scalar<B: Build + ?Sized>(&mut self, build: &mut B) -> Result<B::Value, B::Error> {
-        let start = self.at;
         match self.peek() {
             Some(b'"') => {
                 self.at += 1;
-                return build.text(self.string()?);
+                match self.simple() {
+                    Some(s) => build.scalar(Scalar::Text(Text::Utf8(s))),
+                    None => build.scalar(Scalar::Text(self.string()?)),
+                }
             }
-            Some(b'n') if self.literal("null") => return Ok(build.null()),
-            Some(b't') if self.literal("true") => return Ok(build.bool(true)),
-            Some(b'f') if self.literal("false") => return Ok(build.bool(false)),
-            Some(b'N') if self.literal("NaN") => return Ok(build.float(f64::NAN)),
-            Some(b'I') if self.literal("Infinity") => return Ok(build.float(f64::INFINITY)),
-            Some(b'-') if self.literal("-Infinity") => return Ok(build.float(f64::NEG_INFINITY)),
-            _ => {}
+            Some(b'n') if self.literal("null") => build.scalar(Scalar::Null),
+            Some(b't') if self.literal("true") => build.scalar(Scalar::Bool(true)),
+            Some(b'f') if self.literal("false") => build.scalar(Scalar::Bool(false)),
+            Some(b'N') if self.literal("NaN") => build.scalar(Scalar::Float(f64::NAN)),
+            Some(b'I') if self.literal("Infinity") => build.scalar(Scalar::Float(f64::INFINITY)),
+            Some(b'-') if self.literal("-Infinity") => build.scalar(Scalar::Float(f64::NEG_INFINITY)),
+            _ => {
+                let start = self.at;
+                let float = self.number()?;
+                let number = &self.text[start..self.at];
+                match number.parse() {
+                    _ if float => build.scalar(Scalar::Float(number.parse().unwrap_or(f64::NAN))), // is always a float
+                    Ok(int) => build.scalar(Scalar::Int(int)),
+                    Err(_) => build.scalar(Scalar::IntText(number)),
+                }
+            }
         }
+    }
+
+    /// Passes a number; is it a float?
+    fn number(&mut self) -> Result<bool, Fault> {
+        let start = self.at;
         self.next_is(b'-');
         if !self.next_is(b'0') && self.digits() == 0 {
-            return Err(Fault::Syntax("Expecting value", start).into());
+            return Err(Fault::Syntax("Expecting value", start));
         }
-        let mut float = self.part(|p| p.next_is(b'.'));
-        float |= self.part(|p| {
-            let exponent = p.next_is(b'e') || p.next_is(b'E');
+        let fraction = self.part(|p| p.next_is(b'.'));
+        let exponent = self.part(|p| {
+            let e = p.next_is(b'e') || p.next_is(b'E');
             let _sign = p.next_is(b'+') || p.next_is(b'-');
-            exponent
+            e
         });
-        let number = &self.text[start..self.at];
-        match number.parse() {
-            _ if float => Ok(build.float(number.parse().unwrap_or(f64::NAN))), // Rust parses every such number
-            Ok(int) => Ok(build.int(int)),
-            Err(_) => build.int_text(number),
-        }
+        Ok(fraction || exponent)
     }
 
     fn digits(&mut self) -> usize {
@@ -482,24 +527,28 @@ impl Parser<'_> {
         is
     }
 
-    /// The rest of a string whose opening quote was read.
+    /// The rest of a string whose opening quote was read, if nothing in it needs a second look.
+    fn simple(&mut self) -> Option<&'t str> {
+        let rest = &self.text[self.at..];
+        let n = rest.bytes().position(|b| STOPS[usize::from(b)]).filter(|&n| rest.as_bytes()[n] == b'"')?;
+        self.at += n + 1;
+        Some(&rest[..n])
+    }
+
+    /// The rest of any string.
+    #[cold]
     fn string(&mut self) -> Result<Text<'_>, Fault> {
         let start = self.at;
-        let stop = self.plain(start)?;
-        if stop == b'"' {
-            return Ok(Text::Utf8(&self.text[start..self.at - 1]));
-        }
         self.units.clear();
-        self.units.extend(self.text[start..self.at - 1].encode_utf16());
         loop {
-            let unit = self.escape(start)?;
-            self.units.push(unit);
             let run = self.at;
             let stop = self.plain(start)?;
             self.units.extend(self.text[run..self.at - 1].encode_utf16());
             if stop == b'"' {
                 break;
             }
+            let unit = self.escape(start)?;
+            self.units.push(unit);
         }
         self.utf8.clear();
         for c in char::decode_utf16(self.units.iter().copied()) {
@@ -620,7 +669,9 @@ pub fn encode_value(value: &Value, out: &mut Encoder) {
         Value::Text(text) => out.text(text.as_text()),
         Value::List(items) => {
             out.begin_list();
-            items.iter().for_each(|item| encode_value(item, out));
+            for item in items {
+                encode_value(item, out);
+            }
             out.end_list();
         }
         Value::Dict(entries) => {
@@ -643,23 +694,15 @@ impl Build for Values {
     type Dict = (Vec<(OwnedText, Value)>, HashMap<OwnedText, usize>); // the entries, and where each key is
     type Error = Error;
 
-    fn null(&mut self) -> Value {
-        Value::Null
-    }
-    fn bool(&mut self, value: bool) -> Value {
-        Value::Bool(value)
-    }
-    fn int(&mut self, value: i64) -> Value {
-        Value::Int(value)
-    }
-    fn int_text(&mut self, digits: &str) -> Result<Value, Error> {
-        Ok(Value::IntText(digits.to_owned()))
-    }
-    fn float(&mut self, value: f64) -> Value {
-        Value::Float(value)
-    }
-    fn text(&mut self, text: Text) -> Result<Value, Error> {
-        Ok(Value::Text(text.into()))
+    fn scalar(&mut self, scalar: Scalar) -> Result<Value, Error> {
+        Ok(match scalar {
+            Scalar::Null => Value::Null,
+            Scalar::Bool(b) => Value::Bool(b),
+            Scalar::Int(n) => Value::Int(n),
+            Scalar::IntText(digits) => Value::IntText(digits.to_owned()),
+            Scalar::Float(x) => Value::Float(x),
+            Scalar::Text(text) => Value::Text(text.into()),
+        })
     }
     fn list(&mut self, items: std::vec::Drain<Value>) -> Result<Value, Error> {
         Ok(Value::List(items.collect()))
@@ -682,5 +725,172 @@ impl Build for Values {
     }
     fn finish(&mut self, dict: Self::Dict) -> Value {
         Value::Dict(dict.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TRUSTED: Limits = Limits { unique_keys: false, ..Limits::FILE };
+
+    fn encode(value: &Value) -> String {
+        let mut out = Encoder::new();
+        encode_value(value, &mut out);
+        String::from_utf8(out.finish()).unwrap()
+    }
+
+    fn recoded(text: &str) -> String {
+        encode(&decode_value(text.as_bytes(), &TRUSTED).unwrap())
+    }
+
+    #[test]
+    fn floats_are_laid_out_as_python_does() {
+        for (value, text) in [
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (123.456, "123.456"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.5e16, "1.5e+16"),
+            (0.0001, "0.0001"),
+            (0.00001, "1e-05"),
+            (1.25e-7, "1.25e-07"),
+            (5e-324, "5e-324"),
+            (f64::MAX, "1.7976931348623157e+308"),
+            (f64::NAN, "NaN"),
+            (-f64::NAN, "NaN"),
+            (f64::INFINITY, "Infinity"),
+            (f64::NEG_INFINITY, "-Infinity"),
+            // Halfway between two numbers as short: the even one, unless it is too far below a power of two.
+            (977_077_725_623_397.0 + 0.25, "977077725623397.2"),
+            (977_077_725_623_397.0 + 0.75, "977077725623397.8"),
+            (2f64.powi(50) + 0.25, "1125899906842624.2"),
+            (2f64.powi(-25), "2.9802322387695312e-08"),
+            (2f64.powi(-24), "5.960464477539063e-08"),
+        ] {
+            assert_eq!(float_text(value), text);
+        }
+    }
+
+    #[test]
+    fn texts_are_written_as_python_does() {
+        for (from, to) in [
+            (" [ 1,-0 ,true\t,false,null\r]\n", "[1, 0, true, false, null]"),
+            ("[1E2, 1.0, 1e999, -1e999, NaN]", "[100.0, 1.0, Infinity, -Infinity, NaN]"),
+            ("123456789012345678901234567890", "123456789012345678901234567890"),
+            (r#"{"a": {}, "b": [], "a": [1]}"#, r#"{"a": [1], "b": []}"#),
+            (r#""\"\\\/\b\f\n\r\t\u001f\u007F""#, "\"\\\"\\\\/\\b\\f\\n\\r\\t\\u001f\\u007f\""),
+            ("\"é😀\"", r#""\u00e9\ud83d\ude00""#),
+            (r#""\ud83d\ude00 \ude00\ud83d""#, r#""\ud83d\ude00 \ude00\ud83d""#),
+            (r#"{"\ud800": "\ud800", "\ud800": 0}"#, r#"{"\ud800": 0}"#),
+        ] {
+            assert_eq!(recoded(from), to);
+        }
+    }
+
+    #[test]
+    fn malformed_texts_say_where() {
+        for (text, at) in [
+            ("", 0),
+            (" ", 1),
+            ("[1,", 3),
+            ("[1 2]", 3),
+            ("[1,]", 3),
+            ("{\"a\"}", 4),
+            ("{\"a\":1,}", 7),
+            ("{1:2}", 1),
+            ("01", 1),
+            ("1.", 1),
+            ("1e+", 1),
+            ("-", 0),
+            ("nul", 0),
+            ("[] x", 3),
+            ("\"a", 0),
+            ("\"a\\", 0),
+            ("\"a\n\"", 2),
+            ("\"\\x\"", 1),
+            ("\"\\u12é4\"", 2),
+            ("\"\\u1234", 2),
+            ("\u{feff}1", 0),
+        ] {
+            let err = decode_value(text.as_bytes(), &TRUSTED).unwrap_err();
+            assert!(matches!(err.kind(), Kind::Json(n) if *n == at), "{text:?}: {err:?}");
+        }
+        assert!(matches!(decode_value(b"\"\xff\"", &TRUSTED).unwrap_err().kind(), Kind::Json(1)));
+    }
+
+    #[test]
+    fn limits_hold() {
+        let nested = |n| ["[".repeat(n), "]".repeat(n)].concat().into_bytes();
+        assert!(decode_value(&nested(MAX_JSON_DEPTH), &Limits::FILE).is_ok());
+        let limit = |text: &[u8], limits: &Limits| {
+            assert!(matches!(decode_value(text, limits).unwrap_err().kind(), Kind::Limit));
+        };
+        limit(&nested(MAX_JSON_DEPTH + 1), &Limits::FILE);
+        limit(&nested(MAX_JSON_DEPTH + 1), &Limits { depth: usize::MAX, ..Limits::FILE });
+        limit(&b"{\"a\":".repeat(1_000_000), &Limits::FILE);
+        limit(b"[1, 2]", &Limits { bytes: 5, ..Limits::FILE });
+        let twice = decode_value(br#"{"a": 1, "\u0061": 2}"#, &Limits::FILE).unwrap_err();
+        assert!(matches!(twice.kind(), Kind::Json(9)));
+    }
+
+    fn texts() -> impl Strategy<Value = OwnedText> {
+        prop_oneof![
+            any::<String>().prop_map(OwnedText::Utf8),
+            "[a-z\\x00-\\x1f\"\\\\]{0,9}".prop_map(OwnedText::Utf8),
+            any::<Vec<u16>>().prop_map(|u| String::from_utf16(&u).map_or(OwnedText::Utf16(u), OwnedText::Utf8)),
+        ]
+    }
+
+    fn values() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::Bool),
+            any::<i64>().prop_map(Value::Int),
+            "-?[1-9][0-9]{19,60}".prop_map(Value::IntText),
+            any::<f64>().prop_map(Value::Float),
+            texts().prop_map(Value::Text),
+        ];
+        leaf.prop_recursive(6, 64, 8, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..8).prop_map(Value::List),
+                prop::collection::hash_map(texts(), inner, 0..8).prop_map(|m| Value::Dict(m.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn values_round_trip(value in values()) {
+            let text = encode(&value);
+            prop_assert!(text.is_ascii());
+            prop_assert_eq!(decode_value(text.as_bytes(), &Limits::FILE).unwrap(), value);
+        }
+
+        #[test]
+        fn floats_round_trip(bits in any::<u64>(), near in -1e17..1e17) {
+            for x in [f64::from_bits(bits), near].into_iter().filter(|x| !x.is_nan()) {
+                prop_assert_eq!(float_text(x).replace("Infinity", "inf").parse::<f64>().unwrap().to_bits(), x.to_bits());
+            }
+        }
+
+        #[test]
+        fn anything_is_read_or_refused(text in "[\\[\\]{},:\"\\\\u0-9eE.+ aé-]{0,40}", bytes in any::<Vec<u8>>()) {
+            for bytes in [text.as_bytes(), &bytes] {
+                if let Ok(value) = decode_value(bytes, &TRUSTED) {
+                    prop_assert_eq!(decode_value(encode(&value).as_bytes(), &TRUSTED).unwrap(), value);
+                }
+            }
+        }
+
+        #[test]
+        fn a_text_that_is_cut_is_refused(value in values(), cut in any::<prop::sample::Index>()) {
+            let text = encode(&Value::List(vec![value]));
+            prop_assert!(decode_value(&text.as_bytes()[..cut.index(text.len())], &Limits::FILE).is_err());
+        }
     }
 }

@@ -8,21 +8,21 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
 
-use crate::config::{self, Build, Encoder, Fault, Limits, Text};
+use crate::config::{self, Build, Encoder, Fault, Limits, Scalar, Text};
 use crate::py::errors::to_py;
 
 /// What `json.dumps(obj).encode()` returns or raises.
 #[pyfunction]
-pub fn encode_json<'py>(obj: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+pub(crate) fn encode_json<'py>(obj: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
     let mut writer = Writer { out: Encoder::new(), open: Vec::new(), items: Vec::new(), depth: usize::MAX };
     writer.value(obj.clone())?;
     while let Some(&Open { dict, start, .. }) = writer.open.last() {
         if writer.items.len() == start {
             writer.open.pop();
             if dict {
-                writer.out.end_dict()
+                writer.out.end_dict();
             } else {
-                writer.out.end_list()
+                writer.out.end_list();
             }
             continue;
         }
@@ -54,26 +54,27 @@ impl<'py> Writer<'py> {
     /// Writes a scalar, or opens a container.
     fn value(&mut self, obj: Bound<'py, PyAny>) -> PyResult<()> {
         if let Ok(s) = obj.cast::<PyString>() {
-            self.string(s)
+            self.string(s)?;
         } else if obj.is_none() {
-            Ok(self.out.null())
+            self.out.null();
         } else if let Ok(b) = obj.cast::<PyBool>() {
-            Ok(self.out.bool(b.is_true()))
+            self.out.bool(b.is_true());
         } else if obj.is_instance_of::<PyDict>() {
-            self.open(obj, true)
+            self.open(obj, true)?;
         } else if obj.is_instance_of::<PyList>() || obj.is_instance_of::<PyTuple>() {
-            self.open(obj, false)
+            self.open(obj, false)?;
         } else if obj.is_instance_of::<PyInt>() {
             match obj.extract() {
-                Ok(n) => Ok(self.out.int(n)),
-                Err(_) => Ok(self.out.int_text(int_repr(&obj)?.to_str()?)),
+                Ok(n) => self.out.int(n),
+                Err(_) => self.out.int_text(int_repr(&obj)?.to_str()?),
             }
         } else if let Ok(x) = obj.cast::<PyFloat>() {
-            Ok(self.out.float(x.value()))
+            self.out.float(x.value());
         } else {
             let class = obj.getattr("__class__")?.getattr("__name__")?;
-            Err(PyTypeError::new_err(format!("Object of type {class} is not JSON serializable")))
+            return Err(PyTypeError::new_err(format!("Object of type {class} is not JSON serializable")));
         }
+        Ok(())
     }
 
     fn key(&mut self, key: &Bound<'py, PyAny>) -> PyResult<()> {
@@ -179,17 +180,10 @@ fn too_deep(doing: &str) -> PyErr {
 /// What `json.loads(data)` returns or raises. Unless `trusted`, the limits on files hold and keys must be unique.
 #[pyfunction]
 #[pyo3(signature = (data, *, trusted = true))]
-pub fn decode_json<'py>(data: &Bound<'py, PyAny>, trusted: bool) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn decode_json<'py>(data: &Bound<'py, PyAny>, trusted: bool) -> PyResult<Bound<'py, PyAny>> {
     let py = data.py();
     if let Ok(s) = data.cast::<PyString>() {
-        return match s.to_str() {
-            Ok(text) if trusted && text.starts_with('\u{feff}') => {
-                Err(malformed(py, "Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0))
-            }
-            Ok(text) => parse(py, text, trusted),
-            Err(_) if trusted => py.import("json")?.call_method1("loads", (s,)), // surrogates, not even escaped
-            Err(_) => Err(to_py(Fault::Syntax("lone surrogate", 0).into())),
-        };
+        return decode_str(s, data, trusted);
     }
     let copy = data.cast::<PyByteArray>().map(|array| PyBytes::new(py, &array.to_vec()));
     let Ok(bytes) = copy.as_ref().or_else(|_| data.cast::<PyBytes>()) else {
@@ -202,27 +196,38 @@ pub fn decode_json<'py>(data: &Bound<'py, PyAny>, trusted: bool) -> PyResult<Bou
         Ok(text) if !raw.iter().take(4).any(|&b| b == 0) && !text.starts_with('\u{feff}') => parse(py, text, trusted),
         _ => {
             let encoding = py.import("json")?.call_method1("detect_encoding", (bytes,))?;
-            let s = bytes.call_method1("decode", (encoding, "surrogatepass"))?;
-            decode_json(&s, trusted)
+            decode_str(bytes.call_method1("decode", (encoding, "surrogatepass"))?.cast()?, data, trusted)
         }
     }
 }
 
+fn decode_str<'py>(s: &Bound<'py, PyString>, data: &Bound<'py, PyAny>, trusted: bool) -> PyResult<Bound<'py, PyAny>> {
+    let py = s.py();
+    match s.to_str() {
+        Ok(text) if text.starts_with('\u{feff}') && s.is(data) && trusted => {
+            Err(malformed(py, "Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0))
+        }
+        Ok(text) => parse(py, text, trusted),
+        Err(_) if trusted => py.import("json")?.call_method1("loads", (data,)), // surrogates that are not escaped: rare
+        Err(_) => Err(to_py(Fault::Syntax("lone surrogate", 0).into())),
+    }
+}
+
 fn parse<'py>(py: Python<'py>, text: &str, trusted: bool) -> PyResult<Bound<'py, PyAny>> {
-    let limits = match trusted {
-        true => Limits { bytes: u64::MAX, depth: recursion_limit(py)?, unique_keys: false },
-        false => Limits::FILE,
-    };
+    let mut limits = Limits::FILE;
+    if trusted {
+        limits = Limits { bytes: u64::MAX, depth: recursion_limit(py)?, unique_keys: false };
+    }
     let mut recent = mem::take(&mut *RECENT.lock().unwrap_or_else(PoisonError::into_inner));
     recent.resize_with(SLOTS, || None);
-    let mut objects = Objects { py, recent, unique: limits.unique_keys };
+    let mut objects = Objects { py, recent, luck: 256, unique: limits.unique_keys };
     let result = config::decode(text, &limits, &mut objects);
     *RECENT.lock().unwrap_or_else(PoisonError::into_inner) = objects.recent;
-    result.map_err(|stop| match stop {
+    result.map_err(|stop| match *stop {
         Stop::Python(err) => err,
         Stop::Fault(Fault::Syntax(what, at)) if trusted => malformed(py, what, text, at),
-        Stop::Fault(Fault::Depth { list: true }) if trusted => too_deep("decoding a JSON array from a unicode string"),
-        Stop::Fault(Fault::Depth { .. }) if trusted => too_deep("decoding a JSON object from a unicode string"),
+        Stop::Fault(Fault::DeepList) if trusted => too_deep("decoding a JSON array from a unicode string"),
+        Stop::Fault(Fault::DeepDict) if trusted => too_deep("decoding a JSON object from a unicode string"),
         Stop::Fault(fault) => to_py(fault.into()),
     })
 }
@@ -237,7 +242,7 @@ fn malformed(py: Python<'_>, what: &str, text: &str, at: usize) -> PyErr {
 }
 
 /// Short strings that were decoded lately, each in the slot that [`place`] says, with the text they are made of.
-type Recent = Vec<Option<(Box<str>, Py<PyString>)>>;
+type Recent = Vec<Option<(String, Py<PyString>)>>;
 const SLOTS: usize = 1024; // about 100 kB
 
 /// Taken while a text is decoded, so that one in between merely starts afresh.
@@ -247,24 +252,25 @@ static RECENT: Mutex<Recent> = Mutex::new(Vec::new());
 struct Objects<'py> {
     py: Python<'py>,
     recent: Recent,
+    luck: usize, // hits against misses in `recent`; without it only keys are looked up, lest a vocabulary be slow
     unique: bool, // does anybody ask whether a key is new?
 }
 
-/// Why decoding stopped.
+/// Why decoding stopped. Boxed, so that results stay in registers.
 enum Stop {
     Fault(Fault),
     Python(PyErr),
 }
 
-impl From<Fault> for Stop {
+impl From<Fault> for Box<Stop> {
     fn from(fault: Fault) -> Self {
-        Self::Fault(fault)
+        Box::new(Stop::Fault(fault))
     }
 }
 
-impl From<PyErr> for Stop {
+impl From<PyErr> for Box<Stop> {
     fn from(err: PyErr) -> Self {
-        Self::Python(err)
+        Box::new(Stop::Python(err))
     }
 }
 
@@ -272,33 +278,28 @@ impl<'py> Build for Objects<'py> {
     type Value = Bound<'py, PyAny>;
     type Key = Bound<'py, PyString>;
     type Dict = Bound<'py, PyDict>;
-    type Error = Stop;
+    type Error = Box<Stop>;
 
-    fn null(&mut self) -> Self::Value {
-        self.py.None().into_bound(self.py)
+    #[inline]
+    fn scalar(&mut self, scalar: Scalar) -> Result<Self::Value, Box<Stop>> {
+        let py = self.py;
+        Ok(match scalar {
+            Scalar::Null => py.None().into_bound(py),
+            Scalar::Bool(b) => PyBool::new(py, b).to_owned().into_any(),
+            Scalar::Int(n) => PyInt::new(py, n).into_any(),
+            Scalar::IntText(digits) => py.get_type::<PyInt>().call1((digits,))?, // Python's own limit on digits applies
+            Scalar::Float(x) => PyFloat::new(py, x).into_any(),
+            Scalar::Text(Text::Utf8(s)) if self.luck == 0 => PyString::new(py, s).into_any(),
+            Scalar::Text(text) => self.key(text)?.into_any(),
+        })
     }
-    fn bool(&mut self, value: bool) -> Self::Value {
-        PyBool::new(self.py, value).to_owned().into_any()
-    }
-    fn int(&mut self, value: i64) -> Self::Value {
-        PyInt::new(self.py, value).into_any()
-    }
-    fn int_text(&mut self, digits: &str) -> Result<Self::Value, Stop> {
-        Ok(self.py.get_type::<PyInt>().call1((digits,))?) // Python's own limit on digits applies
-    }
-    fn float(&mut self, value: f64) -> Self::Value {
-        PyFloat::new(self.py, value).into_any()
-    }
-    fn text(&mut self, text: Text) -> Result<Self::Value, Stop> {
-        Ok(self.key(text)?.into_any())
-    }
-    fn list(&mut self, items: std::vec::Drain<Self::Value>) -> Result<Self::Value, Stop> {
+    fn list(&mut self, items: std::vec::Drain<Self::Value>) -> Result<Self::Value, Box<Stop>> {
         Ok(PyList::new(self.py, items)?.into_any())
     }
     fn dict(&mut self) -> Self::Dict {
         PyDict::new(self.py)
     }
-    fn key(&mut self, text: Text) -> Result<Self::Key, Stop> {
+    fn key(&mut self, text: Text) -> Result<Self::Key, Box<Stop>> {
         match text {
             Text::Utf8(s) => Ok(self.shared(s)),
             Text::Utf16(units) => {
@@ -308,7 +309,7 @@ impl<'py> Build for Objects<'py> {
             }
         }
     }
-    fn insert(&mut self, dict: &mut Self::Dict, key: Self::Key, value: Self::Value) -> Result<bool, Stop> {
+    fn insert(&mut self, dict: &mut Self::Dict, key: Self::Key, value: Self::Value) -> Result<bool, Box<Stop>> {
         let before = if self.unique { dict.len() } else { 0 };
         dict.set_item(key, value)?;
         Ok(!self.unique || dict.len() > before)
@@ -323,14 +324,19 @@ impl<'py> Objects<'py> {
         if s.len() > 32 {
             return PyString::new(self.py, s);
         }
-        let slot = place(s.as_bytes());
-        if let Some((known, object)) = &self.recent[slot]
-            && **known == *s
+        let slot = &mut self.recent[place(s.as_bytes())];
+        if let Some((known, object)) = slot
+            && known == s
         {
+            self.luck += 1;
             return object.bind(self.py).clone();
         }
+        self.luck = self.luck.saturating_sub(1);
         let object = PyString::new(self.py, s);
-        self.recent[slot] = Some((s.into(), object.clone().unbind()));
+        let mut known = slot.take().map_or_else(String::new, |(known, _)| known); // for its memory
+        known.clear();
+        known.push_str(s);
+        *slot = Some((known, object.clone().unbind()));
         object
     }
 }

@@ -1,0 +1,362 @@
+//! Chunked datasets: the library says where the chunks are; they are read and decoded outside its lock, in two threads.
+
+use std::sync::Mutex;
+
+use flate2::{Decompress, FlushDecompress, Status};
+use hdf5_metno_sys::h5i::hid_t;
+use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32, H5Z_FILTER_SHUFFLE};
+
+use super::ffi::{Chunk, Library};
+use crate::error::{Error, Kind, Result};
+use crate::io::ReadAt;
+
+/// Below this many bytes a second thread costs more than it brings.
+const WORTH_A_THREAD: usize = 1 << 20;
+/// HDF5's own limit on the bytes of a chunk.
+const MAX_CHUNK_BYTES: u64 = u32::MAX as u64;
+/// Deflate cannot expand more than this.
+const MAX_DEFLATE: u64 = 1032;
+
+/// A filter that is undone here.
+#[derive(Clone, Copy)]
+pub(super) enum Filter {
+    Deflate,
+    Shuffle(usize),
+    Fletcher32,
+}
+
+/// The filters of a dataset in the order they were applied; `None` when the library has to undo them.
+pub(super) fn filters(lib: &Library, list: hid_t) -> Result<Option<Vec<Filter>>> {
+    let found: Vec<_> = (0..lib.H5Pget_nfilters(list)?).map(|i| lib.filter(list, i as u32)).collect::<Result<_>>()?;
+    let ours = found.iter().map(|&(id, parameter)| match i32::try_from(id) {
+        Ok(H5Z_FILTER_DEFLATE) => Some(Filter::Deflate),
+        Ok(H5Z_FILTER_SHUFFLE) => Some(Filter::Shuffle(parameter as usize)),
+        Ok(H5Z_FILTER_FLETCHER32) => Some(Filter::Fletcher32),
+        _ => None,
+    });
+    let ours: Option<Vec<_>> = ours.collect();
+    if ours.is_none() && lib.H5Pall_filters_avail(list)? == 0 {
+        let ids: Vec<_> = found.iter().map(|f| f.0).collect();
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("dataset is compressed with a filter unknown here ({ids:?})"),
+        )
+        .with_advice("Write it with gzip or without compression."));
+    }
+    Ok(ours)
+}
+
+/// A chunked dataset, ready to be decoded.
+pub(super) struct Grid {
+    shape: Vec<usize>,
+    chunk: Vec<usize>,
+    element: usize,
+    swap: usize,
+    filters: Vec<Filter>,
+    raw_edges: bool,
+    fill: Option<Vec<u8>>,
+    chunks: Vec<Chunk>, // sorted by start
+}
+
+impl Grid {
+    /// `None` when the library has to read this dataset.
+    pub(super) fn new(
+        lib: &Library,
+        id: hid_t,
+        list: hid_t,
+        dtype: hid_t,
+        shape: &[u64],
+        swap: usize,
+    ) -> Result<Option<Self>> {
+        let Some(filters) = filters(lib, list)? else { return Ok(None) };
+        let element = lib.H5Tget_size(dtype)?;
+        let (chunk, raw_edges) = lib.chunk_shape(list)?;
+        let bytes = chunk.iter().try_fold(element as u64, |n, &d| n.checked_mul(d));
+        if shape.is_empty() || chunk.len() != shape.len() || bytes.is_none_or(|n| n == 0 || n > MAX_CHUNK_BYTES) {
+            return Err(malformed("chunks have an impossible shape"));
+        }
+        // The shape is not a bomb, so the number of cells is bounded; no cell can have two chunks.
+        let cells = shape.iter().zip(&chunk).map(|(s, c)| s.div_ceil(*c) as usize).product();
+        let mut chunks = lib.chunks(id, shape.len(), cells)?;
+        chunks.sort_unstable_by(|a, b| a.start.cmp(&b.start));
+        let inside = |c: &Chunk| (0..shape.len()).all(|d| c.start[d] < shape[d] && c.start[d].is_multiple_of(chunk[d]));
+        if chunks.len() > cells || !chunks.iter().all(inside) || chunks.windows(2).any(|w| w[0].start == w[1].start) {
+            return Err(malformed("chunks overlap or lie outside of the dataset"));
+        }
+        let fill = lib.fill_value(list, dtype)?;
+        let [shape, chunk] = [shape, &chunk].map(|dims| dims.iter().map(|&d| d as usize).collect());
+        Ok(Some(Self { shape, chunk, element, swap, filters, raw_edges, fill, chunks }))
+    }
+
+    /// Bytes of a whole chunk.
+    fn chunk_bytes(&self) -> usize {
+        self.chunk.iter().product::<usize>() * self.element
+    }
+
+    /// Splits `out` into bands, one chunk high: they are contiguous and independent of each other.
+    fn bands<'a>(&'a self, path: &'a str, out: &'a mut [u8]) -> impl Iterator<Item = Band<'a>> {
+        let row = self.shape[1..].iter().product::<usize>() * self.element;
+        let mut rest = &self.chunks[..];
+        out.chunks_mut(self.chunk[0].min(self.shape[0]) * row).enumerate().map(move |(i, out)| {
+            let after = ((i + 1) * self.chunk[0]) as u64;
+            let (chunks, later) = rest.split_at(rest.partition_point(|c| c.start[0] < after));
+            rest = later;
+            Band { path, grid: self, chunks, out }
+        })
+    }
+}
+
+/// The part of a dataset that one row of chunks covers.
+struct Band<'a> {
+    path: &'a str,
+    grid: &'a Grid,
+    chunks: &'a [Chunk],
+    out: &'a mut [u8],
+}
+
+/// Reads and decodes everything, `(path, grid, values)` each.
+pub(super) fn decode(image: &dyn ReadAt, mut jobs: Vec<(&str, Grid, &mut [u8])>) -> Result<()> {
+    let total: usize = jobs.iter().map(|(_, _, out)| out.len()).sum();
+    let bands: Vec<_> = jobs.iter_mut().flat_map(|(path, grid, out)| grid.bands(path, out)).collect();
+    let several = total > WORTH_A_THREAD && bands.len() > 1;
+    let queue = Mutex::new(bands.into_iter());
+    let work = || {
+        let mut scratch = Scratch { data: Vec::new(), other: Vec::new(), zlib: Decompress::new(true) };
+        let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+        while let Some(band) = next() {
+            let path = band.path;
+            scratch.band(image, band).map_err(|e| e.with_entry(path))?;
+        }
+        Ok(())
+    };
+    if !several {
+        return work();
+    }
+    std::thread::scope(|scope| {
+        let second = scope.spawn(work);
+        let first = work();
+        let second = second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        first.and(second)
+    })
+}
+
+/// Buffers of one thread.
+struct Scratch {
+    data: Vec<u8>,
+    other: Vec<u8>,
+    zlib: Decompress,
+}
+
+impl Scratch {
+    fn band(&mut self, image: &dyn ReadAt, band: Band) -> Result<()> {
+        let Band { grid, chunks, out, .. } = band;
+        let cells: usize = (1..grid.shape.len()).map(|d| grid.shape[d].div_ceil(grid.chunk[d])).product();
+        if chunks.len() < cells {
+            match &grid.fill {
+                Some(value) => out.chunks_exact_mut(value.len()).for_each(|element| element.copy_from_slice(value)),
+                None => out.fill(0),
+            }
+        }
+        for chunk in chunks {
+            self.load(image, grid, chunk)?;
+            scatter(grid, chunk, &self.data, out);
+        }
+        swap(out, grid.swap);
+        Ok(())
+    }
+
+    /// Reads a chunk and undoes its filters; the result is in `self.data`.
+    fn load(&mut self, image: &dyn ReadAt, grid: &Grid, chunk: &Chunk) -> Result<()> {
+        if chunk.address.checked_add(chunk.size).is_none_or(|end| end > image.len()) {
+            return Err(malformed("chunk lies outside of the file"));
+        }
+        let edge = (0..grid.shape.len()).any(|d| chunk.start[d] as usize + grid.chunk[d] > grid.shape[d]);
+        let skipped = if grid.raw_edges && edge { u32::MAX } else { chunk.skipped };
+        let expected = grid.chunk_bytes();
+        self.data.resize(chunk.size as usize, 0);
+        image.read_at(&mut self.data, chunk.address)?;
+        for (i, filter) in grid.filters.iter().enumerate().rev() {
+            if skipped >> i & 1 == 1 {
+                continue;
+            }
+            match filter {
+                Filter::Fletcher32 => check_fletcher32(&mut self.data)?,
+                // What is inflated may still carry a checksum.
+                Filter::Deflate => {
+                    inflate(&mut self.zlib, &self.data, &mut self.other, expected + 4 * grid.filters.len())?;
+                }
+                Filter::Shuffle(n) => unshuffle(&self.data, *n, &mut self.other),
+            }
+            if !matches!(filter, Filter::Fletcher32) {
+                std::mem::swap(&mut self.data, &mut self.other);
+            }
+        }
+        if self.data.len() != expected {
+            return Err(malformed("chunk has a wrong size").with_found(expected, self.data.len()));
+        }
+        Ok(())
+    }
+}
+
+/// Copies a chunk to its place in a band, cut off at the edges of the dataset.
+fn scatter(grid: &Grid, chunk: &Chunk, data: &[u8], out: &mut [u8]) {
+    let rank = grid.shape.len();
+    let start = |d: usize| if d == 0 { 0 } else { chunk.start[d] as usize }; // within the band
+    let extent = |d: usize| grid.chunk[d].min(grid.shape[d] - chunk.start[d] as usize);
+    let strides = |dims: &[usize]| {
+        let mut strides = vec![grid.element; rank];
+        for d in (1..rank).rev() {
+            strides[d - 1] = strides[d] * dims[d];
+        }
+        strides
+    };
+    let (from, to) = (strides(&grid.chunk), strides(&grid.shape));
+    let mut inner = rank - 1; // the dimensions from here on are one run of bytes
+    while inner > 0 && grid.chunk[inner] == grid.shape[inner] {
+        inner -= 1;
+    }
+    let run = extent(inner) * from[inner];
+    let base: usize = (0..rank).map(|d| start(d) * to[d]).sum();
+    let mut at = vec![0; inner];
+    loop {
+        let source: usize = at.iter().zip(&from).map(|(i, s)| i * s).sum();
+        let target = base + at.iter().zip(&to).map(|(i, s)| i * s).sum::<usize>();
+        out[target..target + run].copy_from_slice(&data[source..source + run]);
+        let Some(d) = (0..inner).rev().find(|&d| at[d] + 1 < extent(d)) else { return };
+        at[d] += 1;
+        at[d + 1..].fill(0);
+    }
+}
+
+/// Inflates a zlib stream to at most `limit` bytes.
+fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
+    let possible = (data.len() as u64).saturating_mul(MAX_DEFLATE) + 64;
+    out.clear();
+    out.reserve((limit as u64).min(possible) as usize);
+    zlib.reset(true);
+    match zlib.decompress_vec(data, out, FlushDecompress::Finish) {
+        Ok(Status::StreamEnd) if out.len() <= limit => Ok(()),
+        Ok(_) => Err(malformed("compressed chunk is cut short or larger than its shape says")),
+        Err(e) => Err(malformed(&format!("compressed chunk is damaged ({e})"))),
+    }
+}
+
+/// Undoes the byte transposition of elements of `n` bytes.
+fn unshuffle(data: &[u8], n: usize, out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(data);
+    let count = data.len() / n.max(1);
+    if n < 2 || count < 2 {
+        return;
+    }
+    for (i, plane) in data[..count * n].chunks_exact(count).enumerate() {
+        for (to, &byte) in out[i..].iter_mut().step_by(n).zip(plane) {
+            *to = byte;
+        }
+    }
+}
+
+/// Checks and removes the checksum at the end.
+fn check_fletcher32(data: &mut Vec<u8>) -> Result<()> {
+    let Some((body, stored)) = data.split_last_chunk::<4>() else { return Err(malformed("chunk has no checksum")) };
+    let (len, stored) = (body.len(), u32::from_le_bytes(*stored));
+    let fold = |sum: u32| (sum & 0xffff) + (sum >> 16);
+    let (mut a, mut b) = (0u32, 0u32);
+    for block in body.chunks(720) {
+        for pair in block.chunks(2) {
+            a += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+            b += a;
+        }
+        (a, b) = (fold(a), fold(b));
+    }
+    let sum = fold(b) << 16 | fold(a);
+    // HDF5 before 1.6.3 stored the bytes of each half the other way round.
+    if sum != stored && (sum.swap_bytes().rotate_left(16)) != stored {
+        return Err(malformed("chunk does not match its checksum"));
+    }
+    data.truncate(len);
+    Ok(())
+}
+
+/// Reverses every `n` bytes: big-endian to little-endian.
+pub(super) fn swap(data: &mut [u8], n: usize) {
+    if n > 1 {
+        data.chunks_exact_mut(n).for_each(<[u8]>::reverse);
+    }
+}
+
+fn malformed(what: &str) -> Error {
+    Error::new(Kind::Hdf5, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_cut_off_at_the_edges() {
+        for (shape, chunk) in [(vec![5usize, 7], vec![2usize, 3]), (vec![5, 7, 4], vec![2, 7, 4]), (vec![3], vec![8])] {
+            let rank = shape.len();
+            let cells: Vec<usize> = (0..rank).map(|d| shape[d].div_ceil(chunk[d])).collect();
+            let element = |at: &[usize]| at.iter().fold(0, |n, i| n * 10 + i) as u8 + 1;
+            let unravel = |mut i: usize, dims: &[usize]| {
+                let mut at = vec![0; dims.len()];
+                for d in (0..dims.len()).rev() {
+                    (at[d], i) = (i % dims[d], i / dims[d]);
+                }
+                at
+            };
+            // Each chunk stands at its own place in the "file", its elements numbered by their place in the dataset.
+            let (mut file, mut chunks) = (Vec::new(), Vec::new());
+            for cell in 0..cells.iter().product() {
+                let start: Vec<usize> = unravel(cell, &cells).iter().zip(&chunk).map(|(i, c)| i * c).collect();
+                let n: usize = chunk.iter().product();
+                let start64 = start.iter().map(|&i| i as u64).collect();
+                chunks.push(Chunk { start: start64, skipped: 0, address: file.len() as u64, size: n as u64 });
+                file.extend((0..n).map(|i| {
+                    let at: Vec<usize> = unravel(i, &chunk).iter().zip(&start).map(|(i, s)| i + s).collect();
+                    if at.iter().zip(&shape).all(|(i, s)| i < s) { element(&at) } else { 0 }
+                }));
+            }
+            let mut out = vec![0; shape.iter().product()];
+            let want: Vec<u8> = (0..out.len()).map(|i| element(&unravel(i, &shape))).collect();
+            let grid =
+                Grid { shape, chunk, element: 1, swap: 1, filters: vec![], raw_edges: false, fill: None, chunks };
+            decode(&file, vec![("x", grid, &mut out)]).unwrap();
+            assert_eq!(out, want);
+        }
+    }
+
+    #[test]
+    fn filters_check_what_they_undo() {
+        let mut out = Vec::new();
+        unshuffle(&[1, 4, 2, 5, 3, 6, 9], 3, &mut out);
+        assert_eq!(out, [1, 2, 3, 4, 5, 6, 9]);
+
+        let sum = |d: &[u8]| {
+            d.chunks(2).fold((0u32, 0u32), |(a, b), p| {
+                let a = (a + (u32::from(p[0]) << 8 | u32::from(p[1]))) % 65535;
+                (a, (b + a) % 65535)
+            })
+        };
+        let (a, b) = sum(b"abcdef");
+        let mut data = b"abcdef".to_vec();
+        data.extend((b << 16 | a).to_le_bytes());
+        check_fletcher32(&mut data).unwrap();
+        assert_eq!(data, b"abcdef");
+        data.extend([0; 4]);
+        check_fletcher32(&mut data).unwrap_err();
+
+        let packed = {
+            use std::io::Write;
+            let mut z = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+            z.write_all(&[7; 10_000]).unwrap();
+            z.finish().unwrap()
+        };
+        let mut zlib = Decompress::new(true);
+        inflate(&mut zlib, &packed, &mut out, 10_000).unwrap();
+        assert_eq!(out, [7; 10_000]);
+        inflate(&mut zlib, &packed, &mut out, 5_000).unwrap_err();
+        inflate(&mut zlib, &packed[..packed.len() / 2], &mut out, 10_000).unwrap_err();
+    }
+}

@@ -1,0 +1,201 @@
+//! Tree → layout: the objects are created in memory exactly as h5py would create them in a file, without payload.
+
+use std::collections::{HashMap, HashSet, hash_map::Entry};
+
+use hdf5_metno_sys as sys;
+use sys::h5d::{H5D_alloc_time_t, H5D_fill_time_t, H5D_layout_t};
+use sys::h5f::H5F_libver_t;
+use sys::h5i::hid_t;
+use sys::h5p::{H5P_CLS_DATASET_CREATE, H5P_CLS_FILE_ACCESS, H5P_CLS_GROUP_CREATE, H5P_CLS_LINK_CREATE};
+use sys::h5t::{self, H5T_class_t, H5T_cset_t};
+
+use super::driver::Disk;
+use super::ffi::{Id, Library, VarString, library};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::h5::{ALIGNMENT, Layout};
+use crate::tree::{Attribute, Tree};
+
+pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {
+    let disk = Disk::default();
+    let offsets = library(|lib| {
+        let fapl = lib.H5Pcreate(*H5P_CLS_FILE_ACCESS)?;
+        lib.H5Pset_libver_bounds(*fapl, H5F_libver_t::H5F_LIBVER_EARLIEST, H5F_libver_t::H5F_LIBVER_V200)?;
+        lib.H5Pset_alignment(*fapl, ALIGNMENT, ALIGNMENT)?;
+        // About what the metadata needs, so that it stays together; what is left of the last block is given back.
+        let objects = (tree.groups().len() + tree.datasets().len()) as u64;
+        lib.H5Pset_meta_block_size(*fapl, (objects * 512).next_power_of_two().clamp(2 << 10, 1 << 20))?;
+        let file = lib.open(&disk, &fapl, true)?;
+        let offsets = Writer::new(lib, *file)?.write(tree)?;
+        lib.H5Fclose(*file)?; // for its status: dropping `file` then finds it closed
+        Ok(offsets)
+    })
+    .map_err(|e| disk.take_error().unwrap_or(e))?;
+    let mut extents: Vec<_> =
+        offsets.iter().zip(tree.datasets()).filter_map(|(o, d)| o.map(|o| (o, o + d.nbytes))).collect();
+    extents.sort_unstable();
+    let (pages, len) = disk.into_pages();
+    Ok(Layout { metadata: outside(pages, &extents, len), offsets, len })
+}
+
+/// What of the pages lies outside of the (sorted) extents and before `len`, as runs.
+fn outside<const N: usize>(
+    pages: impl Iterator<Item = (u64, Box<[u8; N]>)>,
+    extents: &[(u64, u64)],
+    len: u64,
+) -> Vec<(u64, Vec<u8>)> {
+    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+    let mut extents = extents.iter().peekable();
+    for (start, page) in pages {
+        let end = len.min(start + N as u64);
+        let mut at = start;
+        while at < end {
+            let stop = match extents.peek() {
+                Some(&&(_, after)) if after <= at => {
+                    extents.next();
+                    continue;
+                }
+                Some(&&(before, after)) if before <= at => {
+                    at = after;
+                    continue;
+                }
+                Some(&&(before, _)) => end.min(before),
+                None => end,
+            };
+            let bytes = &page[(at - start) as usize..(stop - start) as usize];
+            match runs.last_mut() {
+                Some((from, run)) if *from + run.len() as u64 == at => run.extend_from_slice(bytes),
+                _ if bytes.iter().all(|&b| b == 0) => {} // padding between two datasets
+                _ => runs.push((at, bytes.to_vec())),
+            }
+            at = stop;
+        }
+    }
+    runs
+}
+
+/// A file being filled, and what many of its objects share.
+struct Writer<'l, 't> {
+    lib: &'l Library,
+    file: hid_t,
+    group_list: Id<'l>,
+    dataset_list: Id<'l>,
+    utf8_link: Id<'l>,
+    string: VarString<'l>,
+    scalar: Id<'l>,
+    types: HashMap<DType, Id<'l>>,
+    spaces: HashMap<&'t [u64], Id<'l>>,
+    made: HashSet<&'t str>,
+    open: Vec<(&'t str, Id<'l>)>, // the groups on the way to the last object
+}
+
+impl<'l, 't> Writer<'l, 't> {
+    fn new(lib: &'l Library, file: hid_t) -> Result<Self> {
+        let group_list = lib.H5Pcreate(*H5P_CLS_GROUP_CREATE)?;
+        lib.H5Pset_obj_track_times(*group_list, 0)?;
+        // Contiguous, placed at once and never filled: the offset is known as soon as the dataset exists.
+        let dataset_list = lib.H5Pcreate(*H5P_CLS_DATASET_CREATE)?;
+        lib.H5Pset_obj_track_times(*dataset_list, 0)?;
+        lib.H5Pset_layout(*dataset_list, H5D_layout_t::H5D_CONTIGUOUS)?;
+        lib.H5Pset_alloc_time(*dataset_list, H5D_alloc_time_t::H5D_ALLOC_TIME_EARLY)?;
+        lib.H5Pset_fill_time(*dataset_list, H5D_fill_time_t::H5D_FILL_TIME_NEVER)?;
+        let utf8_link = lib.H5Pcreate(*H5P_CLS_LINK_CREATE)?;
+        lib.H5Pset_char_encoding(*utf8_link, H5T_cset_t::H5T_CSET_UTF8)?;
+        let (string, scalar) = (lib.var_string()?, lib.create_space(&[])?);
+        let (types, spaces, made, open) = Default::default();
+        Ok(Self { lib, file, group_list, dataset_list, utf8_link, string, scalar, types, spaces, made, open })
+    }
+
+    /// Creates everything; returns where each dataset is.
+    fn write(mut self, tree: &'t Tree) -> Result<Vec<Option<u64>>> {
+        for group in tree.groups() {
+            let id = self.group(&group.path).map_err(|e| e.with_entry(&group.path))?;
+            self.attributes(id, &group.attributes).map_err(|e| e.with_entry(&group.path))?;
+        }
+        let mut offsets = Vec::with_capacity(tree.datasets().len());
+        for dataset in tree.datasets() {
+            offsets.push(self.dataset(dataset).map_err(|e| e.with_entry(&dataset.path))?);
+        }
+        Ok(offsets)
+    }
+
+    fn dataset(&mut self, d: &'t crate::tree::Dataset) -> Result<Option<u64>> {
+        let lib = self.lib;
+        let (parent, name) = d.path.rsplit_once('/').unwrap_or(("", &d.path));
+        let group = self.group(parent)?;
+        if let Entry::Vacant(new) = self.types.entry(d.dtype) {
+            new.insert(file_type(lib, d.dtype)?);
+        }
+        if let Entry::Vacant(new) = self.spaces.entry(&d.shape) {
+            new.insert(lib.create_space(&d.shape)?);
+        }
+        let (dtype, space) = (*self.types[&d.dtype], *self.spaces[&d.shape[..]]);
+        let id = lib.create_dataset(group, name, dtype, space, [self.link_list(name), *self.dataset_list])?;
+        self.attributes(*id, &d.attributes)?;
+        Ok(if d.nbytes == 0 { None } else { Some(lib.H5Dget_offset(*id)? as u64) })
+    }
+
+    /// The group at `path`, created if need be.
+    fn group(&mut self, path: &'t str) -> Result<hid_t> {
+        let below = |group: &str| path.strip_prefix(group).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        while self.open.pop_if(|(group, _)| !below(group)).is_some() {}
+        loop {
+            let (done, at) = self.open.last().map_or((0, self.file), |(group, id)| (group.len() + 1, **id));
+            if done > path.len() || path.is_empty() {
+                return Ok(at);
+            }
+            let end = path[done..].find('/').map_or(path.len(), |slash| done + slash);
+            let name = &path[done..end];
+            let id = if self.made.insert(&path[..end]) {
+                self.lib.create_group(at, name, self.link_list(name), *self.group_list)?
+            } else {
+                self.lib.open_group(at, name)?
+            };
+            self.open.push((&path[..end], id));
+        }
+    }
+
+    /// As in h5py only for names that need it: a UTF-8 link turns its group into the new format.
+    fn link_list(&self, name: &str) -> hid_t {
+        if name.is_ascii() { sys::h5p::H5P_DEFAULT } else { *self.utf8_link }
+    }
+
+    fn attributes(&self, id: hid_t, attributes: &[Attribute]) -> Result<()> {
+        attributes
+            .iter()
+            .try_for_each(|(name, value)| self.lib.write_string(id, name, &self.string, *self.scalar, value))
+    }
+}
+
+/// The type as h5py stores it.
+fn file_type(lib: &Library, dtype: DType) -> Result<Id<'_>> {
+    let compound = |part: hid_t| -> Result<Id<'_>> {
+        let half = dtype.size() / 2;
+        let id = lib.H5Tcreate(H5T_class_t::H5T_COMPOUND, dtype.size())?;
+        lib.add_member(*id, c"r", 0, part)?;
+        lib.add_member(*id, c"i", half, part)?;
+        Ok(id)
+    };
+    lib.H5Tcopy(match dtype {
+        DType::F16 => lib.f16(),
+        DType::F32 => *h5t::H5T_IEEE_F32LE,
+        DType::F64 => *h5t::H5T_IEEE_F64LE,
+        DType::I8 => *h5t::H5T_STD_I8LE,
+        DType::I16 => *h5t::H5T_STD_I16LE,
+        DType::I32 => *h5t::H5T_STD_I32LE,
+        DType::I64 => *h5t::H5T_STD_I64LE,
+        DType::U8 => *h5t::H5T_STD_U8LE,
+        DType::U16 => *h5t::H5T_STD_U16LE,
+        DType::U32 => *h5t::H5T_STD_U32LE,
+        DType::U64 => *h5t::H5T_STD_U64LE,
+        DType::C64 => return compound(*h5t::H5T_IEEE_F32LE),
+        DType::C128 => return compound(*h5t::H5T_IEEE_F64LE),
+        DType::Opaque(n) => return lib.H5Tcreate(H5T_class_t::H5T_OPAQUE, n.into()),
+        DType::Bool => {
+            let id = lib.H5Tenum_create(*h5t::H5T_STD_I8LE)?;
+            lib.add_value(*id, c"FALSE", 0)?;
+            lib.add_value(*id, c"TRUE", 1)?;
+            return Ok(id);
+        }
+    })
+}
