@@ -6,7 +6,6 @@ below them. With `HORNBEAM_SUITE=stock` Keras stays as it is: the baseline. What
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     hornbeam.stats(reset=True)
     result = yield
-    _tests[item.nodeid]["stats"] = dataclasses.asdict(hornbeam.stats())
+    _tests[item.nodeid]["stats"] = vars(hornbeam.stats())
     return result
 
 

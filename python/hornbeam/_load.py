@@ -14,14 +14,19 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _core, _keras, _state
+from hornbeam import _build, _core, _keras, _state, _tensors
 from hornbeam._store import AssetStore, Image, LoadStore
 
 Stock = Callable[..., Any]
 _STORE = saving_lib.H5IOStore
-#: Bytes the reader may be ahead of a model that is built the stock way: its variables have memory already.
+#: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
-_CRC_ALL = 1 << 62  # no limit: everything is staged before the model is touched
+_ALL = 1 << 62
+
+
+def _read_ahead() -> int:
+    """Without a limit where what is read becomes the variables' memory."""
+    return _ALL if _tensors.shares() else _READ_AHEAD
 
 
 def load_model_from_fileobj(
@@ -43,10 +48,11 @@ def load_model_from_fileobj(
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
     with ExitStack() as stack:
+        stack.enter_context(_build.scope())
         weights = file.weights(engine=_state.current().engine)
-        store = LoadStore([Image(weights, weights_name, verify=True, read_ahead=_READ_AHEAD)])
+        store = LoadStore([Image(weights, weights_name, verify=True, read_ahead=_read_ahead())])
         stack.callback(store.close)
-        model = _build(config, custom_objects, compile, safe_mode)
+        model = _from_config(config, custom_objects, compile, safe_mode)
         assets = None
         if has_assets:
             _check_extraction(file)
@@ -71,10 +77,11 @@ def load_model_from_dir(
         )
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
     with ExitStack() as stack:
+        stack.enter_context(_build.scope())
         weights = _core.open(str(weights_path), archive=False).weights(engine=_state.current().engine)
-        store = LoadStore([Image(weights, str(weights_path), verify=True, read_ahead=_READ_AHEAD)])
+        store = LoadStore([Image(weights, str(weights_path), verify=True, read_ahead=_read_ahead())])
         stack.callback(store.close)
-        model = _build(config, custom_objects, compile, safe_mode)
+        model = _from_config(config, custom_objects, compile, safe_mode)
         assets = None
         if (root / saving_lib._ASSETS_DIRNAME).is_dir():
             assets = saving_lib.DiskIOStore(str(root / saving_lib._ASSETS_DIRNAME), mode="r")
@@ -109,7 +116,7 @@ def load_weights_only(
             _check_expansion(file, name)
         opened = [(text, file.weights(engine=engine))]
     with ExitStack() as stack:
-        store = LoadStore(Image(w, name, verify=True, read_ahead=_CRC_ALL) for name, w in opened)
+        store = LoadStore(Image(w, name, verify=True, read_ahead=_ALL) for name, w in opened)
         stack.callback(store.close)
         store.complete(drop_rest=False)
         visited = {id(o) for o in objects_to_skip or ()}
@@ -133,7 +140,7 @@ def _source(fileobj: Any) -> Any:
     return fileobj
 
 
-def _build(config: bytes, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
+def _from_config(config: bytes, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._model_from_config` through the Rust codec."""
     decoded = _core.decode_json(config, trusted=False)
     if not compile:

@@ -73,7 +73,7 @@ class RecordStore(saving_lib.H5IOStore):
         found = _tensors.view(value)
         if callable(found):
             # Keras' own layers do not change a variable after they stored it; anybody else may.
-            if sys._getframe(1).f_globals.get("__name__", "").startswith(("keras.", "hornbeam.")):
+            if _tensors.is_keras_code(sys._getframe(1)):
                 self._note(path, _Dataset(found, _deferred_dtype(value.dtype), tuple(value.shape)))
                 return
             found = found()

@@ -6,8 +6,11 @@ where it can or has to be fetched from a device (torch, NumPy, accelerators): th
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -146,3 +149,102 @@ def numpy_dtype(name: str, tag: str | None) -> np.dtype:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(f"|{name}" if name.startswith("V") else name)
+
+
+def is_keras_code(frame: FrameType) -> bool:
+    """Whether a call comes from Keras itself, which does not change what it stores or assigns afterwards."""
+    return frame.f_globals.get("__name__", "").startswith(("keras.src.", "hornbeam."))
+
+
+def share(array: np.ndarray) -> Any | None:
+    """A TensorFlow tensor over the array's own memory; `None` where that is not safe.
+
+    TensorFlow copies it before the first update in place, and at once if it is not aligned. The array must not change
+    any more. `tf.convert_to_tensor` does the same with a copy of the array.
+    """
+    if not shares():
+        return None
+    from tensorflow.python.eager import context
+    from tensorflow.python.framework.ops import EagerTensor
+
+    return EagerTensor(array, context.context().device_name, None)
+
+
+@functools.cache
+def shares() -> bool:
+    """Whether `share` works here. Tries the real thing once: values arrive, and updates leave the source alone."""
+    if _backend() != "tensorflow":
+        return False
+    try:
+        import tensorflow as tf
+        from tensorflow.python.eager import context
+        from tensorflow.python.framework.ops import EagerTensor
+
+        context.ensure_initialized()
+        block = np.zeros(256, np.uint8)
+        start = -block.ctypes.data % 64
+        array = block[start : start + 64].view(np.float32)
+        array[:] = np.arange(16)
+        variable = tf.Variable(EagerTensor(array, context.context().device_name, None))
+        variable.assign_add(tf.ones(16))
+        right = np.array_equal(variable.numpy(), np.arange(16) + 1)
+        return bool(right and np.array_equal(array, np.arange(16)))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
+
+
+class Creation:
+    """Where a variable would have been created, so that it can be created there later."""
+
+    __slots__ = ("key", "name_scope")
+
+    def __init__(self, name_scope: str | None, key: str | None) -> None:
+        self.name_scope = name_scope
+        self.key = key
+
+
+_keys = itertools.count()
+
+
+def note_creation(variable: Any) -> Creation | None:
+    """Notes what TensorFlow takes from the surroundings; `None` where it cannot be restored later."""
+    if _backend() != "tensorflow":
+        return Creation(None, None)
+    import tensorflow as tf
+
+    graph = tf.compat.v1.get_default_graph()
+    if (
+        not tf.executing_eagerly()
+        or tf.distribute.has_strategy()
+        or graph._variable_creator_stack  # private; empty but inside tf.variable_creator_scope
+        or tf.compat.v1.executing_eagerly_outside_functions() is False
+        or _device_scope()
+    ):
+        return None
+    return Creation(tf.get_current_name_scope(), f"{variable._name}_hornbeam_{next(_keys)}")
+
+
+def _device_scope() -> str:
+    from tensorflow.python.eager import context
+
+    return context.context().device_name or ""
+
+
+@contextlib.contextmanager
+def creation_scope(creation: Creation, variable: Any) -> Iterator[None]:
+    """As where `creation` was noted; afterwards the variable has the key promised then."""
+    if _backend() == "jax":
+        import jax
+
+        with jax.ensure_compile_time_eval():
+            yield
+        return
+    if creation.name_scope is None:
+        yield
+        return
+    import tensorflow as tf
+
+    with tf.init_scope(), tf.name_scope(creation.name_scope + "/" if creation.name_scope else ""):
+        yield
+    made = variable.__dict__["_value"]
+    made._unique_id = made.handle._unique_id = creation.key

@@ -1,0 +1,208 @@
+"""Building a model without initialising it: a variable gets its first value from the file.
+
+While `scope()` lasts, a variable that Keras would fill from one of its own initialisers stays without a value. The
+first of these ends that:
+
+- the file's tensor is assigned: it becomes the first value;
+- anybody reads the value, say in `build()`: the real initialiser runs, as it would have in stock Keras;
+- the scope ends: so does it.
+
+During shape inference Keras' own placeholder for uninitialised variables stands in. Initialisers hold their seed from
+when they are made, so not calling one changes no random state; those that hold a `SeedGenerator` always run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.initializers.initializer import Initializer
+
+from hornbeam import _keras, _tensors
+
+_local = threading.local()
+_variable_patch = _keras._Patch()
+_slot_patch = _keras._Patch()
+_key_patch = _keras._Patch()
+
+
+class _Lazy:
+    """Mixed into the class of a variable while it has no value."""
+
+    _pending: tuple[Any, Any]  # initialiser, and what `_tensors.creation_scope` noted
+
+    @property
+    def _value(self) -> Any:
+        _initialize(self)
+        return self._value
+
+    @_value.setter
+    def _value(self, value: Any) -> None:
+        _settle(self)
+        self._value = value
+
+    @property
+    def value(self) -> Any:
+        variable: Any = self
+        if in_stateless_scope():
+            known = get_stateless_scope().get_current_value(variable)
+            if known is not None:
+                return variable._maybe_autocast(known)
+            if in_symbolic_scope():
+                placeholder = variable._pending[0](variable._shape, dtype=variable._dtype)
+                return variable._maybe_autocast(placeholder)
+        _initialize(variable)
+        return variable.value
+
+    def assign(self, value: Any) -> Any:
+        variable: Any = self
+        if in_stateless_scope() or not isinstance(value, np.ndarray) or value.shape != tuple(variable._shape):
+            return super().assign(value)  # type: ignore[misc]
+        tensor = None
+        # Keras' own code drops the array after this; anybody else may keep it, and change it.
+        if _tensors.is_keras_code(sys._getframe(1)) and value.dtype.name == variable._dtype:
+            tensor = _tensors.share(value)
+        if tensor is None:
+            tensor = variable._convert_to_tensor(value, dtype=variable._dtype)
+        _give(variable, tensor)
+        return tensor
+
+    def _direct_assign(self, value: Any) -> None:
+        _give(self, value)
+
+
+_classes: dict[type, type] = {}
+
+
+def _lazy_class(cls: type) -> type:
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls] = type(cls.__name__, (_Lazy, cls), names)
+    return _classes[cls]
+
+
+def _settle(variable: Any) -> tuple[Any, Any]:
+    """Makes the variable an ordinary one, still without a value."""
+    pending: tuple[Any, Any] = variable.__dict__.pop("_pending")
+    variable.__class__ = variable.__dict__.pop("_plain_class")
+    return pending
+
+
+def _give(variable: Any, value: Any) -> None:
+    """The variable's first value."""
+    _, creation = _settle(variable)
+    with _tensors.creation_scope(creation, variable):
+        variable._initialize(value)
+
+
+def _initialize(variable: Any) -> None:
+    """What stock Keras does at once."""
+    initializer, creation = _settle(variable)
+    with _tensors.creation_scope(creation, variable):
+        _variable_patch.original(variable, initializer)
+
+
+def _can_wait(variable: Any, initializer: Any) -> bool:
+    return (
+        type(variable) is backend.Variable
+        and isinstance(initializer, Initializer)
+        and type(initializer).__module__.startswith("keras.")
+        and not any(isinstance(v, keras.random.SeedGenerator) for v in vars(initializer).values())
+        and variable._layout is None
+        and global_state.get_global_attribute("distribution") is None
+        and not in_stateless_scope()
+    )
+
+
+def _dispatch_initialize(variable: Any, initializer: Any) -> None:
+    pending = getattr(_local, "pending", None)
+    if pending is None or not _can_wait(variable, initializer):
+        _variable_patch.original(variable, initializer)
+        return
+    creation = _tensors.note_creation(variable)
+    if creation is None:
+        _variable_patch.original(variable, initializer)
+        return
+    variable.__dict__.pop("_value", None)
+    variable._pending = (initializer, creation)
+    variable._plain_class = type(variable)
+    variable.__class__ = _lazy_class(type(variable))
+    pending.append(variable)
+
+
+def _dispatch_slot(self: Any, reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+    """`TFOptimizer.add_variable_from_reference` without placing the slot beside a variable that is nowhere yet."""
+    if isinstance(reference_variable, _Lazy):
+        from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+        return BaseOptimizer.add_variable_from_reference(self, reference_variable, *args, **kwargs)
+    return _slot_patch.original(self, reference_variable, *args, **kwargs)
+
+
+def _dispatch_key(self: Any, variable: Any) -> Any:
+    """`TFOptimizer._var_key`: the key that the variable will have."""
+    if isinstance(variable, _Lazy):
+        return variable._pending[1].key
+    return _key_patch.original(self, variable)
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Variables made by this thread wait for their value; nested scopes belong to the outermost.
+
+    The cyclic garbage collector rests meanwhile: a model is millions of objects that all stay.
+    """
+    if getattr(_local, "pending", None) is not None or backend.backend() not in ("tensorflow", "jax"):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            _variable_patch(backend.Variable, "_initialize_with_initializer", _dispatch_initialize)
+        )
+        if backend.backend() == "tensorflow":
+            from keras.src.backend.tensorflow.optimizer import TFOptimizer
+
+            stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
+            stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
+        stack.enter_context(_collector_rests())
+        _local.pending = []
+        try:
+            yield
+        finally:
+            pending, _local.pending = _local.pending, None
+            for variable in pending:
+                if isinstance(variable, _Lazy):
+                    _initialize(variable)
+
+
+_collector_lock = threading.Lock()
+_collector_users = 0
+
+
+@contextlib.contextmanager
+def _collector_rests() -> Iterator[None]:
+    global _collector_users
+    with _collector_lock:
+        resting = _collector_users > 0 or gc.isenabled()
+        if resting:
+            _collector_users += 1
+            gc.disable()
+    try:
+        yield
+    finally:
+        if resting:
+            with _collector_lock:
+                _collector_users -= 1
+                if _collector_users == 0:
+                    gc.enable()
+
