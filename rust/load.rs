@@ -84,9 +84,9 @@ impl Weights {
     /// # Errors
     /// `Archive` when there is none, those of the engine.
     pub fn open_member(source: &Arc<dyn ReadAt>, members: &Members, choice: Choice) -> Result<Self> {
-        let member = members.get(WEIGHTS).ok_or_else(|| {
-            Error::new(Kind::Archive, format!("There is no item named '{WEIGHTS}' in the archive"))
-        })?;
+        let member = members
+            .get(WEIGHTS)
+            .ok_or_else(|| Error::new(Kind::Archive, format!("There is no item named '{WEIGHTS}' in the archive")))?;
         let opened = match member.method {
             Method::Stored => {
                 let image = Extent { offset: member.offset, len: member.size };
@@ -101,11 +101,12 @@ impl Weights {
         let window = Window::new(&*source, image.offset, image.len);
         let mut engine = choice.writer()?;
         let mut index = engine.index(&window);
-        if choice == Choice::Auto && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported)) {
-            if let Ok(other) = libhdf5() {
-                engine = other;
-                index = engine.index(&window);
-            }
+        if choice == Choice::Auto
+            && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
+            && let Ok(other) = libhdf5()
+        {
+            engine = other;
+            index = engine.index(&window);
         }
         Ok(Self { index: index?, source, image, crc, engine })
     }

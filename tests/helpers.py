@@ -50,7 +50,9 @@ def tree(file: Any) -> dict[str, Any]:
             found[name] = ("group", attributes)
             return
         kind = item.id.get_type()
-        assert item.chunks is None and item.compression is None and item.maxshape == item.shape
+        assert item.chunks is None
+        assert item.compression is None
+        assert item.maxshape == item.shape
         found[name] = ("dataset", attributes, kind.encode(), item.shape, item[()].tobytes())
 
     if not isinstance(file, h5py.File):

@@ -46,9 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import keras
 
-    untrained = pytest.mark.skipif(
-        keras.backend.backend() in ("numpy", "openvino"), reason="this backend cannot train"
-    )
+    untrained = pytest.mark.skipif(keras.backend.backend() in ("numpy", "openvino"), reason="this backend cannot train")
     for item in items:
         if "requires_trainable_backend" in item.keywords:
             item.add_marker(untrained)

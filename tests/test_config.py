@@ -49,15 +49,11 @@ class Color(enum.IntEnum):
 Point = collections.namedtuple("Point", "x y")
 
 any_text = st.text(st.characters(exclude_categories=()))  # with lone surrogates
-any_float = st.floats() | st.integers(0, 2**64 - 1).map(
-    lambda n: struct.unpack("d", n.to_bytes(8, "little"))[0]
-)
+any_float = st.floats() | st.integers(0, 2**64 - 1).map(lambda n: struct.unpack("d", n.to_bytes(8, "little"))[0])
 any_int = st.integers() | st.integers(-(10**60), 10**60)
 scalars = st.none() | st.booleans() | any_int | any_float | any_text
 keys = scalars | st.sampled_from([Color.RED, Text("k"), Int(7), Float(0.5)])
-odd = st.sampled_from(
-    [Text("é"), Int(2**70), Int(-5), Float(1e16), Float("nan"), Color.RED, True, Point(1, "y")]
-)
+odd = st.sampled_from([Text("é"), Int(2**70), Int(-5), Float(1e16), Float("nan"), Color.RED, True, Point(1, "y")])
 values = st.recursive(
     scalars | odd,
     lambda inner: (
@@ -70,9 +66,7 @@ values = st.recursive(
     ),
     max_leaves=30,
 )
-json_values = st.recursive(
-    scalars, lambda inner: st.lists(inner) | st.dictionaries(any_text, inner), max_leaves=30
-)
+json_values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(any_text, inner), max_leaves=30)
 
 
 def at_least(examples):
@@ -98,9 +92,7 @@ def outcome(function, *args):
     try:
         return ("returned", repr(function(*args)))
     except json.JSONDecodeError as e:
-        return (type(e), e.doc) + (
-            (e.msg, e.pos, e.lineno, e.colno) if sys.version_info < (3, 13) else ()
-        )
+        return (type(e), e.doc) + ((e.msg, e.pos, e.lineno, e.colno) if sys.version_info < (3, 13) else ())
     except RecursionError as e:
         return (type(e),) + ((str(e),) if sys.version_info < (3, 12) else ())
     except Exception as e:
@@ -128,11 +120,7 @@ def test_floats_near_powers_and_ties():
             math.nextafter(math.ldexp(1, e), math.inf),
         ):
             assert _core.encode_json([x, -x]) == json.dumps([x, -x]).encode()
-    ties = [
-        n + f
-        for n in range(562_949_953_421_312, 562_949_953_421_812)
-        for f in (0.125, 0.25, 0.375, 0.5, 0.75)
-    ]
+    ties = [n + f for n in range(562_949_953_421_312, 562_949_953_421_812) for f in (0.125, 0.25, 0.375, 0.5, 0.75)]
     assert _core.encode_json(ties) == json.dumps(ties).encode()
     short = [float(f"{m}e{e}") for e in range(-325, 309) for m in (1, 12, 123, 99)]
     assert _core.encode_json(short) == json.dumps(short).encode()
@@ -273,9 +261,7 @@ def test_errors_of_dumps(value):
     assert outcome(_core.encode_json, value) == outcome(lambda v: json.dumps(v).encode(), value)
 
 
-@pytest.mark.parametrize(
-    "data", [None, 1, [], memoryview(b"1"), "\ufeff1", "1" * 5000, b"\xff", b"\xef\xbb\xbf"]
-)
+@pytest.mark.parametrize("data", [None, 1, [], memoryview(b"1"), "\ufeff1", "1" * 5000, b"\xff", b"\xef\xbb\xbf"])
 def test_errors_of_loads(data):
     assert outcome(_core.decode_json, data) == outcome(json.loads, data)
 

@@ -9,10 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import archive_tree, config, saved, state, tree, value, values
-from zoo import ZOO
 
 import hornbeam
+from helpers import archive_tree, config, saved, state, tree, value, values
+from zoo import ZOO
 
 
 def step(model: Any, x: Any, y: Any) -> Any:
@@ -249,7 +249,7 @@ def test_shards(size: float, tmp_path: Path) -> None:
 
 
 def test_directories(tmp_path: Path) -> None:
-    model, x, _ = ZOO["custom_assets"]()
+    model, _x, _ = ZOO["custom_assets"]()
     stock, ours = tmp_path / "stock", tmp_path / "ours"
     model.save(stock, zipped=False)
     with hornbeam.installed(), hornbeam.options(strict=True):

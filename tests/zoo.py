@@ -156,7 +156,11 @@ def wrappers() -> Entry:
 
 @entry
 def mixed_precision() -> Entry:
-    steps = [layers.Dense(8, dtype="mixed_float16"), layers.Dense(2, dtype="mixed_bfloat16"), layers.Activation("linear", dtype="float32")]
+    steps = [
+        layers.Dense(8, dtype="mixed_float16"),
+        layers.Dense(2, dtype="mixed_bfloat16"),
+        layers.Activation("linear", dtype="float32"),
+    ]
     inner = keras.optimizers.SGD(0.01, momentum=0.9)
     return train(chain(*steps), floats(16, 6), floats(16, 2), keras.optimizers.LossScaleOptimizer(inner))
 
@@ -265,7 +269,8 @@ class CustomState(layers.Layer):
         store["python"] = 7
         store["dropped"] = np.ones(2)
         del store["dropped"]
-        assert "dropped" not in store and "table" in store
+        assert "dropped" not in store
+        assert "table" in store
         assert np.array_equal(store["table"], self.tables[0])
         assert list(store.keys()) == ["0", "complex", "number", "other", "python", "table"]
 
@@ -273,7 +278,8 @@ class CustomState(layers.Layer):
         self.w.assign(store["0"])
         self.tables = [store["table"], store["complex"], store["number"]]
         assert store["other"].min() == store["other"].max() == -1.0
-        assert int(store["python"]) == 7 and len(store) == 6
+        assert int(store["python"]) == 7
+        assert len(store) == 6
         assert np.array_equal(store["table"], self.tables[0])  # may be read twice
 
 

@@ -166,9 +166,7 @@ def scope() -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            _variable_patch(backend.Variable, "_initialize_with_initializer", _dispatch_initialize)
-        )
+        stack.enter_context(_variable_patch(backend.Variable, "_initialize_with_initializer", _dispatch_initialize))
         if backend.backend() == "tensorflow":
             from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
@@ -205,4 +203,3 @@ def _collector_rests() -> Iterator[None]:
                 _collector_users -= 1
                 if _collector_users == 0:
                     gc.enable()
-

@@ -29,14 +29,10 @@ def _read_ahead() -> int:
     return _ALL if _tensors.shares() else _READ_AHEAD
 
 
-def load_model_from_fileobj(
-    stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool
-) -> Any:
+def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
     if saving_lib.H5IOStore is not _STORE:
-        return _state.hand_over(
-            "saving_lib.H5IOStore is replaced", stock, fileobj, custom_objects, compile, safe_mode
-        )
+        return _state.hand_over("saving_lib.H5IOStore is replaced", stock, fileobj, custom_objects, compile, safe_mode)
     file = _core.open(_source(fileobj), archive=True)
     sizes = {name: size for name, size, _ in file.members()}
     config = _read_member(file, saving_lib._CONFIG_FILENAME)
@@ -63,9 +59,7 @@ def load_model_from_fileobj(
     return model
 
 
-def load_model_from_dir(
-    stock: Stock, dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool
-) -> Any:
+def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_dir`."""
     root = Path(os.fspath(dirpath))
     weights_path = root / saving_lib._VARS_FNAME_H5
@@ -99,9 +93,7 @@ def load_weights_only(
     if not model.built or not text.endswith(("weights.h5", "weights.json", ".keras")):
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
     if saving_lib.H5IOStore is not _STORE or saving_lib.file_utils.is_remote_path(text):
-        return _state.hand_over(
-            "remote path or replaced store", stock, model, filepath, skip_mismatch, objects_to_skip
-        )
+        return _state.hand_over("remote path or replaced store", stock, model, filepath, skip_mismatch, objects_to_skip)
     engine = _state.current().engine
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards

@@ -34,9 +34,7 @@ class _PathTarget(io.IOBase):
         self.path = path
 
 
-def save_model(
-    stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True
-) -> Any:
+def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> Any:
     """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
     if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
         return stock(model, filepath, weights_format, zipped)
@@ -80,9 +78,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
         plan = _plan(store)
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
-        with _core.Directory(
-            os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable
-        ) as directory:
+        with _core.Directory(os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable) as directory:
             root = Path(directory.path)
             save = plan.start(
                 str(root / saving_lib._VARS_FNAME_H5),
@@ -130,9 +126,7 @@ def save_weights_only(
             save_shards(store, text, float(max_shard_size), options)
             return None
         plan = _plan(store)
-        save = plan.start(
-            text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable
-        )
+        save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = save.finish([], _puller(store))
         _log_in_place(info, text)
     _count_save(plan, store, info["bytes"])
@@ -149,9 +143,7 @@ def _unsupported(weights_format: str) -> str | None:
 
 
 @contextmanager
-def _recorded(
-    model: Any, *, assets: bool, visited: set[int] | None = None
-) -> Iterator[tuple[RecordStore, AssetStore]]:
+def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> Iterator[tuple[RecordStore, AssetStore]]:
     """Keras' walk over the model, with what it stored; assets live until the end of the block."""
     store, asset_store = RecordStore(), AssetStore("w")
     try:
@@ -270,4 +262,3 @@ def _log_in_place(info: dict[str, Any], path: str) -> None:
 
 def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int) -> None:
     _state.count(engine=plan.engine, saves=1, bytes_written=nbytes, tensors_written=len(store.datasets))
-

@@ -61,14 +61,10 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
         save.commit()
     _core.write_file(str(path), index.encode(), atomic=options.atomic, durable=options.durable)
     for i, (_, plan, shard, nbytes) in enumerate(running):
-        _state.count(
-            engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets)
-        )
+        _state.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
 
 
-def _split(
-    store: RecordStore, path: Path, limit: float
-) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:
+def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:
     """Distributes the values as Keras' `ShardedH5IOStore` does: in order, a new shard when the next does not fit."""
     base = path.stem.replace(".weights", "")
     shards: list[tuple[str, RecordStore]] = []

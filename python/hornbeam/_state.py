@@ -112,9 +112,7 @@ def stats(*, reset: bool = False) -> Stats:
     """A copy of the counters; with `reset`, they start again from zero."""
     global _stats
     with _lock:
-        copy = dataclasses.replace(
-            _stats, engines=Counter(_stats.engines), handovers=Counter(_stats.handovers)
-        )
+        copy = dataclasses.replace(_stats, engines=Counter(_stats.engines), handovers=Counter(_stats.handovers))
         if reset:
             _stats = Stats()
     return copy
@@ -132,9 +130,7 @@ def count(*, engine: str | None = None, **amounts: int) -> None:
 def hand_over(reason: str, stock: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Lets stock Keras do it: counted, logged, refused under `strict`."""
     if current().strict:
-        raise UnsupportedError(
-            f"hornbeam does not handle this: {reason}. Without `strict`, stock Keras would do it."
-        )
+        raise UnsupportedError(f"hornbeam does not handle this: {reason}. Without `strict`, stock Keras would do it.")
     with _lock:
         _stats.handovers[reason] += 1
     logger.info("handed over to Keras: %s", reason)

@@ -138,7 +138,7 @@ def keras_dtype(dtype: np.dtype) -> str:
 
 
 _NUMBERS = frozenset(
-    "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
+    ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"]
 )
 
 

@@ -61,9 +61,7 @@ def load_model(
         zipfile.BadZipFile: For a damaged archive.
     """
     with scope():
-        return _stock.load_model(
-            filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
-        )
+        return _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
 
 
 def save_weights(
@@ -87,14 +85,10 @@ def save_weights(
         OSError: When the target cannot be written.
     """
     with scope():
-        _stock.save_weights(
-            model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs
-        )
+        _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
 
 
-def load_weights(
-    model: keras.Model, filepath: str | PathLike[str], skip_mismatch: bool = False, **kwargs: Any
-) -> None:
+def load_weights(model: keras.Model, filepath: str | PathLike[str], skip_mismatch: bool = False, **kwargs: Any) -> None:
     """Loads weights from a `.weights.h5`, `.weights.json`, `.keras` or legacy `.h5` file.
 
     The file is read and its checksum compared before the model is touched.

@@ -282,7 +282,7 @@ mod tests {
     fn the_payload_is_aligned_and_never_where_hdf5_probes() {
         for used in 0..9000 {
             let at = payload_offset(used);
-            assert!(at >= used && at % ALIGNMENT == 0 && at - used < 2 * ALIGNMENT, "{used}");
+            assert!(at >= used && at.is_multiple_of(ALIGNMENT) && at - used < 2 * ALIGNMENT, "{used}");
             assert!(!(0..40).any(|k| at == 0 || at == 512 << k), "{used} gives {at}");
         }
         assert_eq!((lead_in(100), lead_in(5 << 30)), (64, 128));

@@ -39,10 +39,10 @@ impl Block {
     /// `len` zero bytes at a multiple of 64.
     pub fn new(len: usize) -> Self {
         #[cfg(unix)]
-        if len >= HUGE_PAGE {
-            if let Some(block) = Self::mapped(len) {
-                return block;
-            }
+        if len >= HUGE_PAGE
+            && let Some(block) = Self::mapped(len)
+        {
+            return block;
         }
         let layout = Layout::from_size_align(len.max(1), ALIGNMENT as usize).expect("tensors are below 2^60 bytes");
         // SAFETY: the layout's size is not zero.
@@ -129,7 +129,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "past its block")]
     fn slots_are_bounded() {
+        let block = Block::new(8);
         // SAFETY: panics before there is a slice.
-        let _ = unsafe { Block::new(8).slot(4, 5) };
+        let _ = unsafe { block.slot(4, 5) };
     }
 }

@@ -108,7 +108,8 @@ pub fn emit(
     let mut runs: Vec<(u64, Run<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Run::Metadata(m))).collect();
     runs.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Run::Tensor(i)))));
     runs.sort_by_key(|run| run.0); // stable, and sorted already for the direct engine
-    let mut out = Stage { sink, base, written: 0, stage: Vec::with_capacity(BLOCK), crc: crc32fast::Hasher::new(), progress };
+    let mut out =
+        Stage { sink, base, written: 0, stage: Vec::with_capacity(BLOCK), crc: crc32fast::Hasher::new(), progress };
     for (at, run) in runs {
         out.zeros_up_to(at)?;
         match run {

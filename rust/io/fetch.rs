@@ -254,14 +254,14 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
         i.iter().for_each(|&i| order[i] = position);
     }
     let mut crc = request.crc.map(|_| crc32fast::Hasher::new());
-    let mut reader = Reader { request, stage: Vec::new(), staged: 0..0 };
+    let mut reader = Reader { request, shared, stage: Vec::new(), staged: 0..0 };
     let mut arena: Option<(Arc<Block>, usize)> = None;
     for (position, &(extent, tensor)) in plan.iter().enumerate() {
         let keep = {
             let mut state = shared.lock();
             loop {
                 if state.stop {
-                    return Err(Error::new(Kind::Cancelled, "the read was cancelled"));
+                    return Err(stopped());
                 }
                 let asked = state.wanted.is_some_and(|i| !state.done[i] && order[i] >= position);
                 if state.keep_all || state.drain || asked || state.ahead < request.read_ahead {
@@ -316,9 +316,14 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
     }
 }
 
-/// Reads what is small in large steps.
+fn stopped() -> Error {
+    Error::new(Kind::Cancelled, "the read was cancelled")
+}
+
+/// Reads what is small in large steps, until it is told to stop.
 struct Reader<'a> {
     request: &'a Request,
+    shared: &'a Shared,
     stage: Vec<u8>,
     staged: std::ops::Range<u64>,
 }
@@ -328,6 +333,7 @@ impl Reader<'_> {
     fn fill(&mut self, extent: Extent, out: &mut [u8], each: &mut dyn FnMut(&[u8])) -> Result<()> {
         let mut done = 0;
         while done < out.len() {
+            self.go_on()?;
             let at = extent.offset + done as u64;
             let rest = out.len() - done;
             let n = if rest >= STEP && !self.staged.contains(&at) {
@@ -349,12 +355,17 @@ impl Reader<'_> {
         let mut at = extent.offset;
         let end = extent.offset + extent.len;
         while at < end {
+            self.go_on()?;
             let staged = self.staged(at)?;
             let n = staged.len().min((end - at) as usize);
             each(&staged[..n]);
             at += n as u64;
         }
         Ok(())
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.shared.lock().stop { Err(stopped()) } else { Ok(()) }
     }
 
     /// Bytes of the image from `at` on: at least one, as many as were read together with it.

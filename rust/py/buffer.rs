@@ -199,9 +199,8 @@ impl Block {
         let slot = &slf.get().0;
         let start = slot.bytes().as_ptr().cast_mut();
         // SAFETY: as above; `view` is valid by the protocol.
-        let filled = unsafe {
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast(), slot.len as ffi::Py_ssize_t, 0, flags)
-        };
+        let filled =
+            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast(), slot.len as ffi::Py_ssize_t, 0, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
 }

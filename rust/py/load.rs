@@ -121,9 +121,8 @@ impl Weights {
     /// `(path, dtype, shape, attributes)` of every dataset.
     #[allow(clippy::type_complexity)] // one row of a table
     fn datasets(&self) -> Vec<(String, String, Vec<u64>, Vec<Attribute>)> {
-        let row = |d: &crate::h5::Found| {
-            (d.path.clone(), d.dtype.name().into_owned(), d.shape.clone(), d.attributes.clone())
-        };
+        let row =
+            |d: &crate::h5::Found| (d.path.clone(), d.dtype.name().into_owned(), d.shape.clone(), d.attributes.clone());
         self.weights.index().datasets.iter().map(row).collect()
     }
 

@@ -223,7 +223,9 @@ impl Save {
         pull: Option<&Bound<'py, PyAny>>,
         commit: bool,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let Some(mut running) = self.take() else { return Err(PyRuntimeError::new_err("the save was finished before")) };
+        let Some(mut running) = self.take() else {
+            return Err(PyRuntimeError::new_err("the save was finished before"));
+        };
         if running.archive {
             let members = members.into_iter().map(|(name, content)| (name, content.into())).collect();
             let _ = running.members.send(Answer::Members(members));

@@ -586,7 +586,12 @@ fn datatype(data: Fields<'_>) -> Result<Type> {
             }
             Ok(Type { dtype, native: bits & 1 == 0, bfloat16 })
         }
-        5 => u16::try_from(size).ok().filter(|&n| n > 0).map(DType::Opaque).map(native).ok_or_else(|| unsupported("opaque values of this size")),
+        5 => u16::try_from(size)
+            .ok()
+            .filter(|&n| n > 0)
+            .map(DType::Opaque)
+            .map(native)
+            .ok_or_else(|| unsupported("opaque values of this size")),
         6 => complex(data, size).map(native).ok_or_else(|| unsupported("compound types other than complex numbers")),
         8 if size == 1 && is_boolean(data) => Ok(native(DType::Bool)),
         8 => Err(unsupported("enumerations other than booleans")),

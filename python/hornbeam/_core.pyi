@@ -1,0 +1,220 @@
+"""The boundary to the Rust core. Nothing here knows Keras; `_save.py`, `_load.py` and `_shards.py` are its users.
+
+Errors are classes of `hornbeam.errors`; a Python exception raised by a callback or file object passes through.
+"""
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any, Protocol, final
+
+from typing_extensions import Buffer
+
+__all__ = [
+    "Block",
+    "Directory",
+    "File",
+    "Plan",
+    "Reading",
+    "Save",
+    "Weights",
+    "build_info",
+    "decode_json",
+    "encode_json",
+    "open",
+    "plan",
+    "write_file",
+]
+
+_Path = str | PathLike[str]
+_Attributes = list[tuple[str, str]]
+_Dataset = tuple[str, str, list[int], _Attributes]
+
+class _Writable(Protocol):
+    def write(self, data: bytes, /) -> int | None: ...
+
+class _Seekable(Protocol):
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def read(self, size: int, /) -> bytes: ...
+
+def build_info() -> dict[str, Any]:
+    """`version`, and whether this is a `debug` build and has `libhdf5`."""
+
+def encode_json(obj: Any) -> bytes:
+    """`json.dumps(obj).encode()`, byte for byte.
+
+    Raises:
+        TypeError: For what JSON cannot hold.
+        ValueError: For an object that contains itself.
+        RecursionError: For one nested too deeply.
+    """
+
+def decode_json(data: str | bytes | bytearray, *, trusted: bool = True) -> Any:
+    """`json.loads(data)`.
+
+    Args:
+        data: The text.
+        trusted: With `False`, the limits of `limits.rs` hold and a key that comes twice is refused.
+
+    Raises:
+        json.JSONDecodeError: For malformed text.
+        HornbeamError: When a limit is exceeded.
+    """
+
+def plan(
+    groups: Sequence[tuple[str, _Attributes]],
+    datasets: Sequence[tuple[str, str, Sequence[int], _Attributes]],
+    *,
+    engine: str = "auto",
+) -> Plan:
+    """Lays out a weights image: `(path, attributes)` of groups, `(path, dtype, shape, attributes)` of datasets.
+
+    Raises:
+        HornbeamError: For paths and dtypes that a weights file cannot hold.
+    """
+
+@final
+class Plan:
+    """A weights image whose every byte has its place, and none was moved."""
+
+    @property
+    def engine(self) -> str:
+        """The engine that laid it out."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+    def weights_end(self, archive: bool) -> int:
+        """Bytes up to the end of the weights, in a file of their own or at the start of an archive."""
+    def start(
+        self,
+        target: _Path | _Writable | Buffer,
+        buffers: Sequence[Buffer | None],
+        *,
+        archive: bool,
+        base: int = 0,
+        atomic: bool = True,
+        durable: bool = False,
+    ) -> Save:
+        """Starts a thread that writes to a path, a file object or writable memory.
+
+        Args:
+            target: Where to.
+            buffers: The memory of each dataset, which must not change; `None` is asked for by `Save.finish`.
+            archive: A `.keras` archive, whose other members `Save.finish` brings, or a bare weights image.
+            base: Offset in a file object or memory where the archive begins.
+            atomic: Replace the file at a path when the new one is complete.
+            durable: Wait for stable storage.
+        """
+
+@final
+class Save:
+    """A save in progress. Dropping it cancels it."""
+
+    @property
+    def written(self) -> int:
+        """Bytes of the weights written so far."""
+    def finish(
+        self,
+        members: Sequence[tuple[str, bytes | PathLike[str]]],
+        pull: Callable[[int], Buffer] | None = None,
+        *,
+        commit: bool = True,
+    ) -> dict[str, Any]:
+        """Hands over the other members and waits for the end.
+
+        Args:
+            members: `(name, content or path of the content)`, in order.
+            pull: Gives the memory of a dataset whose buffer was `None`; it must not change until the next call.
+            commit: Replace the old file now.
+
+        Returns:
+            `bytes` of the file, `in_place` (why it was written over instead of being replaced, or `None`), and
+            `tail`: what followed the end of target memory.
+        """
+    def commit(self) -> None:
+        """Replaces the old file, after `finish(commit=False)`."""
+    def cancel(self) -> None:
+        """Stops the writer and removes what it wrote."""
+
+def write_file(path: _Path, data: bytes, *, atomic: bool = True, durable: bool = False) -> None:
+    """Writes a small file, replacing the old one when it is complete."""
+
+@final
+class Directory:
+    """A directory that replaces another one when it is complete; a context manager.
+
+    Args:
+        target: The directory to replace. If it holds anything but `names`, it is written in place.
+        names: What may be in it.
+        atomic: `False` writes in place.
+        durable: Wait for stable storage.
+    """
+
+    def __new__(
+        cls, target: _Path, names: Sequence[str], *, atomic: bool = True, durable: bool = False
+    ) -> Directory: ...
+    @property
+    def path(self) -> str:
+        """Where to write."""
+    def commit(self) -> None:
+        """Puts it in the target's place."""
+    def __enter__(self) -> Directory: ...
+    def __exit__(
+        self,
+        *_raised: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+
+def open(target: _Path | Buffer | _Seekable, *, archive: bool) -> File:
+    """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
+
+@final
+class File:
+    """An open file."""
+
+    def members(self) -> list[tuple[str, int, int]]:
+        """`(name, bytes, bytes stored)` of every member of an archive."""
+    def read(self, name: str) -> bytes:
+        """A whole member, inflated, its CRC checked."""
+    def check_expansion(self, name: str, floor: int, max_expansion: int) -> None:
+        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores."""
+    def weights(self, *, engine: str = "auto") -> Weights:
+        """Indexes the weights."""
+
+@final
+class Weights:
+    """The index of a weights image."""
+
+    @property
+    def engine(self) -> str:
+        """The engine that read it."""
+    @property
+    def has_crc(self) -> bool:
+        """Whether the image has a checksum."""
+    def groups(self) -> list[tuple[str, _Attributes]]:
+        """`(path, attributes)` of every group but the root."""
+    def datasets(self) -> list[_Dataset]:
+        """`(path, dtype, shape, attributes)` of every dataset."""
+    def fetch(self, wanted: Sequence[int], *, verify: bool = True, read_ahead: int) -> Reading:
+        """Starts a thread that reads datasets, by their positions in `datasets()`, in the order of the file.
+
+        Args:
+            wanted: Which.
+            verify: Read every byte of the image and compare its CRC, if it has one.
+            read_ahead: Bytes that may be read before they are taken.
+        """
+
+@final
+class Reading:
+    """A read in progress. Dropping it stops it."""
+
+    def take(self, i: int) -> Block | None:
+        """Waits for a dataset; `None` if it was taken before."""
+    def complete(self, *, drop_rest: bool = False) -> None:
+        """Waits until every byte was read and checked; what was not taken is kept, or dropped."""
+
+@final
+class Block:
+    """A tensor's bytes, at a multiple of 64, writable."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
