@@ -56,6 +56,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "two layers + Adam": two_layers,
 }
 
+#: Small enough for a check that everything runs.
+QUICK: dict[str, Callable[[], Any]] = {
+    "two layers + Adam": two_layers,
+    "4 x Dense(1024) + Adam": lambda: compiled(dense(4, 1024)),
+}
+
 
 def dense(count: int, units: int) -> Any:
     """A chain of equal Dense layers."""

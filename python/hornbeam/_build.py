@@ -173,14 +173,16 @@ def scope() -> Iterator[None]:
             stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
             stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
         stack.enter_context(_collector_rests())
-        _local.pending = []
+        pending: list[Any] = []
+        _local.pending = pending
         try:
             yield
         finally:
-            pending, _local.pending = _local.pending, None
-            for variable in pending:
-                if isinstance(variable, _Lazy):
-                    _initialize(variable)
+            _local.pending = None
+        # After an error the model is dropped; a variable somebody kept initialises itself when it is read.
+        for variable in pending:
+            if isinstance(variable, _Lazy):
+                _initialize(variable)
 
 
 _collector_lock = threading.Lock()

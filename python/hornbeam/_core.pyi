@@ -8,7 +8,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Protocol, final
 
-from typing_extensions import Buffer
+import numpy as np
 
 __all__ = [
     "Block",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _Path = str | PathLike[str]
+_Buffer = np.ndarray[Any, Any] | memoryview | bytes | bytearray
 _Attributes = list[tuple[str, str]]
 _Dataset = tuple[str, str, list[int], _Attributes]
 
@@ -87,8 +88,8 @@ class Plan:
         """Bytes up to the end of the weights, in a file of their own or at the start of an archive."""
     def start(
         self,
-        target: _Path | _Writable | Buffer,
-        buffers: Sequence[Buffer | None],
+        target: _Path | _Writable | _Buffer,
+        buffers: Sequence[_Buffer | None],
         *,
         archive: bool,
         base: int = 0,
@@ -116,7 +117,7 @@ class Save:
     def finish(
         self,
         members: Sequence[tuple[str, bytes | PathLike[str]]],
-        pull: Callable[[int], Buffer] | None = None,
+        pull: Callable[[int], _Buffer] | None = None,
         *,
         commit: bool = True,
     ) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class Directory:
         *_raised: type[BaseException] | BaseException | TracebackType | None,
     ) -> None: ...
 
-def open(target: _Path | Buffer | _Seekable, *, archive: bool) -> File:
+def open(target: _Path | _Buffer | _Seekable, *, archive: bool) -> File:
     """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
 
 @final
@@ -214,7 +215,6 @@ class Reading:
 
 @final
 class Block:
-    """A tensor's bytes, at a multiple of 64, writable."""
+    """A tensor's bytes, at a multiple of 64, writable; supports the buffer protocol."""
 
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...

@@ -44,7 +44,7 @@ def _ours(name: str) -> Callable[..., Any]:
     for module in (_save, _load):
         function = getattr(module, name.lstrip("_"), None)
         if function is not None:
-            return function  # type: ignore[no-any-return]
+            return function
     raise AttributeError(name)
 
 
@@ -136,13 +136,17 @@ class FastWalk:
 
     def _names(self, saveable: Any, skip: frozenset[str]) -> set[str]:
         cls = type(saveable)
-        if cls.__dir__ is not object.__dir__:  # torch modules list what is in no __dict__
+        if _listing(cls) is not _listing(object):  # torch modules list what is in no __dict__
             return {name for name in dir(saveable) if not name.startswith("__") and name not in skip}
         names = self.names.get(cls)
         if names is None:
             names = self.names[cls] = tuple(name for name in dir(cls) if not name.startswith("__") and name not in skip)
         own = (name for name in vars(saveable) if not name.startswith("__") and name not in skip)
         return {*names, *own}
+
+
+def _listing(cls: type) -> Any:
+    return cls.__dir__
 
 
 _skip_cache: dict[str, frozenset[str]] = {}
@@ -183,7 +187,7 @@ _optimizer_patch = _Patch()
 
 def _dispatch_walk(saveable: Any) -> Iterator[tuple[str, Any]]:
     walk = getattr(_local, "walk", None) or _walk_patch.original
-    return walk(saveable)  # type: ignore[no-any-return]
+    return walk(saveable)
 
 
 def _dispatch_optimizer(self: Any, store: Any) -> None:

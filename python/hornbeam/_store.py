@@ -101,7 +101,7 @@ class RecordStore(saving_lib.H5IOStore):
     def __len__(self) -> int:
         return len(self.keys())
 
-    def keys(self) -> list[str]:  # type: ignore[override]
+    def keys(self) -> list[str]:
         """Names in the current group, in the order HDF5 lists them."""
         start = len(self._prefix) + 1
         inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
@@ -181,7 +181,7 @@ class LoadStore(saving_lib.H5IOStore):
         """Whether there is a group or dataset at `path`."""
         return path in self.members or path in self.where
 
-    def keys(self) -> list[str]:  # type: ignore[override]
+    def keys(self) -> list[str]:
         """Names in the current group, in the order HDF5 lists them."""
         return [] if self._prefix is None else sorted(set(self.members[self._prefix]), key=str.encode)
 
@@ -244,7 +244,7 @@ class Image:
         dtype = _tensors.numpy_dtype(name, dict(attributes).get("dtype"))
         if self.reading is None:
             raise ValueError("I/O operation on a closed store.")
-        block = self.reading.take(i)
+        block: Any = self.reading.take(i)
         if block is None:  # taken before: read it again
             block = self.weights.fetch([i], verify=False, read_ahead=0).take(i)
         self.tensors += 1
@@ -273,7 +273,7 @@ class AssetStore(saving_lib.DiskIOStore):
         self._working_dir: str | None = None
 
     @property
-    def working_dir(self) -> str:  # type: ignore[override]
+    def working_dir(self) -> str:
         if self._working_dir is None:
             self.tmp_dir = saving_lib.get_temp_dir()
             self._working_dir = str(Path(self.tmp_dir) / self.root_path)

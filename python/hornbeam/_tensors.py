@@ -50,7 +50,7 @@ def _copy(value: Any) -> np.ndarray:
     """As stock Keras converts it; the result shares no memory."""
     from keras.src import backend
 
-    return backend.convert_to_numpy(value)  # type: ignore[no-any-return]
+    return backend.convert_to_numpy(value)
 
 
 def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
@@ -94,7 +94,7 @@ def _copy_torch(value: Any) -> np.ndarray:
     host = value.detach().to("cpu", copy=True).contiguous()
     if host.dtype == torch.bfloat16:
         return host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return host.numpy()  # type: ignore[no-any-return]
+    return host.numpy()
 
 
 def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
@@ -134,11 +134,26 @@ def keras_dtype(dtype: np.dtype) -> str:
     """
     from keras.src import backend
 
-    return backend.standardize_dtype(dtype)  # type: ignore[no-any-return]
+    return backend.standardize_dtype(dtype)
 
 
 _NUMBERS = frozenset(
-    ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"]
+    [
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+        "complex64",
+        "complex128",
+    ]
 )
 
 

@@ -11,7 +11,7 @@ from hornbeam._keras import scope
 __all__ = ["BackupAndRestore", "ModelCheckpoint"]
 
 
-class ModelCheckpoint(_stock.ModelCheckpoint):  # type: ignore[misc]
+class ModelCheckpoint(_stock.ModelCheckpoint):
     """`keras.callbacks.ModelCheckpoint` whose files are written by hornbeam; arguments and behaviour are Keras'."""
 
     def _save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -19,7 +19,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint):  # type: ignore[misc]
             super()._save_model(*args, **kwargs)
 
 
-class BackupAndRestore(_stock.BackupAndRestore):  # type: ignore[misc]
+class BackupAndRestore(_stock.BackupAndRestore):
     """`keras.callbacks.BackupAndRestore` through hornbeam; arguments and behaviour are Keras'."""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -95,7 +95,7 @@ def _from_core(kind: str, message: str, *, errno: int | None = None, **place: An
         cls = _storage_error(errno)
         error = cls(message) if errno is None else cls(errno, message)
         if errno is not None and place.get("path"):
-            error.filename = os.fspath(place["path"])  # type: ignore[attr-defined]
+            error.filename = os.fspath(place["path"])
     else:
         error = _KINDS[kind](message)
     for name, value in place.items():

@@ -38,7 +38,10 @@ pub struct Member {
 
 /// The members of an archive, in the order of its directory.
 #[derive(Clone, Debug, Default)]
-pub struct Members(Vec<Member>);
+pub struct Members {
+    all: Vec<Member>,
+    by_name: HashMap<String, usize>,
+}
 
 #[cold]
 fn bad(what: &str) -> Error {
@@ -131,13 +134,13 @@ impl Members {
         let directory = directory(file)?;
         let bytes = read(file, directory.start, directory.size)?;
         let mut members = Vec::new();
-        let mut names = HashMap::new();
+        let mut by_name = HashMap::new();
         let mut extents = Vec::new();
         let mut rest = &bytes[..];
-        for i in 0..directory.count {
+        for _ in 0..directory.count {
             let (member, header, used) = central(rest)?;
             rest = &rest[used..];
-            if names.insert(member.name.clone(), i).is_some() {
+            if by_name.insert(member.name.clone(), members.len()).is_some() {
                 return Err(bad("it has two members of the same name").with_member(&member.name));
             }
             let member = local(file, member, header, directory.start)?;
@@ -151,17 +154,17 @@ impl Members {
         if extents.windows(2).any(|pair| pair[0].1 > pair[1].0) {
             return Err(bad("two members share bytes"));
         }
-        Ok(Self(members))
+        Ok(Self { all: members, by_name })
     }
 
     /// All members.
     pub fn iter(&self) -> impl Iterator<Item = &Member> {
-        self.0.iter()
+        self.all.iter()
     }
 
     /// The member called `name`.
     pub fn get(&self, name: &str) -> Option<&Member> {
-        self.0.iter().find(|m| m.name == name)
+        self.by_name.get(name).map(|&i| &self.all[i])
     }
 }
 

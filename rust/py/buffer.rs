@@ -170,10 +170,10 @@ impl ReadAt for Seekable {
             }
             Ok(true)
         };
-        match Python::attach(read).map_err(caller)? {
-            true => Ok(()),
-            false => Err(Error::new(Kind::Io(std::io::ErrorKind::UnexpectedEof.into()), "the file object ended early")),
+        if Python::attach(read).map_err(caller)? {
+            return Ok(());
         }
+        Err(Error::new(Kind::Io(std::io::ErrorKind::UnexpectedEof.into()), "the file object ended early"))
     }
 }
 
@@ -200,7 +200,7 @@ impl Block {
         let start = slot.bytes().as_ptr().cast_mut();
         // SAFETY: as above; `view` is valid by the protocol.
         let filled =
-            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast(), slot.len as ffi::Py_ssize_t, 0, flags) };
+            unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast(), slot.len.cast_signed(), 0, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
 }

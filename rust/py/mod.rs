@@ -2,6 +2,8 @@
 //!
 //! Lock order: detach from the interpreter first, then wait or lock; never attach while holding a lock.
 
+#![allow(clippy::needless_pass_by_value)] // arguments are extracted by value
+
 mod buffer;
 pub(crate) mod errors;
 mod json;

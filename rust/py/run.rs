@@ -12,6 +12,7 @@ pub(super) fn run<T: Send>(py: Python<'_>, f: impl FnOnce() -> Result<T> + Send)
 
 /// Ctrl-C while waiting: the waiting core gives up with the exception.
 pub(super) fn interrupt() -> Result<()> {
+    #[allow(clippy::redundant_closure_for_method_calls)] // the method is not general enough in its lifetime
     Python::attach(|py| py.check_signals()).map_err(caller)
 }
 

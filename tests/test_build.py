@@ -1,0 +1,219 @@
+"""Building without initialising: nothing tells the model from one that stock Keras loaded."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import values
+from zoo import ZOO, chain, floats
+
+import hornbeam
+
+BACKEND = keras.backend.backend()
+lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other backends build the stock way")
+
+
+def both(path: Path) -> tuple[Any, Any]:
+    """The model as stock Keras loads it, and as we do, from the same random state."""
+    keras.utils.set_random_seed(1)
+    stock = keras.models.load_model(path)
+    after_stock = (random.getstate(), np.random.get_state()[1].tolist())
+    keras.utils.set_random_seed(1)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        ours = keras.models.load_model(path)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == after_stock
+    return stock, ours
+
+
+@lazy
+@pytest.mark.parametrize("name", ["functional", "nested", "recurrent", "attention", "subclassed", "mixed_precision"])
+def test_variables_are_the_same_things(name: str, tmp_path: Path) -> None:
+    model, _, _ = ZOO[name]()
+    model.save(tmp_path / "m.keras")
+    stock, ours = both(tmp_path / "m.keras")
+    for a, b in zip(_all(stock), _all(ours), strict=True):
+        assert type(b) is type(a)
+        assert set(vars(b)) == set(vars(a))
+        assert _counted_off(b.name) == _counted_off(a.name)
+        assert (b.dtype, b.trainable, b._initializer) == (a.dtype, a.trainable, a._initializer)
+        if BACKEND == "tensorflow":
+            assert type(b.value) is type(a.value)
+            assert b.value.trainable == a.value.trainable
+            assert b.value.device == a.value.device
+            assert _counted_off(b.value.name) == _counted_off(a.value.name)
+    assert values(ours) == values(stock)
+
+
+def _all(model: Any) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _counted_off(name: str) -> str:
+    import re
+
+    return re.sub(r"_\d+", "", name)
+
+
+@keras.saving.register_keras_serializable("build")
+class ReadsInBuild(keras.layers.Layer):
+    """Reads a weight while it is built, derives others from it, and lets a graph capture it."""
+
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(shape[-1], 4), initializer=keras.initializers.GlorotUniform(seed=9), name="w")
+        self.norm = float(keras.ops.convert_to_numpy(keras.ops.sum(self.w)))
+        self.alias = self.w.value
+        self.doubled = self.add_weight(shape=(4,), initializer=lambda s, dtype=None: keras.ops.ones(s, dtype) * 2)
+        self.w.assign(self.w * 2)
+        self.captured = self._capture()
+
+    def _capture(self) -> Any:
+        if BACKEND != "tensorflow":
+            return None
+        import tensorflow as tf
+
+        return tf.function(lambda: tf.reduce_sum(self.w))
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.matmul(x, self.w) + self.doubled
+
+
+@lazy
+def test_a_value_read_in_build_is_the_initial_one(tmp_path: Path) -> None:
+    model = chain(ReadsInBuild())
+    model.layers[1].w.assign(floats(6, 4))
+    model.save(tmp_path / "m.keras")
+    model.compile("adam", "mse")
+    model.save(tmp_path / "m.keras")
+    stock, ours = both(tmp_path / "m.keras")
+    a, b = stock.layers[1], ours.layers[1]
+    assert b.norm == a.norm != 0.0
+    assert (b.alias is b.w.value) == (a.alias is a.w.value)
+    assert values(ours) == values(stock)
+    if b.captured is not None:
+        np.testing.assert_array_equal(b.captured(), a.captured())
+
+
+@lazy
+def test_what_the_file_lacks_is_initialised_as_stock_keras_would(tmp_path: Path) -> None:
+    @keras.saving.register_keras_serializable("build")
+    class KeepsNothing(keras.layers.Dense):
+        def save_own_variables(self, store: Any) -> None:
+            pass
+
+        def load_own_variables(self, store: Any) -> None:
+            pass
+
+    model = chain(KeepsNothing(4, kernel_initializer="he_normal"), keras.layers.Dense(2))
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "m.keras")
+    stock, ours = both(tmp_path / "m.keras")
+    assert values(ours) == values(stock)
+    assert np.any(np.asarray(ours.layers[1].kernel))
+
+
+@lazy
+def test_training_never_writes_the_memory_that_was_read(tmp_path: Path) -> None:
+    from hornbeam import _store
+
+    model, x, y = ZOO["functional"]()
+    model.save(tmp_path / "m.keras")
+    blocks: list[np.ndarray] = []
+    take = _store.Image.take
+
+    def keep(self: Any, i: int) -> np.ndarray:
+        array = take(self, i)
+        blocks.append(array)
+        return array
+
+    with pytest.MonkeyPatch.context() as patch, hornbeam.installed():
+        patch.setattr(_store.Image, "take", keep)
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    before = [block.tobytes() for block in blocks]
+    loaded.fit(x, y, verbose=0, epochs=3)
+    assert [block.tobytes() for block in blocks] == before
+    assert blocks
+
+
+@lazy
+def test_an_error_while_building_leaves_nothing_patched(tmp_path: Path) -> None:
+    from keras.src import backend
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.saving import saving_lib
+
+    @keras.saving.register_keras_serializable("build")
+    class Fails(keras.layers.Layer):
+        armed = False
+
+        def build(self, shape: Any) -> None:
+            self.w = self.add_weight(shape=(3,))
+            if Fails.armed:
+                raise RuntimeError("in build")
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    def patchable() -> list[Any]:
+        return [
+            backend.Variable._initialize_with_initializer,
+            BaseOptimizer.save_own_variables,
+            *(getattr(saving_lib, n) for n in ("_walk_saveable", "_save_model_to_fileobj", "load_weights_only")),
+        ]
+
+    before = patchable()
+    chain(Fails()).save(tmp_path / "m.keras")
+    Fails.armed = True
+    with pytest.raises(RuntimeError, match="in build"), hornbeam.installed(), hornbeam.options(strict=True):
+        keras.models.load_model(tmp_path / "m.keras")
+    assert patchable() == before
+    assert type(keras.Variable(np.ones(2))) is backend.Variable
+
+
+def test_a_model_may_be_loaded_while_one_is_loaded(tmp_path: Path) -> None:
+    @keras.saving.register_keras_serializable("build")
+    class LoadsInside(keras.layers.Layer):
+        def __init__(self, path: str, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.source = path
+            self.inner = keras.models.load_model(path)
+            self.first = np.asarray(keras.ops.convert_to_numpy(self.inner(floats(2, 6))))
+
+        def call(self, x: Any) -> Any:
+            return self.inner(x)
+
+        def get_config(self) -> dict[str, Any]:
+            return {**super().get_config(), "path": self.source}
+
+    inner = chain(keras.layers.Dense(3))
+    inner.save(tmp_path / "inner.keras")
+    model = chain(LoadsInside(str(tmp_path / "inner.keras")))
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(tmp_path / "outer.keras")
+        loaded = keras.models.load_model(tmp_path / "outer.keras")
+    np.testing.assert_array_equal(loaded.layers[1].first, np.asarray(inner(floats(2, 6))))
+    assert values(loaded) == values(model)
+
+
+def test_loads_in_several_threads(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = ["functional", "sequential", "convolutional", "nested"]
+    models = {name: ZOO[name]()[0] for name in names}
+
+    def round_trip(job: tuple[int, str]) -> bool:
+        i, name = job
+        path = tmp_path / f"{i}.keras"
+        with hornbeam.options(strict=True):
+            models[name].save(path)
+            loaded = keras.models.load_model(path)
+        weights = zip(loaded.get_weights(), models[name].get_weights(), strict=True)
+        return all(np.array_equal(a, b) for a, b in weights)
+
+    with hornbeam.installed(), ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(round_trip, enumerate(names * 3)))
+    assert hornbeam.stats().loads == 12
