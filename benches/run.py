@@ -4,9 +4,9 @@
     python benches/run.py --quick          small models, once: does it run, is everything equal?
     python benches/report.py               the result as the tables of README.md
 
-A process builds its model, runs the operation once ("first") and three times more ("best" is their minimum). Before each
-run, memory is freed and warmed; page caches are warm, nothing is flushed (no side asks for it). Both sides read the
-same file, written by stock Keras; both must give the same values bit for bit.
+A process builds its model, runs the operation once ("first") and three times more ("best" is their minimum). Before
+each run, memory is freed and warmed; page caches are warm, nothing is flushed (no side asks for it). Both sides read
+the same file, written by stock Keras; both must give the same values bit for bit.
 """
 
 from __future__ import annotations
@@ -165,18 +165,21 @@ def ceilings(task: Result) -> Result:
         peers.save_hornbeam("direct", target, tensors, archive=True)
         return time.perf_counter() - start
 
-    work: dict[str, Callable[[], float]] = {
+    writes: dict[str, Callable[[], float]] = {
         "write_256k": partial(measure.write_blocks, plain, arrays, 256 * KIB),
         "emit": emit,
         "write_1m": partial(measure.write_blocks, plain, arrays, MIB),
+    }
+    reads: dict[str, Callable[[], float]] = {
         "read_256k": partial(measure.read_blocks, target, 256 * KIB),
         "read_1m": partial(measure.read_blocks, target, MIB),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[str, list[float]] = {name: [] for name in [*writes, *reads]}
     for turn in range(task["rounds"] + 1):  # the first warms up
         target.unlink(missing_ok=True)
         measure.settle(2 * nbytes)
-        for name, run in work.items():
+        order = [*writes.items()]
+        for name, run in [*order[turn % 3 :], *order[: turn % 3], *reads.items()]:
             taken = run()
             if turn:
                 seconds[name].append(taken)
@@ -264,7 +267,7 @@ def bench_ceilings(args: argparse.Namespace, folder: Path) -> list[Result]:
     """The write alone against the ceilings: a row for each model of few large tensors."""
     rows = []
     for workload, shape in (QUICK_BIG if args.quick else BIG).items():
-        task = {"shape": shape, "folder": str(folder), "rounds": 1 if args.quick else 7}
+        task = {"shape": shape, "folder": str(folder), "rounds": 3 if args.quick else 9}
         row = {"workload": workload, **measure.middle([child("ceilings", task) for _ in range(args.turns)])}
         rows.append(row)
         say(f"{workload}: write alone {row['emit']:.2f} GB/s, {row['share']:.0%} of the ceiling")

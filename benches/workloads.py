@@ -24,17 +24,17 @@ def efficientnet_b7() -> Any:
 
 
 def dense16() -> Any:
-    """16 × Dense(4096), not compiled: few large tensors, 1.07 GB."""
+    """16 x Dense(4096), not compiled: few large tensors, 1.07 GB."""
     return dense(16, 4096)
 
 
 def dense8_adam() -> Any:
-    """8 × Dense(4096) + Adam: 1.6 GB."""
+    """8 x Dense(4096) + Adam: 1.6 GB."""
     return compiled(dense(8, 4096))
 
 
 def dense1000_adam() -> Any:
-    """1,000 × Dense(64) + Adam: many layers, few bytes. Stock Keras needs a higher recursion limit for it."""
+    """1,000 x Dense(64) + Adam: many layers, few bytes. Stock Keras needs a higher recursion limit for it."""
     sys.setrecursionlimit(20_000)
     return compiled(dense(1000, 64))
 

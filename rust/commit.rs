@@ -96,6 +96,11 @@ impl Pending {
         &self.target
     }
 
+    /// Why the target is written over instead of being replaced, if it is.
+    pub fn in_place(&self) -> Option<&'static str> {
+        self.in_place
+    }
+
     /// Cuts the file to `len` bytes and puts it in the target's place. Returns why the target was written over
     /// instead, if it was.
     ///

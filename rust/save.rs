@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::archive::write::{Archive, Content, lead_in};
 use crate::commit::{self, Pending};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::h5::{Engine, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
 use crate::tree::Tree;
@@ -112,9 +112,22 @@ pub fn write(
             let mut file = pending.file();
             let filled = file.reserve(plan.weights_end(members.is_some()));
             let filled = filled.and_then(|()| fill(plan, &mut file, 0, tensors, members, progress));
-            let (bytes, crc) = filled.map_err(|e| e.with_path(&path))?;
+            let (bytes, crc) = filled.map_err(|e| full(e, pending.in_place().is_some()).with_path(&path))?;
             Ok(Prepared { written: Written { bytes, crc, in_place: None }, pending: Some(pending) })
         }
+    }
+}
+
+/// Says what to do when there is no room.
+fn full(error: Error, in_place: bool) -> Error {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    match error.kind() {
+        Kind::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded | FileTooLarge) => error.with_advice(if in_place {
+            "The file is incomplete; free some space and save again."
+        } else {
+            "Free some space or save elsewhere; the old file is unchanged."
+        }),
+        _ => error,
     }
 }
 

@@ -61,8 +61,7 @@ impl Sink for &File {
             if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
                 fs::fallocate(self, fs::FallocateFlags::empty(), 0, len)
             {
-                return Err(Error::new(Kind::Io(e.into()), format!("no room for the {len} bytes of this file"))
-                    .with_advice("Free some space; the old file is unchanged."));
+                return Err(Error::new(Kind::Io(e.into()), format!("no room for the {len} bytes of this file")));
             }
         }
         let _ = len;
