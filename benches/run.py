@@ -84,9 +84,7 @@ def _save(saving: Any, task: Result) -> Result:
 
 def _load_model(saving: Any, task: Result) -> Result:
     models: list[Any] = []
-    out = _repeat(
-        task, lambda: models.append(saving.load_model(task["file"])), before=models.clear, above_result=True
-    )
+    out = _repeat(task, lambda: models.append(saving.load_model(task["file"])), before=models.clear, above_result=True)
     out["equal"] = measure.model_digest(models[0]) == task["state"]
     return out
 
@@ -112,9 +110,7 @@ _OPERATE: dict[str, Callable[[Any, Result], Result]] = {
 }
 
 
-def _repeat(
-    task: Result, work: Callable[[], Any], *, before: Callable[[], Any], above_result: bool = False
-) -> Result:
+def _repeat(task: Result, work: Callable[[], Any], *, before: Callable[[], Any], above_result: bool = False) -> Result:
     seconds, peaks = [], []
     for _ in range(1 + task["runs"]):
         before()
@@ -127,6 +123,7 @@ def _repeat(
 
 def _build(task: Result) -> Any:
     import keras
+
     import workloads
 
     keras.utils.set_random_seed(0)

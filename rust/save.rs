@@ -121,12 +121,13 @@ pub fn write(
 /// Says what to do when there is no room.
 fn full(error: Error, in_place: bool) -> Error {
     use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    let advice = if in_place {
+        "The file is incomplete; free some space and save again."
+    } else {
+        "Free some space or save elsewhere; the old file is unchanged."
+    };
     match error.kind() {
-        Kind::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded | FileTooLarge) => error.with_advice(if in_place {
-            "The file is incomplete; free some space and save again."
-        } else {
-            "Free some space or save elsewhere; the old file is unchanged."
-        }),
+        Kind::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded | FileTooLarge) => error.with_advice(advice),
         _ => error,
     }
 }

@@ -79,7 +79,9 @@ class Subclassed(keras.Model):
 
 @entry
 def subclassed() -> Entry:
-    return train(Subclassed(), floats(16, 6), floats(16, 3))
+    model = Subclassed()
+    model(floats(2, 6))
+    return train(model, floats(16, 6), floats(16, 3))
 
 
 @entry

@@ -48,8 +48,7 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
     reason = _unsupported(weights_format)
     if reason is not None:
         if isinstance(fileobj, _PathTarget):
-            with open(fileobj.path, "wb") as file:
-                return _state.hand_over(reason, stock, model, file, weights_format)
+            return _state.hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
         return _state.hand_over(reason, stock, model, fileobj, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
@@ -64,6 +63,11 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
             info = _write(model, plan, store, assets, fileobj, base=base, options=options)
     _count_save(plan, store, info["bytes"])
     return None
+
+
+def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> Any:
+    with open(path, "wb") as file:
+        return stock(model, file, weights_format)
 
 
 def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str) -> Any:
@@ -167,7 +171,10 @@ def _plan(store: RecordStore) -> _core.Plan:
 
 
 def _buffers(store: RecordStore) -> list[np.ndarray | None]:
-    return [None if callable(d.memory) else _tensors.as_buffer(d.memory) for d in store.datasets.values()]
+    return [
+        None if isinstance(d.memory, _tensors.Deferred) else _tensors.as_buffer(d.memory)
+        for d in store.datasets.values()
+    ]
 
 
 def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:

@@ -24,15 +24,15 @@ class _Dataset:
 
     __slots__ = ("dtype", "memory", "name", "shape", "tag")
 
-    def __init__(self, memory: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    def __init__(self, memory: np.ndarray | _tensors.Deferred) -> None:
         self.memory = memory
-        self.name = _tensors.keras_dtype(dtype)
-        self.dtype = _tensors.dtype_name(dtype)
+        self.name = _tensors.keras_dtype(memory.dtype)
+        self.dtype = _tensors.dtype_name(memory.dtype)
         self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
-        self.shape = shape
+        self.shape = memory.shape
 
     def array(self) -> np.ndarray:
-        return self.memory() if callable(self.memory) else self.memory
+        return self.memory.array() if isinstance(self.memory, _tensors.Deferred) else self.memory
 
 
 class RecordStore(saving_lib.H5IOStore):
@@ -71,13 +71,10 @@ class RecordStore(saving_lib.H5IOStore):
         if path in self.datasets:
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
         found = _tensors.view(value)
-        if callable(found):
-            # Keras' own layers do not change a variable after they stored it; anybody else may.
-            if _tensors.is_keras_code(sys._getframe(1)):
-                self._note(path, _Dataset(found, _deferred_dtype(value.dtype), tuple(value.shape)))
-                return
-            found = found()
-        self._note(path, _Dataset(found, found.dtype, found.shape))
+        # Keras' own layers do not change a variable after they stored it; anybody else may.
+        if isinstance(found, _tensors.Deferred) and not _tensors.is_keras_code(sys._getframe(1)):
+            found = found.array()
+        self._note(path, _Dataset(found))
 
     def _note(self, path: str, dataset: _Dataset) -> None:
         self.datasets[path] = dataset
@@ -106,19 +103,6 @@ class RecordStore(saving_lib.H5IOStore):
         start = len(self._prefix) + 1
         inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
         return sorted(set(inside), key=str.encode)
-
-
-def _deferred_dtype(name: str) -> np.dtype:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, name))
 
 
 class LoadStore(saving_lib.H5IOStore):

@@ -9,14 +9,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-#: Gives the host array of a value; called when its turn comes.
-Deferred = Callable[[], np.ndarray]
+
+class Deferred:
+    """A value whose host array is made when its turn comes; what it will look like is known now."""
+
+    __slots__ = ("array", "dtype", "shape")
+
+    def __init__(self, array: Callable[[], np.ndarray], dtype: str, shape: Sequence[int]) -> None:
+        self.array = array
+        self.dtype = _extended_dtype(dtype)
+        self.shape = tuple(shape)
+
+
+def _extended_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of that name, or the extension's."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
 
 
 @functools.cache
@@ -30,19 +48,15 @@ def view(value: Any) -> np.ndarray | Deferred:
     """Host memory of a variable, tensor or array.
 
     Returns:
-        An array that nobody else can change (shared, or copied now), or a function that makes one later.
+        An array that nobody else can change (shared, or copied now), or a `Deferred`.
     """
     import keras
 
-    if isinstance(value, keras.Variable):
-        value = value.value
-        deferrable = True
-    else:
-        deferrable = False
+    deferrable = isinstance(value, keras.Variable)
     viewer = _VIEWERS.get(_backend())
-    found = viewer(value) if viewer is not None else None
-    if found is None or (callable(found) and not deferrable):
-        return _copy(value)
+    found = viewer(value.value if deferrable else value) if viewer is not None else None
+    if found is None or (isinstance(found, Deferred) and not deferrable):
+        return _copy(value)  # the Keras variable: NumPy cannot convert what is in a distributed scalar one
     return found
 
 
@@ -59,7 +73,7 @@ def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
 
     if type(value) is ResourceVariable:
         if "CPU" not in (value.device or "CPU"):
-            return lambda: value.numpy()
+            return Deferred(value.numpy, value.dtype.name, value.shape)
         # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
         # sparse update copies it once instead, if the view is still held.
         tf.raw_ops.DisableCopyOnRead(resource=value.handle)
@@ -78,13 +92,16 @@ def _view_jax(value: Any) -> np.ndarray | Deferred | None:
     if all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value) if len(value.devices()) == 1 else None
     # np.asarray would keep the host copy alive with the device array.
-    return lambda: np.array(jax.device_put(value, jax.devices("cpu")[0]))
+    cpu = jax.devices("cpu")[0]
+    return Deferred(lambda: np.array(jax.device_put(value, cpu)), value.dtype.name, value.shape)
 
 
 def _view_torch(value: Any) -> np.ndarray | Deferred | None:
     import torch
 
-    return (lambda: _copy_torch(value)) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape)
 
 
 def _copy_torch(value: Any) -> np.ndarray:
@@ -98,7 +115,7 @@ def _copy_torch(value: Any) -> np.ndarray:
 
 
 def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
-    return (lambda: np.array(value)) if isinstance(value, np.ndarray) else None
+    return Deferred(value.copy, value.dtype.name, value.shape) if isinstance(value, np.ndarray) else None
 
 
 _VIEWERS: dict[str, Callable[[Any], np.ndarray | Deferred | None]] = {
@@ -160,9 +177,7 @@ _NUMBERS = frozenset(
 def numpy_dtype(name: str, tag: str | None) -> np.dtype:
     """The NumPy dtype of a dataset: its own, or the one its `dtype` attribute names, as Keras reads it."""
     if tag == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
+        return _extended_dtype(tag)
     return np.dtype(f"|{name}" if name.startswith("V") else name)
 
 

@@ -1,0 +1,161 @@
+"""A result of `run.py` as Markdown tables, put between the marks of README.md.
+
+python benches/report.py                       the newest result
+python benches/report.py RESULT.json --print   to the terminal instead
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+Row = dict[str, Any]
+
+
+def report(result: Row) -> str:
+    """All of it."""
+    parts = [_where(result)]
+    if result["models"]:
+        parts += [_models(result["models"])]
+    if result["ceilings"]:
+        parts += [_ceilings(result["ceilings"])]
+    if result["peers"]:
+        parts += [_peers(result["peers"])]
+    return "\n\n".join(parts)
+
+
+def _where(result: Row) -> str:
+    m, v = result["machine"], result["versions"]
+    return (
+        f"`{result['command']}`, {v['date']}: {m['cpu']}, {m['cores']} cores, {m['ram_gib']:.0f} GiB of memory, "
+        f"{m['kernel']}, {m['file_system']}. Keras {v['keras']}, TensorFlow {v.get('tensorflow', 'n/a')}, "
+        f"h5py {v['h5py']} (HDF5 {v['hdf5']}), safetensors {v.get('safetensors', 'n/a')}, Python {v['python']}, "
+        f"rustc {v['rustc']}, hornbeam {v['hornbeam']}.\n\n"
+        f"Every number is the median over {result['turns']} fresh processes a side, interleaved: of the first run in "
+        f"the process, and of the best of {result['runs']} more. Files are in the page cache and nobody flushes."
+    )
+
+
+def _models(rows: list[Row]) -> str:
+    head = [
+        "Model",
+        "Operation",
+        "File, MB",
+        "Keras, s: first / best",
+        "hornbeam, s: first / best",
+        "Times as fast",
+        "Extra memory, MB: Keras / hornbeam",
+        "Bit for bit equal",
+    ]
+    lines = []
+    for i, row in enumerate(rows):
+        stock, ours = row["stock"], row["hornbeam"]
+        repeated = i > 0 and rows[i - 1]["workload"] == row["workload"]
+        lines.append(
+            [
+                "" if repeated else row["workload"],
+                f"`{row['operation']}`",
+                "" if repeated else megabytes(row["file_bytes"]),
+                f"{seconds(stock['first'])} / {seconds(stock['best'])}",
+                f"{seconds(ours['first'])} / {seconds(ours['best'])}",
+                f"**{row['ratio']:.1f}**",
+                f"{megabytes(stock['peak'])} / {megabytes(ours['peak'])}",
+                check(row["equal"] and not row["handovers"]),
+            ]
+        )
+    note = (
+        "`save` is `save_model` to `.keras`, `load_weights` reads a `.keras` file into a built model. Both sides read "
+        "the same file, written by Keras. Extra memory is the peak above what the model itself takes. Equal: every weight "
+        "and optimizer slot of the model, or of the file, has the bytes of the original."
+    )
+    handed = sum(row["handovers"] for row in rows)
+    engines = ", ".join(sorted({engine for row in rows for engine in row["engines"]}))
+    return f"{table(head, lines, left=2)}\n\n{note} Engine: {engines}; handed over to Keras: {handed or 'nothing'}."
+
+
+def _ceilings(rows: list[Row]) -> str:
+    head = ["GB/s", "hornbeam's write", "`write`, 256 KiB", "`write`, 1 MiB", "Share", "`read`, best", "memcpy"]
+    lines = [
+        [
+            row["workload"],
+            *(f"{row[key]:.2f}" for key in ("emit", "write_256k", "write_1m")),
+            f"**{row['share']:.0%}**",
+            f"{max(row['read_256k'], row['read_1m']):.2f}",
+            f"{row['memcpy']:.2f}",
+        ]
+        for row in rows
+    ]
+    return (
+        "What the machine can do, and how much of it the write alone reaches (archive, CRC and rename included; the "
+        f"ceiling is `fallocate` and plain `write` of the same memory to a new file):\n\n{table(head, lines)}"
+    )
+
+
+def _peers(rows: list[Row]) -> str:
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    found = {(row["workload"], row["peer"]): row for row in rows}
+    head = ["Save / load, GB/s", *workloads, "Bit for bit equal"]
+    lines = []
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        mine = [found.get((workload, peer)) for workload in workloads]
+        rates = [f"{rate(row, 'save')} / {rate(row, 'load')}" if row else "n/a" for row in mine]
+        lines.append([peer, *rates, check(all(row["equal"] for row in mine if row))])
+    return f"Tensors without a model, in a `.weights.h5` file (safetensors: its own format):\n\n{table(head, lines)}"
+
+
+def rate(row: Row, verb: str) -> str:
+    """Gigabytes a second of the best run."""
+    return f"{row['nbytes'] / row[verb]['best'] / 1e9:.2f}"
+
+
+def seconds(value: float) -> str:
+    """Three significant digits at most."""
+    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def megabytes(nbytes: float) -> str:
+    """Whole megabytes; one digit more where there are few."""
+    return f"{nbytes / 1e6:,.1f}" if nbytes < 1e6 else f"{nbytes / 1e6:,.0f}"
+
+
+def check(right: bool) -> str:
+    """A mark."""
+    return "✓" if right else "**no**"
+
+
+def table(head: list[str], lines: list[list[str]], *, left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are text."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
+def main() -> int:
+    """Rewrites README.md, or prints."""
+    parser = argparse.ArgumentParser(description="Turn a benchmark result into the tables of README.md.")
+    parser.add_argument("result", type=Path, nargs="?", help="default: the newest in benches/results/")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--print", action="store_true", help="print the tables and change no file")
+    args = parser.parse_args()
+    source = args.result or max((ROOT / "benches" / "results").glob("*.json"), default=None)
+    if source is None:
+        raise SystemExit("there is no result yet: run benches/run.py")
+    text = report(json.loads(source.read_text(encoding="utf-8")))
+    if args.print:
+        sys.stdout.write(text + "\n")
+        return 0
+    readme = args.readme.read_text(encoding="utf-8") if args.readme.exists() else ""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{args.readme} lacks {BEGIN} and {END}")
+    args.readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""The container: what other tools make of our archives, and what we make of theirs."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from helpers import saved, state, tree
+from zoo import ZOO, chain
+
+import hornbeam
+from hornbeam.errors import ArchiveError, HornbeamError, UnsupportedError
+
+WEIGHTS = "model.weights.h5"
+
+
+def model_and_archive(path: Path, name: str = "functional") -> Any:
+    model, _, _ = ZOO[name]()
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(path)
+    return model
+
+
+def ours(path: Any) -> Any:
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        return keras.models.load_model(path)
+
+
+@pytest.mark.parametrize("name", ["functional", "custom_assets", "unicode_and_long_names"])
+def test_other_tools_read_ours(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model = model_and_archive(path, name)
+    checked = subprocess.run([sys.executable, "-m", "zipfile", "-t", path], capture_output=True, text=True, check=True)
+    assert "Done testing" in checked.stdout
+    assert "corrupted" not in checked.stdout
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist()[:3] == [WEIGHTS, "metadata.json", "config.json"]
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        archive.extract(WEIGHTS, tmp_path)
+    # The member is a weights file: h5py lists it, stock Keras loads it.
+    found = tree(tmp_path / WEIGHTS)
+    assert sum(item[0] == "dataset" for item in found.values()) >= len(model.weights)
+    before = state(model)
+    for variable in model.weights:
+        variable.assign(np.zeros(variable.shape))
+    model.load_weights(tmp_path / WEIGHTS)
+    assert state(model) == before
+
+
+def test_unzip_reads_ours(tmp_path: Path) -> None:
+    tool = shutil.which("unzip")
+    if tool is None:
+        pytest.skip("there is no unzip on this machine")
+    path = tmp_path / "m.keras"
+    model_and_archive(path, "custom_assets")
+    checked = subprocess.run([tool, "-t", path], capture_output=True, text=True, check=True)
+    assert "No errors detected" in checked.stdout
+    subprocess.run([tool, "-q", path, "-d", tmp_path / "out"], check=True)
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            assert (tmp_path / "out" / info.filename).read_bytes() == archive.read(info)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a"])
+def test_h5py_refuses_the_archive_and_leaves_it(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model = model_and_archive(path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"signature|exist"):
+        h5py.File(path, mode)
+    assert path.read_bytes() == before
+    assert saved(ours(path)) == saved(model)
+
+
+def test_tensors_in_the_archive_are_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model_and_archive(path, "convolutional")
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(WEIGHTS)
+        image = archive.read(WEIGHTS)
+    start = path.read_bytes().index(b"\x89HDF\r\n\x1a\n")
+    assert start % 64 == 0
+    assert info.header_offset == 0
+    aligned = 0
+    with h5py.File(io.BytesIO(image), "r") as file:
+
+        def visit(_: str, item: Any) -> None:
+            nonlocal aligned
+            if isinstance(item, h5py.Dataset) and item.nbytes >= 64:
+                assert (start + item.id.get_offset()) % 64 == 0
+                aligned += 1
+
+        file.visititems(visit)
+    assert aligned > 3
+
+
+def rewrite(path: Path, target: Path, **how: Any) -> None:
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", **how) as out:
+        for info in source.infolist():
+            out.writestr(info.filename, source.read(info))
+
+
+@pytest.mark.parametrize("by", ["stock", "ours"])
+@pytest.mark.parametrize("level", [1, 9])
+def test_recompressed_copies_load(by: str, level: int, tmp_path: Path) -> None:
+    model, _, _ = ZOO["functional"]()
+    path, packed = tmp_path / "m.keras", tmp_path / "packed.keras"
+    if by == "stock":
+        model.save(path)
+    else:
+        with hornbeam.installed():
+            model.save(path)
+    rewrite(path, packed, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
+    assert packed.stat().st_size < path.stat().st_size
+    before = saved(model)
+    loaded = ours(packed)
+    assert saved(loaded) == before
+    for variable in loaded.weights:
+        variable.assign(np.zeros(variable.shape))
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        loaded.load_weights(packed)
+    assert saved(loaded) == before
+
+
+def test_other_compression_is_refused_by_name(tmp_path: Path) -> None:
+    model_and_archive(tmp_path / "m.keras")
+    rewrite(tmp_path / "m.keras", tmp_path / "packed.keras", compression=zipfile.ZIP_BZIP2)
+    with pytest.raises(UnsupportedError, match="compression method") as caught:
+        ours(tmp_path / "packed.keras")
+    assert caught.value.found == "12"
+    assert caught.value.member == WEIGHTS
+
+
+def test_streamed_archives_load_everywhere(tmp_path: Path) -> None:
+    """Written to what cannot seek: sizes and CRC of the weights stand behind them."""
+    from keras.src.saving import saving_lib
+
+    class Pipe(io.RawIOBase):
+        def __init__(self) -> None:
+            self.data = bytearray()
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, block: Any) -> int:
+            self.data += bytes(block)
+            return len(block)
+
+    model, _, _ = ZOO["functional"]()
+    pipe = Pipe()
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        saving_lib.save_model(model, pipe)
+    path = tmp_path / "m.keras"
+    path.write_bytes(pipe.data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.getinfo(WEIGHTS).flag_bits & 8
+    tool = shutil.which("unzip")
+    if tool is not None:  # stricter than zipfile about what stands behind the data
+        subprocess.run([tool, "-tq", path], check=True)
+    assert saved(keras.models.load_model(path)) == saved(ours(path)) == saved(model)
+
+
+@pytest.mark.parametrize("extra", [65_532, 65_533])  # 65,535 and 65,536 in all
+def test_more_members_than_16_bits_count(extra: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model = model_and_archive(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(extra):
+            archive.writestr(zipfile.ZipInfo(f"extra/{i}"), b"")
+        assert len(archive.namelist()) == extra + 3
+    assert saved(ours(path)) == saved(model)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.load_weights(path)
+    if extra == 65_533:
+        assert saved(keras.models.load_model(path)) == saved(model)
+
+
+@keras.saving.register_keras_serializable("test_archive")
+class ManyAssets(keras.layers.Layer):
+    """More files than 16 bits count."""
+
+    count = 66_000
+
+    def call(self, x: Any) -> Any:
+        return x
+
+    def save_assets(self, path: str) -> None:
+        for i in range(self.count):
+            (Path(path) / str(i)).write_bytes(b"" if i else b"first")
+
+
+def test_more_assets_than_16_bits_count(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        chain(ManyAssets()).save(path)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        assert len(names) == ManyAssets.count + 3 == len(set(names))
+        first = next(n for n in names if n.endswith("/0"))
+        assert archive.read(first) == b"first"
+
+
+@keras.saving.register_keras_serializable("test_archive")
+class Large(keras.layers.Layer):
+    """Holds more than 4 GiB of zeros that take no memory until they are saved."""
+
+    size = (1 << 32) + 5
+
+    def call(self, x: Any) -> Any:
+        return x
+
+    def save_own_variables(self, store: Any) -> None:
+        store["large"] = np.broadcast_to(np.uint8(0), (self.size,))
+        store["last"] = np.arange(100)
+
+    def load_own_variables(self, store: Any) -> None:
+        self.last = store["last"]  # the other stays in the file
+
+
+@pytest.mark.slow
+def test_more_than_4_gib(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model = chain(Large(), keras.layers.Dense(2))
+        try:
+            model.save(path)
+        except OSError as error:
+            if "no room" not in str(error):
+                raise
+            pytest.skip("there are not 5 GB of disk for this file")
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(WEIGHTS)
+            assert info.file_size == info.compress_size > Large.size
+            assert archive.getinfo("config.json").header_offset > 1 << 32
+            assert archive.testzip() is None  # every CRC
+        tool = shutil.which("unzip")
+        if tool is not None:
+            listed = subprocess.run([tool, "-l", path], capture_output=True, text=True, check=True)
+            assert str(info.file_size) in listed.stdout
+        loaded = keras.models.load_model(path)
+    np.testing.assert_array_equal(loaded.layers[1].last, np.arange(100))
+    assert saved(loaded) == saved(model)
+    path.unlink()
+
+
+# ---- archives that mean different things to different readers ----
+
+
+def local_offset(data: bytes, name: str) -> int:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.getinfo(name).header_offset
+
+
+def central_offset(data: bytes, name: str) -> int:
+    at = struct.unpack("<I", data[-6:-2])[0]
+    while data[at : at + 4] == b"PK\1\2":
+        lengths = struct.unpack("<HHH", data[at + 28 : at + 34])
+        if data[at + 46 : at + 46 + lengths[0]] == name.encode():
+            return at
+        at += 46 + sum(lengths)
+    raise KeyError(name)
+
+
+def put(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def with_name(data: bytes) -> bytes:
+    return put(data, local_offset(data, "config.json") + 30, b"konfig.json")
+
+
+def with_size(data: bytes) -> bytes:
+    return put(data, local_offset(data, "config.json") + 22, b"\1\0\0\0")
+
+
+def with_crc(data: bytes) -> bytes:
+    return put(data, local_offset(data, WEIGHTS) + 14, b"\1\2\3\4")
+
+
+def with_method(data: bytes) -> bytes:
+    return put(data, local_offset(data, "config.json") + 8, b"\x08\0")
+
+
+def with_overlap(data: bytes) -> bytes:
+    """Two members that start at the same place."""
+    at = struct.pack("<I", local_offset(data, "metadata.json"))
+    data = put(data, central_offset(data, "config.json") + 42, at)
+    here = local_offset(data, "metadata.json")
+    size = data[here + 14 : here + 26]
+    return put(data, central_offset(data, "config.json") + 16, size)
+
+
+def with_reach(data: bytes) -> bytes:
+    """A member that reaches over the next one: its sizes agree with each other, and lie."""
+    here, there = local_offset(data, "metadata.json"), central_offset(data, "metadata.json")
+    size = struct.pack("<II", 400, 400)
+    return put(put(data, here + 18, size), there + 20, size)
+
+
+def with_duplicate(data: bytes) -> bytes:
+    buffer = io.BytesIO(data)
+    with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("config.json", b"{}")
+    return buffer.getvalue()
+
+
+def with_tail(data: bytes) -> bytes:
+    return data + b"\0"
+
+
+def with_second(data: bytes) -> bytes:
+    return data + data
+
+
+def with_gap(data: bytes) -> bytes:
+    return b"#!/bin/sh\n" + data
+
+
+def with_encryption(data: bytes) -> bytes:
+    at = central_offset(data, "config.json") + 8
+    return put(data, at, b"\1\0")
+
+
+def with_other_end64(data: bytes) -> bytes:
+    """A zip64 locator that points nowhere; zipfile used to ignore it (CVE-2025-8291)."""
+    return data[:-22] + struct.pack("<IIQI", 0x07064B50, 0, 17, 1) + data[-22:]
+
+
+REFUSED = {
+    with_name: "disagrees with the directory",
+    with_size: "disagrees with the directory",
+    with_crc: "disagrees with the directory",
+    with_method: "disagrees with the directory",
+    with_overlap: "disagrees with the directory",
+    with_reach: "share bytes",
+    with_duplicate: "two members of the same name",
+    with_tail: "no end record",
+    with_second: "not where the end record says",
+    with_gap: "not where the end record says",
+    with_encryption: "encrypted",
+    with_other_end64: "not where its locator says",
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_ambiguous_archives_are_refused(damage: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model = model_and_archive(path)
+    before = state(model)
+    path.write_bytes(damage(path.read_bytes()))
+    hornbeam.stats(reset=True)
+    with hornbeam.installed():  # not strict: it must not be handed over either
+        with pytest.raises(HornbeamError, match=REFUSED[damage]) as caught:
+            model.load_weights(path)
+        assert isinstance(caught.value, ArchiveError | UnsupportedError)
+        assert caught.value.path == str(path)
+        with pytest.raises((HornbeamError, ValueError)):  # Keras itself says ValueError to what is no zip at all
+            keras.models.load_model(path)
+    assert state(model) == before
+    assert not hornbeam.stats().handovers
+    assert hornbeam.stats().loads == 0

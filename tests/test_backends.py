@@ -1,0 +1,100 @@
+"""What depends on the backend: whose memory is shared, whose is copied, and when."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import saved
+from zoo import ZOO, chain, floats
+
+import hornbeam
+from hornbeam import _tensors
+
+BACKEND = keras.backend.backend()
+SHARED = BACKEND in ("tensorflow", "jax")
+
+
+def test_the_backend_is_the_one_asked_for() -> None:
+    assert os.environ.get("KERAS_BACKEND", BACKEND) == BACKEND
+
+
+def test_variables_are_shared_where_they_cannot_change() -> None:
+    variable = keras.Variable(floats(300, 300))
+    found = _tensors.view(variable)
+    assert isinstance(found, np.ndarray) == SHARED
+    before = np.array(found if SHARED else found.array())
+    if SHARED:
+        again = _tensors.view(variable)
+        assert isinstance(again, np.ndarray)
+        assert np.shares_memory(found, again)
+        variable.assign_add(keras.ops.ones((300, 300)))
+        np.testing.assert_array_equal(found, before)
+    else:
+        taken = found.array()
+        variable.assign(variable + 1)
+        np.testing.assert_array_equal(taken, before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int8", "uint8", "int32", "bool"])
+def test_every_dtype_arrives(dtype: str, tmp_path: Path) -> None:
+    layer = keras.layers.Layer(name="holder")
+    layer.kept = layer.add_weight(shape=(3, 2), dtype=dtype, initializer="zeros", trainable=False)
+    layer.built = True
+    layer.kept.assign(np.array([[0, 1], [1, 0], [1, 1]]))
+    holder = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    holder.extra = layer
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        holder.save_weights(tmp_path / "m.weights.h5")
+        expected = saved(holder)
+        layer.kept.assign(np.zeros((3, 2)))
+        holder.load_weights(tmp_path / "m.weights.h5")
+    assert saved(holder) == expected
+    assert keras.backend.standardize_dtype(layer.kept.dtype) == dtype
+
+
+@pytest.mark.parametrize("name", ["functional", "custom_state", "odd_variables", "many_layers"])
+def test_files_cross_to_this_backend_and_back(name: str, tmp_path: Path) -> None:
+    model, _, _ = ZOO[name]()
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(tmp_path / "m.keras")
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert saved(loaded) == saved(model)
+    assert saved(keras.models.load_model(tmp_path / "m.keras")) == saved(model)
+
+
+def test_a_variable_changed_by_others_code_after_it_was_stored_keeps_its_value(tmp_path: Path) -> None:
+    @keras.saving.register_keras_serializable("backends")
+    class Restores(keras.layers.Layer):
+        def build(self, shape: object) -> None:
+            self.w = self.add_weight(shape=(3,), initializer="ones")
+
+        def call(self, x: object) -> object:
+            return x
+
+        def save_own_variables(self, store: dict[str, object]) -> None:
+            before = np.array(keras.ops.convert_to_numpy(self.w))
+            self.w.assign(before * 5)
+            store["0"] = self.w
+            self.w.assign(before)
+
+    model = chain(Restores(), shape=(3,))
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save_weights(tmp_path / "m.weights.h5")
+        model.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(model.layers[1].get_weights()[0], [5, 5, 5])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has this mode")
+def test_sparse_updates_do_not_make_saves_copy() -> None:
+    model, x, y = ZOO["embedding_with_sparse_updates"]()
+    embeddings = model.layers[1].embeddings
+    first, second = _tensors.view(embeddings), _tensors.view(embeddings)
+    assert np.shares_memory(first, second)
+    before = np.array(first)
+    model.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(first, before)
+    assert not np.array_equal(_tensors.view(embeddings), before)

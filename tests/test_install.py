@@ -1,0 +1,243 @@
+"""install, uninstall, installed, options, stats, `python -m hornbeam`: what is patched, when, and how it is undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras.src.saving import saving_lib
+from zoo import ZOO, chain
+
+import hornbeam
+import hornbeam.callbacks
+from hornbeam import UnsupportedError
+
+
+_PACKAGE = str(Path(hornbeam.__file__).parent.parent)
+
+
+def python(*args: str, cwd: Path | None = None, **env: str) -> str:
+    """Runs a fresh interpreter; returns what it prints."""
+    run = subprocess.run(
+        [sys.executable, *args],
+        env={**os.environ, "PYTHONPATH": _PACKAGE, **env},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def patched() -> dict[str, Any]:
+    return {name: value for name, value in vars(saving_lib).items() if hasattr(value, "__hornbeam__")}
+
+
+def test_uninstall_restores_every_attribute() -> None:
+    before = dict(vars(saving_lib))
+    hornbeam.install()
+    hornbeam.install()
+    assert len(patched()) == 7
+    hornbeam.uninstall()
+    assert dict(vars(saving_lib)) == before
+    hornbeam.uninstall()
+    with hornbeam.installed():
+        with hornbeam.installed():
+            pass
+        assert patched()
+    assert dict(vars(saving_lib)) == before
+
+
+def test_references_taken_before_install_go_through_the_core(tmp_path: Path) -> None:
+    from keras.models import load_model, save_model
+    from keras.saving import load_weights, save_weights
+
+    model = ZOO["functional"]()[0]
+    with hornbeam.installed():
+        save_model(model, tmp_path / "m.keras")
+        load_model(tmp_path / "m.keras")
+        save_weights(model, tmp_path / "m.weights.h5")
+        load_weights(model, tmp_path / "m.weights.h5")
+    assert (hornbeam.stats().saves, hornbeam.stats().loads) == (2, 2)
+
+
+def test_importing_and_installing_import_nothing_heavy() -> None:
+    code = """
+import sys, hornbeam
+hornbeam.install()
+heavy = {"keras", "tensorflow", "jax", "torch", "numpy", "h5py"} & set(sys.modules)
+assert not heavy, heavy
+import os
+os.environ["KERAS_BACKEND"] = "numpy"
+import keras
+assert keras.backend.backend() == "numpy"
+from keras.src.saving import saving_lib
+assert hasattr(saving_lib.save_model, "__hornbeam__")
+assert type(saving_lib.__loader__).__module__ != "hornbeam._hook"
+hornbeam.uninstall()
+assert not hasattr(saving_lib.save_model, "__hornbeam__")
+import importlib
+hornbeam.install(); hornbeam.uninstall()
+print("fine")
+"""
+    assert python("-c", code) == "fine\n"
+
+
+def test_an_install_undone_before_keras_is_imported_leaves_nothing() -> None:
+    code = """
+import hornbeam
+hornbeam.install(); hornbeam.uninstall()
+import os; os.environ["KERAS_BACKEND"] = "numpy"
+import keras
+from keras.src.saving import saving_lib
+print(hasattr(saving_lib.save_model, "__hornbeam__"))
+"""
+    assert python("-c", code) == "False\n"
+
+
+SCRIPT = """
+import sys
+import keras
+
+import helper
+
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+model.save(sys.argv[1])
+keras.models.load_model(sys.argv[1])
+if __name__ == "__main__":
+    print(helper.NAME, sys.argv[1:], __file__)
+    import hornbeam
+    print(hornbeam.stats().saves, hornbeam.stats().loads, dict(hornbeam.stats().handovers))
+"""
+
+
+def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text(SCRIPT)
+    (tmp_path / "scripts" / "helper.py").write_text("NAME = 'beside'\n")
+    script = os.path.join("scripts", "train.py")
+    out = python("-m", "hornbeam", script, "m.keras", "--flag", cwd=tmp_path, KERAS_BACKEND="numpy")
+    assert out.splitlines()[-2:] == [f"beside ['m.keras', '--flag'] {script}", "1 1 {}"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.keras", "scripts"]
+
+
+def test_the_command_reports_a_missing_script_and_passes_on_exit_codes(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise SystemExit(7)\n")
+
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hornbeam", script]
+        env = {**os.environ, "PYTHONPATH": _PACKAGE}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    assert run(str(tmp_path / "fails.py")).returncode == 7
+    missing = run("nowhere.py")
+    assert missing.returncode == 2
+    assert "no such script: 'nowhere.py'" in missing.stderr
+
+
+def test_callbacks_go_through_the_core(tmp_path: Path) -> None:
+    model, x, y = ZOO["functional"]()
+    if y is None:
+        pytest.skip("this backend does not train")
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.fit(x, y, epochs=2, callbacks=[checkpoint], verbose=0)
+    assert hornbeam.stats().saves == 2
+    hornbeam.stats(reset=True)
+    backup = hornbeam.callbacks.BackupAndRestore(tmp_path / "backup")
+    ours = hornbeam.callbacks.ModelCheckpoint(tmp_path / "best.weights.h5", save_weights_only=True)
+    model.fit(x, y, epochs=2, callbacks=[ours, backup], verbose=0)
+    assert hornbeam.stats().saves == 4
+    assert not patched()
+
+
+def test_handing_over_is_counted_and_refused_under_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = chain(keras.layers.Dense(2))
+
+    class Other(saving_lib.H5IOStore):
+        pass
+
+    with hornbeam.installed(), caplog.at_level("INFO", logger="hornbeam"):
+        model.save(tmp_path / "m.keras")
+        monkeypatch.setattr(saving_lib, "H5IOStore", Other)
+        model.save(tmp_path / "stock.keras")
+        keras.models.load_model(tmp_path / "stock.keras")
+        assert hornbeam.stats().handovers == {"saving_lib.H5IOStore is replaced": 2}
+        assert caplog.messages == ["handed over to Keras: saving_lib.H5IOStore is replaced"] * 2
+        with hornbeam.options(strict=True), pytest.raises(UnsupportedError, match="does not handle this"):
+            model.save(tmp_path / "refused.keras")
+        assert not (tmp_path / "refused.keras").exists()
+    assert hornbeam.stats().saves == 1
+
+
+def test_options_are_scoped_and_checked() -> None:
+    with hornbeam.options(strict=True) as outer:
+        assert outer.strict
+        with hornbeam.options(durable=True) as inner:
+            assert inner.strict
+            assert inner.durable
+    with hornbeam.options() as after:
+        assert not after.strict
+    with pytest.raises(ValueError, match="engine must be"), hornbeam.options(engine="quick"):
+        pass
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("durable", [True, False])
+def test_every_way_to_write_gives_the_same_file(atomic: bool, durable: bool, tmp_path: Path) -> None:
+    from helpers import archive_tree
+
+    model = ZOO["functional"]()[0]
+    model.save(tmp_path / "stock.keras")
+    target = tmp_path / "m.keras"
+    target.write_bytes(b"x" * 1_000_000)
+    inode = target.stat().st_ino
+    with hornbeam.installed(), hornbeam.options(strict=True, atomic=atomic, durable=durable):
+        model.save(target)
+    assert (target.stat().st_ino == inode) == (not atomic)
+    assert archive_tree(target) == archive_tree(tmp_path / "stock.keras")
+
+
+def test_wait_returns() -> None:
+    assert hornbeam.wait() is None
+
+
+def test_questions_and_warnings_are_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(keras.layers.Dense(2))
+    path = tmp_path / "m.keras"
+    with hornbeam.installed():
+        model.save(path)
+        before = path.read_bytes()
+        monkeypatch.setattr("builtins.input", lambda *_: "n")
+        model.save(path, overwrite=False)
+        assert path.read_bytes() == before
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        model.save(path, overwrite=False)
+        with pytest.raises(ValueError, match="not supported"):
+            model.save(path, nonsense=1)
+        with pytest.raises(ValueError, match="Invalid filepath extension"):
+            model.save(tmp_path / "m")
+        with pytest.warns(UserWarning, match="not yet been built"):
+            keras.Sequential([keras.layers.Dense(1)]).save(tmp_path / "unbuilt.keras")
+        with pytest.raises(ValueError, match="not yet been built"):
+            keras.Sequential([keras.layers.Dense(1)]).save_weights(tmp_path / "unbuilt.weights.h5")
+        with pytest.raises(ValueError, match="File not found"):
+            keras.models.load_model(tmp_path / "missing.keras")
+        with pytest.raises(FileNotFoundError):
+            model.load_weights(tmp_path / "missing.weights.h5")
+        other = chain(keras.layers.Dense(3))
+        with pytest.raises(ValueError, match="A total of 1 objects could not be loaded"):
+            other.load_weights(path)
+        weights = other.get_weights()
+        with pytest.warns(UserWarning, match="A total of 1 objects could not be loaded"):
+            other.load_weights(path, skip_mismatch=True)
+        assert all(np.array_equal(a, b) for a, b in zip(other.get_weights(), weights, strict=True))
