@@ -208,5 +208,4 @@ def _output(*command: str) -> str:
 def quiet() -> None:
     """Keeps TensorFlow's start-up messages out of the output; before it is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     sys.setrecursionlimit(20_000)  # stock Keras needs it for a thousand layers

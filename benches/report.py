@@ -70,8 +70,8 @@ def _models(rows: list[Row]) -> str:
         )
     note = (
         "`save` is `save_model` to `.keras`, `load_weights` reads a `.keras` file into a built model. Both sides read "
-        "the same file, written by Keras. Extra memory is the peak above what the model itself takes. Equal: every weight "
-        "and optimizer slot of the model, or of the file, has the bytes of the original."
+        "the same file, written by Keras. Extra memory is the peak above what the model itself takes. Equal: every "
+        "weight and optimizer slot of the model, or of the file, has the bytes of the original."
     )
     handed = sum(row["handovers"] for row in rows)
     engines = ", ".join(sorted({engine for row in rows for engine in row["engines"]}))

@@ -118,7 +118,7 @@ def _can_wait(variable: Any, initializer: Any) -> bool:
         and isinstance(initializer, Initializer)
         and type(initializer).__module__.startswith("keras.")
         and not any(isinstance(v, keras.random.SeedGenerator) for v in vars(initializer).values())
-        and variable._layout is None
+        and getattr(variable, "_layout", None) is None  # Keras 3.12 has it on JAX only
         and global_state.get_global_attribute("distribution") is None
         and not in_stateless_scope()
     )
