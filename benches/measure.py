@@ -206,6 +206,7 @@ def _output(*command: str) -> str:
 
 
 def quiet() -> None:
-    """Keeps TensorFlow's start-up messages out of the output; before it is imported."""
+    """Keeps TensorFlow's start-up messages out of the output; before it is imported, the same for all sides."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself at any log level
     sys.setrecursionlimit(20_000)  # stock Keras needs it for a thousand layers

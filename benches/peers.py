@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def save_hornbeam(engine: str, path: Path, tensors: Tensors, *, archive: bool = 
     """As `hornbeam.saving` does it, without a model."""
     from hornbeam import _core
 
-    datasets = [(name, a.dtype.name, a.shape, []) for name, a in tensors.items()]
+    datasets: list[Any] = [(name, a.dtype.name, a.shape, []) for name, a in tensors.items()]
     plan = _core.plan(_groups(tensors), datasets, engine=engine)
     buffers = [a.reshape(-1) for a in tensors.values()]
     save = plan.start(str(path), buffers, archive=archive, atomic=True, durable=False)
@@ -73,7 +74,8 @@ def load_hornbeam(engine: str, path: Path) -> Tensors:
     reading = weights.fetch(list(range(len(datasets))), verify=True, read_ahead=1 << 62)
     loaded = {}
     for i, (name, dtype, shape, _) in enumerate(datasets):
-        loaded[name] = np.frombuffer(reading.take(i), np.uint8).view(dtype).reshape(shape)
+        block: Any = reading.take(i)
+        loaded[name] = np.frombuffer(block, np.uint8).view(dtype).reshape(shape)
     reading.complete(drop_rest=False)
     return loaded
 

@@ -15,11 +15,11 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import saved, state, tree
-from zoo import ZOO, chain
 
 import hornbeam
+from helpers import saved, state, tree
 from hornbeam.errors import ArchiveError, HornbeamError, UnsupportedError
+from zoo import ZOO, chain
 
 WEIGHTS = "model.weights.h5"
 

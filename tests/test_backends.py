@@ -98,3 +98,19 @@ def test_sparse_updates_do_not_make_saves_copy() -> None:
     model.fit(x, y, verbose=0)
     np.testing.assert_array_equal(first, before)
     assert not np.array_equal(_tensors.view(embeddings), before)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow compiles slots into being")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slots_that_fit_made_are_shared_and_survive_further_training(dtype: str) -> None:
+    model = chain(keras.layers.Dense(64, dtype=dtype), keras.layers.Dense(3))
+    model.compile("adam", "mse", jit_compile=True)
+    x, y = floats(16, 6), floats(16, 3)
+    model.fit(x, y, verbose=0)
+    variables = [*model.variables, *model.optimizer.variables]
+    views = [(_tensors.view(v), _tensors.view(v)) for v in variables]
+    assert all(np.shares_memory(a, b) or a.size == 0 for a, b in views)
+    before = [a.tobytes() for a, _ in views]
+    model.fit(x, y, verbose=0, epochs=3)
+    assert [a.tobytes() for a, _ in views] == before
+    assert [np.array(_tensors.view(v)).tobytes() for v in variables] != before

@@ -21,12 +21,12 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import saved, state
 from keras import layers
-from zoo import chain, floats
 
 import hornbeam
+from helpers import saved, state
 from hornbeam.errors import ArchiveError, ChecksumError, HornbeamError, StorageError, WeightsFileError
+from zoo import chain, floats
 
 WEIGHTS = "model.weights.h5"
 NOBODY = 65_534
@@ -593,7 +593,7 @@ def test_a_full_file_system(place: Path) -> None:
 
 
 def test_strings_cannot_be_stored(target: Any, place: Path) -> None:
-    model, layer, path = target
+    _, _, path = target
 
     class Strings(Awkward):
         def save_own_variables(self, store: Any) -> None:

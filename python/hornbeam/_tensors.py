@@ -71,14 +71,13 @@ def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
     import tensorflow as tf
     from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-    if type(value) is ResourceVariable:
+    if isinstance(value, ResourceVariable):  # slots made by `fit` are of a subclass
         if "CPU" not in (value.device or "CPU"):
             return Deferred(value.numpy, value.dtype.name, value.shape)
         # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
         # sparse update copies it once instead, if the view is still held.
         tf.raw_ops.DisableCopyOnRead(resource=value.handle)
-        tensor = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
-        return np.asarray(tensor)
+        return np.asarray(tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype))
     if type(value).__name__ == "EagerTensor" and tf.is_tensor(value) and "CPU" in value.device:
         return np.asarray(value)
     return None
@@ -115,7 +114,14 @@ def _copy_torch(value: Any) -> np.ndarray:
 
 
 def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
-    return Deferred(value.copy, value.dtype.name, value.shape) if isinstance(value, np.ndarray) else None
+    if not isinstance(value, np.ndarray):
+        return None
+    return Deferred(lambda: _copy_numpy(value), value.dtype.name, value.shape)
+
+
+def _copy_numpy(value: np.ndarray) -> np.ndarray:
+    # `tobytes` keeps the interpreter, `copy` lets it go: another thread could write half of a tensor meanwhile.
+    return np.ndarray(value.shape, value.dtype, buffer=value.tobytes())
 
 
 _VIEWERS: dict[str, Callable[[Any], np.ndarray | Deferred | None]] = {

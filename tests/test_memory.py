@@ -1,0 +1,303 @@
+"""Memory that changes while it is saved, and how much of it a save and a load take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import hornbeam
+from helpers import saved
+from zoo import TRAINABLE_BACKEND, ZOO, chain
+
+MB = 1 << 20
+TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of an archive whose checksums are right."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        found: dict[str, np.ndarray] = {}
+        with archive.open("model.weights.h5") as member, h5py.File(member, "r") as file:
+
+            def visit(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset):
+                    found[name] = item[()]
+
+            file.visititems(visit)
+        return found
+
+
+class Busy(threading.Thread):
+    """Changes a model again and again until it is told to stop."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+        self.steps = 0
+        self.error: BaseException | None = None
+        self.running = threading.Event()
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.stop.is_set():
+                self.change(self.steps)
+                self.steps += 1
+                self.running.set()
+        except BaseException as error:
+            self.error = error
+            self.running.set()
+
+    def __enter__(self) -> Busy:
+        self.start()
+        self.running.wait()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop.set()
+        self.join()
+        assert self.error is None, self.error
+
+
+def save(model: Any, path: Path) -> None:
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(path)
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="assigns TensorFlow variables")
+@pytest.mark.parametrize("how", ["assign", "assign_add", "swap"])
+def test_every_tensor_is_one_that_existed(how: str, tmp_path: Path) -> None:
+    model = chain(layers.Dense(1500), layers.Dense(1000), layers.Dense(30), shape=(800,))
+    variables = [v.value for v in model.weights]
+    for variable in variables:
+        variable.assign(np.zeros(variable.shape))
+
+    def change(step: int) -> None:
+        for variable in variables:
+            if how == "assign":
+                variable.assign(np.full(variable.shape, step + 1, "float32"))
+            elif how == "assign_add":
+                variable.assign_add(np.ones(variable.shape, "float32"))
+            else:  # without a new memory, where TensorFlow sees that it may
+                variable.assign_sub(np.full(variable.shape, -1, "float32"))
+
+    seen = set()
+    with Busy(change) as busy:
+        for i in range(12):
+            before = busy.steps
+            save(model, tmp_path / "m.keras")
+            after = busy.steps
+            found = tensors(tmp_path / "m.keras")
+            assert len(found) == 6
+            for name, array in found.items():
+                assert array.min() == array.max(), f"{name} is torn in save {i}"
+                assert before <= array.flat[0] <= after + 1, name
+            seen.add(float(found["layers/dense/vars/0"].flat[0]))
+    assert len(seen) > 3  # it did change meanwhile
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="makes sparse updates of TensorFlow variables")
+def test_sparse_updates_while_saving(tmp_path: Path) -> None:
+    """Rows are updated in place, one after another: a tensor may be between two steps, but is never changed once it
+    has passed the checksum, and holds no value that was not there."""
+    import tensorflow as tf
+
+    rows, width = 20_000, 64
+    model = chain(layers.Embedding(rows, width), shape=(2,), dtype="int32")
+    optimizer = keras.optimizers.SGD(1.0)
+    embeddings = model.layers[1].embeddings
+    optimizer.build([embeddings])
+    embeddings.assign(np.zeros((rows, width), "float32"))
+    gradient = tf.IndexedSlices(-tf.ones((rows, width)), tf.range(rows), (rows, width))
+
+    with Busy(lambda _: optimizer.apply([gradient], [embeddings])) as busy:
+        for _ in range(25):
+            before = busy.steps
+            save(model, tmp_path / "m.keras")
+            after = busy.steps
+            [array] = tensors(tmp_path / "m.keras").values()
+            assert np.array_equal(array, np.round(array))
+            assert before <= array.min() <= array.max() <= after + 1
+    assert float(embeddings.value[0, 0]) == busy.steps  # no update was lost
+
+
+@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="trains")
+def test_saves_during_training_hold_whole_tensors(tmp_path: Path) -> None:
+    model = chain(layers.Dense(300), layers.Dense(1), shape=(200,))
+    model.compile("adam", "mse")
+    x, y = np.ones((512, 200), "float32"), np.ones((512, 1), "float32")
+    model.fit(x, y, verbose=0)
+
+    class Saves(keras.callbacks.Callback):
+        count = 0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            save(model, tmp_path / "m.keras")
+            assert all(np.isfinite(array).all() for array in tensors(tmp_path / "m.keras").values())
+            Saves.count += 1
+
+    model.fit(x, y, batch_size=128, verbose=0, callbacks=[Saves()])
+    assert Saves.count == 4
+    save(model, tmp_path / "m.keras")
+    assert saved(keras.models.load_model(tmp_path / "m.keras")) == saved(model)
+
+
+def test_arrays_that_are_refilled_after_they_were_stored(tmp_path: Path) -> None:
+    model, _, _ = ZOO["custom_state"]()
+    save(model, tmp_path / "m.keras")
+    found = tensors(tmp_path / "m.keras")
+    [table] = [array for name, array in found.items() if name.endswith("/table")]
+    [other] = [array for name, array in found.items() if name.endswith("/other")]
+    np.testing.assert_array_equal(table, model.layers[1].tables[0])
+    assert other.min() == other.max() == -1
+
+
+def run(code: str, *arguments: str, backend: str) -> Any:
+    """Runs `code` in a process of its own; gives what it printed last, which is JSON."""
+    source = Path(hornbeam.__file__).parent.parent
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+IN_PLACE = r"""
+import io, json, sys, threading, zipfile
+import h5py, keras, numpy as np
+from keras import layers
+import hornbeam
+
+path, size = sys.argv[1], int(sys.argv[2])
+inputs = keras.Input((size,))
+model = keras.Model(inputs, layers.Dense(size)(layers.Dense(size)(inputs)))
+arrays = [v.value for v in model.weights]
+assert all(type(a) is np.ndarray for a in arrays)
+for a in arrays:
+    a.fill(0)
+stop, steps, running = threading.Event(), 0, threading.Event()
+
+fills = [np.full(size * size, i, "float32").tobytes() for i in range(30)]
+
+def change():
+    # One call in C that does not let go of the interpreter, over the memory that the model goes on using.
+    global steps
+    while not stop.is_set():
+        for a in arrays:
+            memoryview(a).cast("B")[:] = memoryview(fills[steps % 30])[: a.nbytes]
+        steps += 1
+        running.set()
+
+thread = threading.Thread(target=change)
+thread.start()
+running.wait()
+torn, values = 0, set()
+hornbeam.install()
+for _ in range(10):
+    model.save(path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        image = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(image, "r") as file:
+        for name in ("layers/dense/vars/0", "layers/dense/vars/1", "layers/dense_1/vars/0", "layers/dense_1/vars/1"):
+            array = file[name][()]
+            low, high = float(array.min()), float(array.max())
+            torn += low != high
+            values.add(low)
+stop.set()
+thread.join()
+print(json.dumps({"torn": torn, "values": len(values), "handovers": dict(hornbeam.stats().handovers)}))
+"""
+
+
+def test_memory_that_is_changed_in_place(tmp_path: Path) -> None:
+    """The numpy backend updates the arrays themselves, as torch does: they are copied, each in one go."""
+    found = run(IN_PLACE, str(tmp_path / "m.keras"), "1000", backend="numpy")
+    assert found["handovers"] == {}
+    assert found["values"] > 3
+    assert found["torn"] == 0
+
+
+PEAK = r"""
+import gc, json, os, sys
+import keras, numpy as np
+from keras import layers
+import hornbeam
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) << 10
+
+def peak(action):
+    "Bytes above those before, at the highest point of `action`; and those above them afterwards; and its result."
+    gc.collect()
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    result = action()
+    highest = status("VmHWM")
+    return highest - before, status("VmRSS") - before, result
+
+hornbeam.install()
+root = sys.argv[1]
+small = keras.Sequential([keras.Input((4,)), layers.Dense(3)])  # everything that is imported on the way
+small.save(os.path.join(root, "s.keras")); keras.models.load_model(os.path.join(root, "s.keras"))
+small.load_weights(os.path.join(root, "s.keras"))
+found = {}
+path = os.path.join(root, "m.keras")
+inputs = keras.Input((2500,))
+x = inputs
+for _ in range(12):
+    x = layers.Dense(2500)(x)  # 25 MB each, 300 MB in all
+model = keras.Model(inputs, x)
+found["model"] = sum(v.value.numpy().nbytes for v in model.weights)
+found["save"], *_ = peak(lambda: model.save(path))
+weights = os.path.join(root, "m.weights.h5")
+found["save_weights"], *_ = peak(lambda: model.save_weights(weights))
+found["load_weights"], *_ = peak(lambda: model.load_weights(path))
+found["load_weights_file"], *_ = peak(lambda: model.load_weights(weights))
+del model, x, inputs
+keras.backend.clear_session()
+highest, finished, loaded = peak(lambda: keras.models.load_model(path))
+found["load"], found["loaded"] = highest - finished, finished
+del loaded
+keras.backend.clear_session()
+gc.collect()
+
+tokens = keras.Input((2,), dtype="int32")
+model = keras.Model(tokens, layers.Embedding(600_000, 128)(tokens))  # 300 MB in one tensor
+model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+model.fit(np.zeros((4, 2), "int32"), np.zeros((4, 2, 128), "float32"), verbose=0)
+found["embedding"], *_ = peak(lambda: model.save(path))
+found["embedding again"], *_ = peak(lambda: model.save(path))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENSORFLOW, reason="measures TensorFlow models")
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the highest point")
+def test_peak_memory(tmp_path: Path) -> None:
+    found = {name: nbytes / MB for name, nbytes in run(PEAK, str(tmp_path), backend="tensorflow").items()}
+    largest, model = 2500 * 2500 * 4 / MB, found["model"]
+    assert model > 280
+    # TensorFlow lends its memory, so nothing has to be copied.
+    for name in ("save", "save_weights", "embedding", "embedding again"):
+        assert found[name] <= 32, found
+    assert found["load"] <= largest + 64, found
+    assert found["loaded"] <= model + 64, found  # the finished model holds its tensors once
+    for name in ("load_weights", "load_weights_file"):
+        assert found[name] <= model + 64, found
