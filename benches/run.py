@@ -204,7 +204,7 @@ def child(what: str, task: Result) -> Result:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"failed: {shlex.join(command)}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def there_and_back(sides: tuple[str, ...], turns: int) -> list[str]:

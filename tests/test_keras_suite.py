@@ -25,12 +25,13 @@ import pytest
 import hornbeam
 
 KERAS = "3.15.1"
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 SOURCE = Path(importlib.util.find_spec("keras").submodule_search_locations[0]) / "src"
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What a file of Keras must at least do under hornbeam; less means that tests, or the hooks, went missing."""
+    """What a file must at least do on TensorFlow; less means that tests went missing, or hornbeam was not used."""
 
     passed: int
     saves: int = 0
@@ -49,7 +50,7 @@ class Group:
 _SAVING = "sav or serializ or pickl or lora or weights or quantize_int or float8_fitting"
 
 GROUPS = {
-    "saving_lib": Group({"saving/saving_lib_test.py": File(72, saves=65, loads=60)}),
+    "saving_lib": Group({"saving/saving_lib_test.py": File(73, saves=66, loads=60)}),
     "saving": Group(
         {
             "saving/saving_api_test.py": File(62, saves=45, loads=43),
@@ -64,7 +65,7 @@ GROUPS = {
         {
             "callbacks/model_checkpoint_test.py": File(2, saves=35, loads=2),
             "callbacks/backup_and_restore_test.py": File(7, saves=30, loads=3),
-            "callbacks/swap_ema_weights_test.py": File(4, saves=2, loads=1),  # resets TensorFlow: the last
+            "callbacks/swap_ema_weights_test.py": File(5, saves=2, loads=1),  # resets TensorFlow: the last
         }
     ),
     "small": Group(
@@ -78,27 +79,27 @@ GROUPS = {
             "layers/preprocessing/text_vectorization_test.py": File(39, saves=2, loads=2),
             "layers/preprocessing/discretization_test.py": File(40, saves=2, loads=2),
             "layers/preprocessing/hashing_test.py": File(50, saves=1, loads=1),
-            "layers/core/masking_test.py": File(1),
-            "metrics/metric_test.py": File(1),
-            "optimizers/optimizer_test.py": File(1),
-            "dtype_policies/dtype_policy_map_test.py": File(1),
-            "quantizers/quantization_config_test.py": File(1),
-            "export/tfsm_layer_test.py": File(1),
+            "layers/core/masking_test.py": File(3, saves=1, loads=1),
+            "metrics/metric_test.py": File(11, saves=1, loads=1),
+            "optimizers/optimizer_test.py": File(42, saves=11, loads=11),
+            "dtype_policies/dtype_policy_map_test.py": File(11, saves=1, loads=1),
+            "quantizers/quantization_config_test.py": File(13, saves=1, loads=1),
+            "export/tfsm_layer_test.py": File(6, saves=2, loads=2),
         }
     ),
     "layers": Group(
         {
-            "models/model_test.py": File(1),
-            "layers/core/dense_test.py": File(1),
-            "layers/core/einsum_dense_test.py": File(1),
-            "layers/core/embedding_test.py": File(1),
-            "layers/core/reversible_embedding_test.py": File(1),
-            "layers/convolutional/conv_test.py": File(1),
-            "layers/attention/multi_head_attention_test.py": File(1),
-            "layers/layer_test.py": File(1),
-            "layers/preprocessing/feature_space_test.py": File(1),
-            "distillation/distiller_test.py": File(1),
-            "utils/jax_layer_test.py": File(1),
+            "models/model_test.py": File(10, saves=8, loads=8),
+            "layers/core/dense_test.py": File(20, saves=19, loads=19),
+            "layers/core/einsum_dense_test.py": File(23, saves=26, loads=24),
+            "layers/core/embedding_test.py": File(16, saves=17, loads=17),
+            "layers/core/reversible_embedding_test.py": File(22, saves=17, loads=17),
+            "layers/convolutional/conv_test.py": File(9, saves=18, loads=18),
+            "layers/attention/multi_head_attention_test.py": File(3, saves=3, loads=3),
+            "layers/layer_test.py": File(3, saves=1, loads=1),
+            "layers/preprocessing/feature_space_test.py": File(1, saves=2, loads=2),
+            "distillation/distiller_test.py": File(1, saves=1, loads=1),
+            "utils/jax_layer_test.py": File(1, saves=1, loads=1),
         },
         select=_SAVING,
     ),
@@ -128,9 +129,10 @@ HANDOVERS = {
 
 FILES = [(group, file) for group in GROUPS for file in GROUPS[group].files]
 
-pytestmark = pytest.mark.skipif(
-    importlib.metadata.version("keras") != KERAS, reason=f"the lists are for Keras {KERAS}"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.metadata.version("keras") != KERAS, reason=f"the lists are for Keras {KERAS}"),
+    pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="the lists are for TensorFlow and JAX"),
+]
 
 
 @functools.cache
@@ -150,6 +152,7 @@ def run(name: str, *, stock: bool = False) -> dict[str, dict[str, Any]]:
             command + [str(SOURCE / file) for file in group.files],
             env={
                 **os.environ,
+                "KERAS_BACKEND": BACKEND,
                 "HORNBEAM_SUITE": "stock" if stock else "hornbeam",
                 "HORNBEAM_SUITE_REPORT": str(report),
                 "PYTEST_ADDOPTS": "",
@@ -193,10 +196,13 @@ def test_file(group: str, file: str) -> None:
         handovers.update(result["stats"]["handovers"])
     assert handovers == HANDOVERS.get(file, {})
 
-    expected = GROUPS[group].files[file]
-    assert sum(r["outcome"] == "passed" for r in tests.values()) >= expected.passed > 0
-    assert sum(r["stats"]["saves"] for r in tests.values()) >= expected.saves
-    assert sum(r["stats"]["loads"] for r in tests.values()) >= expected.loads
+    passed = sum(r["outcome"] == "passed" for r in tests.values())
+    saves, loads = (sum(r["stats"][what] for r in tests.values()) for what in ("saves", "loads"))
+    if BACKEND == "tensorflow":
+        expected = GROUPS[group].files[file]
+        assert passed >= expected.passed > 0
+        assert saves >= expected.saves
+        assert loads >= expected.loads
 
 
 @pytest.mark.slow

@@ -69,9 +69,9 @@ def _copy(value: Any) -> np.ndarray:
 
 def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
     import tensorflow as tf
-    from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+    from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
-    if isinstance(value, ResourceVariable):  # slots made by `fit` are of a subclass
+    if isinstance(value, BaseResourceVariable):  # slots made by `fit` are of another class
         if "CPU" not in (value.device or "CPU"):
             return Deferred(value.numpy, value.dtype.name, value.shape)
         # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
