@@ -58,7 +58,8 @@ def save_hornbeam(engine: str, path: Path, tensors: Tensors, *, archive: bool = 
     """As `hornbeam.saving` does it, without a model."""
     from hornbeam import _core
 
-    datasets: list[Any] = [(name, a.dtype.name, a.shape, []) for name, a in tensors.items()]
+    dtypes = {dtype: dtype.name for dtype in {a.dtype for a in tensors.values()}}  # slow, so cached as in _tensors.py
+    datasets: list[Any] = [(name, dtypes[a.dtype], a.shape, []) for name, a in tensors.items()]
     plan = _core.plan(_groups(tensors), datasets, engine=engine)
     buffers = [a.reshape(-1) for a in tensors.values()]
     save = plan.start(str(path), buffers, archive=archive, atomic=True, durable=False)

@@ -1,7 +1,7 @@
 """A pytest plugin for Keras' own tests: `python -m pytest -p keras_plugin …`, in a process of its own.
 
 Keras' wheel ships its tests, but neither the markers and warning filters of its repository nor a way to put hornbeam
-below them. With `HORNBEAM_SUITE=stock` Keras stays as it is: the baseline. What happened goes to `HORNBEAM_SUITE_REPORT`.
+below them. With `HORNBEAM_SUITE=stock` Keras stays as it is: the baseline. The report goes to `HORNBEAM_SUITE_REPORT`.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import saved
-from zoo import ZOO, chain, floats
 
 import hornbeam
+from helpers import saved
 from hornbeam import _tensors
+from zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
 SHARED = BACKEND in ("tensorflow", "jax")

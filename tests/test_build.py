@@ -9,10 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import values
-from zoo import ZOO, chain, floats
 
 import hornbeam
+from helpers import values
+from zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
 lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other backends build the stock way")

@@ -1,7 +1,7 @@
 """Killed while saving: what is there is the old or the new file, whole, and the next save clears up.
 
 A server with Keras' numpy backend (no threads, so it may fork) forks a saver for each kill. Saver and server share a
-pipe: the saver writes a number when a save is done, the server kills it after some of them and some microseconds.
+pipe: the saver says when a save starts and when it is done, the server kills it some microseconds after a start.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ hornbeam.install()
 inputs = keras.Input((500,))
 model = keras.Model(inputs, layers.Dense(300)(layers.Dense(2000)(layers.Dense(900)(inputs))))
 
-def save(step):
+def fill(step):
     for variable in model.variables:
         variable.assign(np.full(variable.shape, step, "float32"))
+
+def save():
     if form == "weights":
         model.save_weights(path)
     else:
@@ -58,12 +60,14 @@ def step_of_file():
 
 rng = random.Random(11)
 step = 1
-save(step)
+fill(step)
+save()
 started = time.perf_counter()
-save(step)
+save()
 once = time.perf_counter() - started
-left, interrupted, seen = 0, 0, []
-for kill in range(kills):
+left, seen = 0, []
+# On until some kills have hit between the making of a temporary file and its renaming.
+while len(seen) < kills or (number == signal.SIGKILL and left < 3 and len(seen) < 20 * kills):
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -73,7 +77,9 @@ for kill in range(kills):
         try:
             while True:
                 step += 1
-                save(step)
+                fill(step)
+                os.write(send, b"start\n")
+                save()
                 os.write(send, b"%d\n" % step)
         except KeyboardInterrupt:
             os._exit(42)
@@ -82,9 +88,9 @@ for kill in range(kills):
     os.close(send)
     wanted = rng.randrange(1, 4)
     text = b""
-    while text.count(b"\n") < wanted:
+    while text.count(b"start\n") < wanted:
         text += os.read(receive, 1)
-    end = time.perf_counter() + rng.uniform(0, 1.5 * once)
+    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
     while time.perf_counter() < end:
         pass
     os.kill(child, number)
@@ -96,7 +102,7 @@ for kill in range(kills):
     while block := os.read(receive, 1000):
         text += block
     os.close(receive)
-    told = int(text.split()[-1])
+    told = int([b"%d" % step, *(word for word in text.split() if word != b"start")][-1])
     step = int(step_of_file())
     assert step in (told, told + 1), (step, told)
     seen.append(step - told)
@@ -106,7 +112,8 @@ for kill in range(kills):
         assert names == [suffix], names
     left += len(names) > 1
     step += 1
-    save(step)  # clears what the kill left, and is itself whole
+    fill(step)
+    save()  # clears what the kill left, and is itself whole
     assert os.listdir(root) == [suffix], os.listdir(root)
     assert step_of_file() == step
 print(json.dumps({"left": left, "seen": seen}))
@@ -127,9 +134,8 @@ def test_a_killed_save_leaves_the_old_or_the_new(form: str, kills: int, tmp_path
     root = tmp_path / "only"
     root.mkdir()
     found = serve(form, root, kills, 9)
-    assert len(found["seen"]) == kills
-    # Most of the time is spent between creating the temporary file and renaming it: the kills must have hit that.
-    assert found["left"] > kills // 10, found
+    assert len(found["seen"]) >= kills
+    assert found["left"] >= 3, found
 
 
 def test_an_interrupted_save_leaves_nothing_at_all(tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ import keras
 import numpy as np
 import pytest
 from keras.src.saving import saving_lib
-from zoo import ZOO, chain
 
 import hornbeam
 import hornbeam.callbacks
 from hornbeam import UnsupportedError
-
+from zoo import ZOO, chain
 
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
 

@@ -180,43 +180,43 @@ import io, json, sys, threading, zipfile
 import h5py, keras, numpy as np
 from keras import layers
 import hornbeam
+from hornbeam import _tensors
 
-path, size = sys.argv[1], int(sys.argv[2])
-inputs = keras.Input((size,))
-model = keras.Model(inputs, layers.Dense(size)(layers.Dense(size)(inputs)))
-arrays = [v.value for v in model.weights]
-assert all(type(a) is np.ndarray for a in arrays)
-for a in arrays:
-    a.fill(0)
-stop, steps, running = threading.Event(), 0, threading.Event()
-
-fills = [np.full(size * size, i, "float32").tobytes() for i in range(30)]
+path = sys.argv[1]
+inputs = keras.Input((4_000_000,))
+model = keras.Model(inputs, layers.Dense(1, use_bias=False)(inputs))
+[array] = [v.value for v in model.weights]
+assert type(array) is np.ndarray
+fills = [np.full(array.shape, i, "float32").tobytes() for i in range(10)]
+stop, running = threading.Event(), threading.Event()
 
 def change():
     # One call in C that does not let go of the interpreter, over the memory that the model goes on using.
-    global steps
+    step = 0
     while not stop.is_set():
-        for a in arrays:
-            memoryview(a).cast("B")[:] = memoryview(fills[steps % 30])[: a.nbytes]
-        steps += 1
+        memoryview(array).cast("B")[:] = fills[step % 10]
+        step += 1
         running.set()
 
 thread = threading.Thread(target=change)
 thread.start()
 running.wait()
 torn, values = 0, set()
+for _ in range(100):  # what a save takes of a variable: many times, for a copy that lets go is torn once in ten
+    copy = _tensors.view(model.weights[0]).array()
+    torn += copy.min() != copy.max()
 hornbeam.install()
-for _ in range(10):
+for _ in range(5):
     model.save(path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         image = io.BytesIO(archive.read("model.weights.h5"))
     with h5py.File(image, "r") as file:
-        for name in ("layers/dense/vars/0", "layers/dense/vars/1", "layers/dense_1/vars/0", "layers/dense_1/vars/1"):
-            array = file[name][()]
-            low, high = float(array.min()), float(array.max())
-            torn += low != high
-            values.add(low)
+        found = file["layers/dense/vars/0"][()]
+    low, high = float(found.min()), float(found.max())
+    torn += low != high
+    values.add(low)
+torn = int(torn)
 stop.set()
 thread.join()
 print(json.dumps({"torn": torn, "values": len(values), "handovers": dict(hornbeam.stats().handovers)}))
@@ -225,9 +225,9 @@ print(json.dumps({"torn": torn, "values": len(values), "handovers": dict(hornbea
 
 def test_memory_that_is_changed_in_place(tmp_path: Path) -> None:
     """The numpy backend updates the arrays themselves, as torch does: they are copied, each in one go."""
-    found = run(IN_PLACE, str(tmp_path / "m.keras"), "1000", backend="numpy")
+    found = run(IN_PLACE, str(tmp_path / "m.keras"), backend="numpy")
     assert found["handovers"] == {}
-    assert found["values"] > 3
+    assert found["values"] > 1
     assert found["torn"] == 0
 
 

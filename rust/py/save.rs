@@ -272,7 +272,8 @@ impl Save {
     fn cancel(&self, py: Python<'_>) {
         let Some(running) = self.take() else { return };
         self.progress.cancelled.store(true, Ordering::Relaxed);
-        let Running { thread, .. } = running; // dropping the channels wakes a waiting thread
+        let Running { thread, events, tensors, members, .. } = running;
+        drop((events, tensors, members)); // wakes a thread that waits for them
         drop(py.detach(|| thread.join()));
     }
 }
