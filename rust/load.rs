@@ -90,7 +90,11 @@ impl Weights {
         let opened = match member.method {
             Method::Stored => {
                 let image = Extent { offset: member.offset, len: member.size };
-                Self::open_image(Arc::clone(source), image, Some(member.crc), choice)
+                Self::open_image(Arc::clone(source), image, Some(member.crc), choice).or_else(|e| {
+                    // What cannot be understood has most likely changed after it was written, and then that is the news.
+                    member.check(&**source)?;
+                    Err(e)
+                })
             }
             Method::Deflated => Self::open(Arc::new(member.read(&**source)?), choice),
         };
@@ -156,7 +160,7 @@ impl Weights {
         let mut bytes = Vec::new();
         match &dataset.storage {
             Storage::Compact(compact) => bytes.clone_from(compact),
-            Storage::Empty => bytes.resize(len, 0),
+            Storage::Empty => return Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }), // zero, untouched
             Storage::Contiguous(_) | Storage::Engine => {
                 bytes.resize(len, 0);
                 let window = Window::new(&*self.source, self.image.offset, self.image.len);

@@ -119,15 +119,17 @@ impl Tree {
             (Some(Node::Dataset), _) => return bad("name is already taken by a dataset"),
             (Some(_), _) => return bad("name is already taken by a group"),
         }
+        let mut implied = Vec::new();
         let mut parent = path;
         while let Some((head, _)) = parent.rsplit_once('/') {
             match self.nodes.get(head) {
                 Some(Node::Dataset) => return bad("a parent of this path is a dataset"),
                 Some(_) => break,
-                None => self.nodes.insert(head.to_owned(), Node::Implied),
-            };
+                None => implied.push(head.to_owned()),
+            }
             parent = head;
         }
+        self.nodes.extend(implied.into_iter().map(|head| (head, Node::Implied)));
         self.nodes.insert(path.to_owned(), node);
         Ok(())
     }
@@ -163,6 +165,9 @@ mod tests {
         assert!(t.add_group("a", vec![]).is_err());
         assert!(t.add_dataset("big", DType::F64, &[1 << 40, 1 << 40], vec![]).is_err());
         assert!(t.add_dataset("rank", DType::F64, &[1; 33], vec![]).is_err());
+        for _ in 0..2 {
+            assert!(t.add_dataset("a/b/c/d", DType::F32, &[1], vec![]).is_err()); // the first refusal leaves nothing
+        }
         assert_eq!((t.datasets().len(), t.groups().len(), t.nbytes()), (1, 1, 8));
     }
 }

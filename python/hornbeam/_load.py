@@ -35,6 +35,8 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
         return _state.hand_over("saving_lib.H5IOStore is replaced", stock, fileobj, custom_objects, compile, safe_mode)
     file = _core.open(_source(fileobj), archive=True)
     sizes = {name: size for name, size, _ in file.members()}
+    if saving_lib._CONFIG_FILENAME not in sizes:
+        raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
     config = _read_member(file, saving_lib._CONFIG_FILENAME)
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
@@ -171,8 +173,6 @@ def _load_state(
 
 
 def _read_member(file: _core.File, name: str) -> bytes:
-    if all(name != member for member, *_ in file.members()):
-        raise KeyError(f"There is no item named '{name}' in the archive")
     _check_expansion(file, name)
     return file.read(name)
 

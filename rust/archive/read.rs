@@ -276,6 +276,23 @@ impl Member {
         Ok(bytes)
     }
 
+    /// Compares the checksum of a stored member's bytes, in little memory.
+    ///
+    /// # Errors
+    /// `Crc` when they do not match, `Io`.
+    pub fn check(&self, file: &dyn ReadAt) -> Result<()> {
+        let mut crc = crc32fast::Hasher::new();
+        let mut block = vec![0; self.stored.min(1 << 20) as usize];
+        let mut at = 0;
+        while at < self.stored {
+            let n = (self.stored - at).min(block.len() as u64);
+            file.read_at(&mut block[..n as usize], self.offset + at).map_err(|e| e.with_member(&self.name))?;
+            crc.update(&block[..n as usize]);
+            at += n;
+        }
+        self.check_crc(crc.finalize())
+    }
+
     /// Memory grows with what the stream really holds, never with what the header claims.
     fn inflate(&self, stored: &[u8]) -> Result<Vec<u8>> {
         let mut out = Vec::new();

@@ -133,28 +133,42 @@ impl Weights {
             return Err(PyValueError::new_err("no dataset has this position"));
         }
         let reading = run(py, || placed(self.weights.fetch(&wanted, verify, read_ahead), self.path.as_ref()))?;
-        Ok(Reading { reading, path: self.path.clone() })
+        Ok(Reading { reading: Some(reading), path: self.path.clone() })
     }
 }
 
 /// A read in progress.
 #[pyclass(frozen, module = "hornbeam._core")]
 pub(super) struct Reading {
-    reading: load::Reading,
+    reading: Option<load::Reading>, // until it is dropped
     path: Option<PathBuf>,
+}
+
+impl Reading {
+    fn reading(&self) -> &load::Reading {
+        self.reading.as_ref().expect("there until it is dropped")
+    }
+}
+
+/// The reader is waited for, and may itself wait for the interpreter.
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let reading = self.reading.take();
+        Python::attach(|py| py.detach(|| drop(reading)));
+    }
 }
 
 #[pymethods]
 impl Reading {
     /// Waits for a dataset and takes it; `None` if it was taken before.
     fn take(&self, py: Python<'_>, i: usize) -> PyResult<Option<Block>> {
-        let slot = run(py, || placed(self.reading.take(i, &interrupt), self.path.as_ref()))?;
+        let slot = run(py, || placed(self.reading().take(i, &interrupt), self.path.as_ref()))?;
         Ok(slot.map(Block::new))
     }
 
     /// Waits until every byte was read and checked.
     #[pyo3(signature = (*, drop_rest = false))]
     fn complete(&self, py: Python<'_>, drop_rest: bool) -> PyResult<()> {
-        run(py, || placed(self.reading.complete(drop_rest, &interrupt), self.path.as_ref()))
+        run(py, || placed(self.reading().complete(drop_rest, &interrupt), self.path.as_ref()))
     }
 }

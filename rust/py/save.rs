@@ -273,7 +273,7 @@ impl Save {
         let Some(running) = self.take() else { return };
         self.progress.cancelled.store(true, Ordering::Relaxed);
         let Running { thread, events, tensors, members, .. } = running;
-        drop((events, tensors, members)); // wakes a thread that waits for them
+        drop((events, tensors, members)); // wakes a waiting thread
         drop(py.detach(|| thread.join()));
     }
 }
