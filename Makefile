@@ -74,8 +74,9 @@ fmt: $(VENV)/.group-dev ## Format the code and mend what the linters can
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-bench: setup ## The Python benchmarks (BENCH_ARGS="-k save"); the Rust ones: cargo bench
-	KERAS_BACKEND=tensorflow $(PY) -m pytest benches --benchmark-enable --benchmark-only $(BENCH_ARGS)
+bench: setup ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet50 --turns 1"); the Rust stages: cargo bench
+	KERAS_BACKEND=tensorflow $(PY) benches/run.py $(BENCH_ARGS)
+	$(PY) benches/report.py
 
 docs: setup ## Run the examples of README.md and docs/ (pytest's 5: there are none)
 	KERAS_BACKEND=tensorflow $(PY) -m pytest --doctest-glob='*.md' README.md docs || [ $$? -eq 5 ]

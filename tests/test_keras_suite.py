@@ -2,7 +2,7 @@
 
 Each group of files runs in one process; `keras_plugin.py` installs hornbeam there and reports what happened. The lists
 below are exact: a test that fails and is not listed, one that is listed and passes, and a save or load that stock Keras
-did instead are all failures here. They hold for the Keras named in `KERAS`.
+did instead are all failures here. They hold for the Keras named in `KERAS`, on TensorFlow and JAX.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -100,8 +99,8 @@ class Stats:
     bytes_read: int = 0
     tensors_written: int = 0
     tensors_read: int = 0
-    engines: Counter[str] = dataclasses.field(default_factory=Counter)
-    handovers: Counter[str] = dataclasses.field(default_factory=Counter)
+    engines: dict[str, int] = dataclasses.field(default_factory=dict)
+    handovers: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 _stats = Stats()
@@ -112,7 +111,7 @@ def stats(*, reset: bool = False) -> Stats:
     """A copy of the counters; with `reset`, they start again from zero."""
     global _stats
     with _lock:
-        copy = dataclasses.replace(_stats, engines=Counter(_stats.engines), handovers=Counter(_stats.handovers))
+        copy = dataclasses.replace(_stats, engines=dict(_stats.engines), handovers=dict(_stats.handovers))
         if reset:
             _stats = Stats()
     return copy
@@ -124,7 +123,7 @@ def count(*, engine: str | None = None, **amounts: int) -> None:
         for name, amount in amounts.items():
             setattr(_stats, name, getattr(_stats, name) + amount)
         if engine is not None:
-            _stats.engines[engine] += 1
+            _stats.engines[engine] = _stats.engines.get(engine, 0) + 1
 
 
 def hand_over(reason: str, stock: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -132,6 +131,6 @@ def hand_over(reason: str, stock: Callable[..., T], *args: Any, **kwargs: Any) -
     if current().strict:
         raise UnsupportedError(f"hornbeam does not handle this: {reason}. Without `strict`, stock Keras would do it.")
     with _lock:
-        _stats.handovers[reason] += 1
+        _stats.handovers[reason] = _stats.handovers.get(reason, 0) + 1
     logger.info("handed over to Keras: %s", reason)
     return stock(*args, **kwargs)

@@ -104,13 +104,12 @@ def _view_torch(value: Any) -> np.ndarray | Deferred | None:
 
 
 def _copy_torch(value: Any) -> np.ndarray:
-    import ml_dtypes
     import torch
 
-    host = value.detach().to("cpu", copy=True).contiguous()
+    host = value.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:
-        return host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return host.numpy()
+        return _copy_numpy(host.view(torch.uint16).numpy()).view(_extended_dtype("bfloat16"))
+    return _copy_numpy(host.numpy())
 
 
 def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
