@@ -78,7 +78,8 @@ class _Lazy:
         return tensor
 
     def _direct_assign(self, value: Any) -> None:
-        _give(self, value)
+        variable: Any = self
+        _give(variable, variable._convert_to_tensor(value, dtype=variable._dtype))
 
 
 _classes: dict[type, type] = {}
@@ -121,7 +122,13 @@ def _can_wait(variable: Any, initializer: Any) -> bool:
         and getattr(variable, "_layout", None) is None  # Keras 3.12 has it on JAX only
         and global_state.get_global_attribute("distribution") is None
         and not in_stateless_scope()
+        and not _nnx()
     )
+
+
+def _nnx() -> bool:
+    """Whether variables are Flax objects, which keep their value elsewhere."""
+    return bool(getattr(backend.config, "is_nnx_enabled", lambda: False)())
 
 
 def _dispatch_initialize(variable: Any, initializer: Any) -> None:

@@ -31,8 +31,9 @@ def _read_ahead() -> int:
 
 def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
-    if saving_lib.H5IOStore is not _STORE:
-        return _state.hand_over("saving_lib.H5IOStore is replaced", stock, fileobj, custom_objects, compile, safe_mode)
+    reason = _unsupported()
+    if reason is not None:
+        return _state.hand_over(reason, stock, fileobj, custom_objects, compile, safe_mode)
     file = _core.open(_source(fileobj), archive=True)
     sizes = {name: size for name, size, _ in file.members()}
     if saving_lib._CONFIG_FILENAME not in sizes:
@@ -67,10 +68,9 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
     weights_path = root / saving_lib._VARS_FNAME_H5
     if not root.is_dir() or not weights_path.exists():
         return stock(dirpath, custom_objects, compile, safe_mode)  # raises, or reads npz
-    if saving_lib.H5IOStore is not _STORE or saving_lib.file_utils.is_remote_path(str(dirpath)):
-        return _state.hand_over(
-            "remote directory or replaced store", stock, dirpath, custom_objects, compile, safe_mode
-        )
+    reason = _unsupported(str(dirpath))
+    if reason is not None:
+        return _state.hand_over(reason, stock, dirpath, custom_objects, compile, safe_mode)
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
     with ExitStack() as stack:
         stack.enter_context(_build.scope())
@@ -94,8 +94,9 @@ def load_weights_only(
     text = str(filepath)
     if not model.built or not text.endswith(("weights.h5", "weights.json", ".keras")):
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
-    if saving_lib.H5IOStore is not _STORE or saving_lib.file_utils.is_remote_path(text):
-        return _state.hand_over("remote path or replaced store", stock, model, filepath, skip_mismatch, objects_to_skip)
+    reason = _unsupported(text)
+    if reason is not None:
+        return _state.hand_over(reason, stock, model, filepath, skip_mismatch, objects_to_skip)
     engine = _state.current().engine
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
@@ -116,6 +117,15 @@ def load_weights_only(
         visited = {id(o) for o in objects_to_skip or ()}
         _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
     _count_load(store)
+    return None
+
+
+def _unsupported(path: str | None = None) -> str | None:
+    """Why stock Keras must do this load, if it must."""
+    if saving_lib.H5IOStore is not _STORE:
+        return "saving_lib.H5IOStore is replaced"
+    if path is not None and saving_lib.file_utils.is_remote_path(path):
+        return "remote path"
     return None
 
 

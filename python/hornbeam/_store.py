@@ -215,7 +215,6 @@ class Image:
         self.weights = weights
         self.groups = [path for path, _ in weights.groups()]
         self.datasets = weights.datasets()
-        self.verify = verify
         self.reading: _core.Reading | None = weights.fetch(
             list(range(len(self.datasets))), verify=verify, read_ahead=read_ahead
         )
