@@ -9,13 +9,13 @@ from collections.abc import Iterator
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-# A shell starts its background jobs with Ctrl-C ignored; tests that interrupt need Python's own handler.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import hypothesis
 import pytest
 
 import hornbeam
+
+# A shell starts its background jobs with Ctrl-C ignored; tests that interrupt need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
