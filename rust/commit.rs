@@ -130,7 +130,13 @@ impl Pending {
             Ok(()) => {}
             // A mount point cannot be renamed over; it can be written.
             Err(e) if matches!(e.kind(), ErrorKind::ResourceBusy | ErrorKind::CrossesDevices) => {
-                fs::copy(temporary, &self.target).during("cannot write to this file")?;
+                let copied = fs::copy(temporary, &self.target)
+                    .and_then(|_| if self.durable { File::open(&self.target)?.sync_all() } else { Ok(()) });
+                if let Err(e) = copied {
+                    let what = format!("cannot write to this file; the new one is kept as '{}'", temporary.display());
+                    self.temporary = None; // it is the only complete copy
+                    return Err(Error::new(Kind::Io(e), what));
+                }
                 self.in_place = Some("the target is a mount point");
                 return Ok(());
             }
@@ -266,8 +272,7 @@ fn exchange(new: &Path, old: &Path) -> Result<()> {
         }
     }
     // Two steps: a crash between them leaves the old directory beside the target, under a name that tells.
-    let aside = old.with_extension("hornbeam-old");
-    let _ = fs::remove_dir_all(&aside);
+    let aside = new.with_extension("hornbeam-old"); // the new one's name is random
     fs::rename(old, &aside).during("cannot move the old directory aside")?;
     match fs::rename(new, old) {
         Ok(()) => fs::rename(&aside, new).during("cannot remove the old directory"),

@@ -278,6 +278,8 @@ class CustomState(layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         self.w.assign(store["0"])
+        changed = store["table"]
+        changed += 1.0  # must not show in the next read
         self.tables = [store["table"], store["complex"], store["number"]]
         assert store["other"].min() == store["other"].max() == -1.0
         assert int(store["python"]) == 7

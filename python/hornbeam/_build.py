@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -69,8 +68,8 @@ class _Lazy:
         if in_stateless_scope() or not isinstance(value, np.ndarray) or value.shape != tuple(variable._shape):
             return super().assign(value)  # type: ignore[misc]
         tensor = None
-        # Keras' own code drops the array after this; anybody else may keep it, and change it.
-        if _tensors.is_keras_code(sys._getframe(1)) and value.dtype.name == variable._dtype:
+        # What our store gave to Keras' own code is dropped after this; anything else may be kept, and changed.
+        if _tensors.is_given_away(value) and value.dtype.name == variable._dtype:
             tensor = _tensors.share(value)
         if tensor is None:
             tensor = variable._convert_to_tensor(value, dtype=variable._dtype)

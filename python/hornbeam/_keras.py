@@ -60,20 +60,19 @@ def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch(saving_lib: ModuleType) -> None:
-    """Puts the dispatchers in place; a function with an unknown signature stays stock."""
+    """Puts the dispatchers in place; a Keras with an unknown signature among them stays stock as a whole."""
     with _lock:
-        for name, parameters in _SIGNATURES.items():
-            original = getattr(saving_lib, name, None)
-            if original is None or hasattr(original, "__hornbeam__"):
-                continue
-            if tuple(inspect.signature(original).parameters) != parameters:
-                logger.warning(
-                    "this Keras is unknown to hornbeam: saving_lib.%s has another signature and stays stock",
-                    name,
-                )
-                continue
-            _originals[name] = original
-            setattr(saving_lib, name, _dispatcher(name, original))
+        originals = {name: getattr(saving_lib, name, None) for name in _SIGNATURES}
+        if any(hasattr(original, "__hornbeam__") for original in originals.values()):
+            return
+        for name, original in originals.items():
+            if original is None or tuple(inspect.signature(original).parameters) != _SIGNATURES[name]:
+                logger.warning("this Keras is unknown to hornbeam and stays stock: see saving_lib.%s", name)
+                return
+        for name, original in originals.items():
+            if original is not None:
+                _originals[name] = original
+                setattr(saving_lib, name, _dispatcher(name, original))
 
 
 def unpatch(saving_lib: ModuleType) -> None:

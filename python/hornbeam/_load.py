@@ -57,6 +57,7 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
             _check_extraction(file)
             assets = AssetStore("r", lambda root: _extract(file, root))
             stack.callback(assets.close)
+            assets.extract()  # before Keras' loop over layers could swallow an error
         _load_state(model, store, assets)
     _count_load(store)
     return model
@@ -66,11 +67,13 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
     """`saving_lib._load_model_from_dir`."""
     root = Path(os.fspath(dirpath))
     weights_path = root / saving_lib._VARS_FNAME_H5
-    if not root.is_dir() or not weights_path.exists():
-        return stock(dirpath, custom_objects, compile, safe_mode)  # raises, or reads npz
     reason = _unsupported(str(dirpath))
+    if reason is None and (root / saving_lib._VARS_FNAME_NPZ).exists() and not weights_path.exists():
+        reason = "npz weights"
     if reason is not None:
         return _state.hand_over(reason, stock, dirpath, custom_objects, compile, safe_mode)
+    if not root.is_dir() or not weights_path.exists():
+        return stock(dirpath, custom_objects, compile, safe_mode)  # raises
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
     with ExitStack() as stack:
         stack.enter_context(_build.scope())

@@ -80,6 +80,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
+        members = _members(model)  # before anything is written: the directory may have to be written in place
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
         with _core.Directory(os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable) as directory:
@@ -91,7 +92,6 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
                 atomic=False,
                 durable=options.durable,
             )
-            members = _finishing(save, lambda: _members(model))
             info = save.finish([], _puller(store))
             for name, data in members:
                 _core.write_file(str(root / name), data, atomic=False, durable=options.durable)
@@ -216,6 +216,8 @@ def _write(
     base: int,
     options: _state.Options,
 ) -> dict[str, Any]:
+    # Where the old content is written over, nothing may be until the config is known to be fine.
+    early = None if isinstance(target, str) and options.atomic else _members(model)
     save = plan.start(
         target,
         _buffers(store),
@@ -224,7 +226,7 @@ def _write(
         atomic=options.atomic,
         durable=options.durable,
     )
-    members: list[tuple[str, Any]] = _finishing(save, lambda: _members(model))
+    members: list[tuple[str, Any]] = [*(early or _finishing(save, lambda: _members(model)))]
     members += [(name, Path(path)) for name, path in assets.files()]
     info = save.finish(members, _puller(store))
     if isinstance(target, str):
@@ -247,8 +249,8 @@ def _write_memory(
     try:
         file.seek(end - 1)
         file.write(b"\0")
-        with file.getbuffer() as memory:
-            info = _write(model, plan, store, assets, memory[base:end], base=base, options=options)
+        with file.getbuffer() as memory, memory[base:end] as target:
+            info = _write(model, plan, store, assets, target, base=base, options=options)
         file.seek(end)
         file.write(info["tail"])
     except BaseException:

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::ReadAt;
 use super::buffer::{Block, OWN_BLOCK};
@@ -97,6 +97,7 @@ struct State {
     drain: bool,           // read to the end, keep nothing more
     stop: bool,
     outcome: Option<Result<()>>,
+    asked: Option<Instant>, // when a waiting caller was last asked whether to go on
 }
 
 impl Shared {
@@ -110,10 +111,12 @@ impl Shared {
 
     /// Waits a while; asks between whether to go on.
     fn wait_for<'a>(&'a self, state: MutexGuard<'a, State>, go_on: Interrupt<'_>) -> Result<MutexGuard<'a, State>> {
-        let (state, waited) = self.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
-        if !waited.timed_out() {
+        let (mut state, _) = self.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
+        // The reader wakes us after every tensor, so the time-out alone would never come.
+        if state.asked.is_some_and(|asked| asked.elapsed() < POLL) {
             return Ok(state);
         }
+        state.asked = Some(Instant::now());
         drop(state);
         go_on()?;
         Ok(self.lock())

@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use std::sync::Arc;
 
 use pyo3::buffer::{PyBuffer, PyUntypedBuffer};
-use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyOSError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 
@@ -98,6 +98,7 @@ impl Sink for Memory {
 pub(super) struct Stream {
     pub(super) file: Py<PyAny>,
     pub(super) seekable: bool,
+    pub(super) raw: bool, // an io.RawIOBase, which may take less than it is given
     pub(super) position: u64,
 }
 
@@ -112,9 +113,14 @@ impl Sink for Stream {
                 }
                 let mut rest = bytes;
                 while !rest.is_empty() {
-                    // A raw file may take less than it is given; others return the count or nothing.
-                    let taken = file.call_method1("write", (rest,))?.extract::<Option<usize>>()?;
-                    rest = &rest[taken.unwrap_or(rest.len()).min(rest.len())..];
+                    let taken = file.call_method1("write", (rest,))?;
+                    if !self.raw {
+                        break; // what others return means nothing to zipfile either
+                    }
+                    match taken.extract::<Option<usize>>()? {
+                        Some(n) if n > 0 => rest = &rest[n.min(rest.len())..],
+                        _ => return Err(PyOSError::new_err("the file object takes no more bytes")),
+                    }
                 }
                 if back {
                     file.call_method1("seek", (self.position,))?;

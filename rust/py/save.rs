@@ -90,7 +90,8 @@ impl Plan {
             Target::Path(path, Options { atomic, durable })
         } else if target.hasattr("write")? {
             let seekable = target.call_method0("seekable").and_then(|s| s.is_truthy()).unwrap_or(false);
-            Target::Sink(Box::new(Stream { file: target.clone().unbind(), seekable, position: base }), base)
+            let raw = target.is_instance(&target.py().import("io")?.getattr("RawIOBase")?)?;
+            Target::Sink(Box::new(Stream { file: target.clone().unbind(), seekable, raw, position: base }), base)
         } else {
             Target::Sink(Box::new(KeepsTail(Memory::new(target, base)?, tail_to)), base)
         };

@@ -202,6 +202,7 @@ struct Header {
     dtype: Option<Type>,
     storage: Option<(Storage, u64)>, // and the bytes stored
     filtered: bool,
+    filled: bool, // with a value of its own where nothing was written
     attributes: Vec<Attribute>,
 }
 
@@ -280,6 +281,7 @@ impl Reader<'_> {
         }
         let storage = match storage {
             _ if nbytes == 0 => Storage::Empty,
+            Storage::Contiguous(UNDEFINED) if header.filled => return Err(unsupported("fill values")),
             Storage::Contiguous(UNDEFINED) => Storage::Empty,
             Storage::Contiguous(offset) => {
                 let end = offset.checked_add(nbytes).filter(|&end| end <= self.pages.image.len());
@@ -433,6 +435,7 @@ impl Reader<'_> {
             message::DATASPACE => header.shape = Some(dataspace(data)?),
             message::DATATYPE => header.dtype = Some(datatype(data)?),
             message::LAYOUT => header.storage = Some(layout(data)?),
+            message::FILL_VALUE => header.filled = fill_value(data)?,
             message::FILTERS => header.filtered = true,
             message::EXTERNAL_FILES => return Err(refused("external Dataset")),
             message::LINK_INFO => {
@@ -667,6 +670,15 @@ fn layout(data: Fields<'_>) -> Result<(Storage, u64)> {
         (4, 3) => Err(refused("virtual Dataset")),
         (3..=5, _) => Err(unsupported("chunked datasets")),
         _ => Err(unsupported("layouts of this version")),
+    }
+}
+
+/// Fill value message (§IV.A.2.f): whether there is one that is not the default.
+fn fill_value(data: Fields<'_>) -> Result<bool> {
+    match data.u8(0)? {
+        1 | 2 => Ok(data.u8(3)? != 0 && data.u32(4)? > 0),
+        3 => Ok(data.u8(1)? & 0x20 != 0 && data.u32(2)? > 0),
+        _ => Err(unsupported("fill values of this version")),
     }
 }
 
