@@ -21,10 +21,8 @@ pub const MAX_BTREE_LEVELS: u8 = 16;
 pub const MAX_MEMBERS: u64 = 1 << 20;
 /// Bytes of the central directory.
 pub const MAX_DIRECTORY_BYTES: u64 = 1 << 30;
-/// A member is a bomb when it declares more than this many bytes …
+/// Only what declares more than this many bytes can be a bomb; Keras' own thresholds for members come from its module.
 pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
-/// … and more than this many times what it stores (Keras: `_ZIP_MEMBER_MAX_EXPANSION`; deflate reaches 1032).
-pub const BOMB_MAX_EXPANSION: u64 = 100;
 /// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
 pub const DATASET_MAX_EXPANSION: u64 = 1000;
 

@@ -17,7 +17,7 @@ from types import ModuleType
 SAVING_LIB = "keras.src.saving.saving_lib"
 
 _lock = threading.RLock()
-_depth = 0  # how many install() calls are in force
+_depth = 0  # 1 while install() is in force; calls do not add up
 
 
 class _Loader(importlib.abc.Loader):

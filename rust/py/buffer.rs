@@ -77,7 +77,7 @@ impl Sink for Memory {
         let inside = bytes.len().min(size.saturating_sub(at));
         if inside > 0 {
             // SAFETY: `at + inside` ≤ `size`; the memory is writable, alive while `target` is, and ours alone: it was
-            // made for this save (see `_store.py`).
+            // made for this save (see `_save.py`).
             let memory = unsafe { std::slice::from_raw_parts_mut(self.target.buf_ptr().cast::<u8>(), size) };
             memory[at..at + inside].copy_from_slice(&bytes[..inside]);
         }
