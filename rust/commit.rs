@@ -91,11 +91,6 @@ impl Pending {
         self.file.as_ref().expect("open until commit")
     }
 
-    /// The file being replaced, links followed.
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
     /// Why the target is written over instead of being replaced, if it is.
     pub fn in_place(&self) -> Option<&'static str> {
         self.in_place
@@ -178,6 +173,7 @@ pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<()> {
 #[derive(Debug)]
 pub struct Directory {
     target: PathBuf,
+    names: Vec<OsString>,
     temporary: Option<PathBuf>,
     lock: Option<File>,
     durable: bool,
@@ -185,7 +181,7 @@ pub struct Directory {
 
 impl Directory {
     /// Makes the directory to write to. A target that holds anything but `names` is written in place, so that nothing
-    /// of somebody else's is lost; so is any target without `options.atomic`.
+    /// of somebody else's is lost; so is a mount point, one without a name (`.`), and any without `options.atomic`.
     ///
     /// # Errors
     /// `Io`, also when the target is a file.
@@ -195,8 +191,12 @@ impl Directory {
 
     fn create_inner(target: &Path, names: &[&str], options: Options) -> Result<Self> {
         let target = follow_links(target)?;
+        let names: Vec<OsString> = names.iter().map(Into::into).collect();
         let replaceable = match fs::read_dir(&target) {
-            Ok(entries) => entries.flatten().all(|e| names.iter().any(|n| e.file_name() == *n)),
+            Ok(entries) => {
+                let ours = entries.flatten().all(|e| names.contains(&e.file_name()));
+                ours && target.file_name().is_some() && !is_mount_point(&target)
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 fs::create_dir_all(directory(&target)).during("cannot create the parent directory")?;
                 true
@@ -208,16 +208,23 @@ impl Directory {
                 Ok((lock, path)) => {
                     // The locked file stands for the directory of the same name with another ending.
                     let inner = path.with_extension("hornbeam-dir");
-                    fs::create_dir(&inner).during("cannot create a directory beside the target")?;
-                    let this = Self { target, temporary: Some(inner), lock: Some(lock), durable: options.durable };
-                    return Ok(this);
+                    if let Err(e) = fs::create_dir(&inner) {
+                        let _ = fs::remove_file(&path);
+                        return Err(Error::new(Kind::Io(e), "cannot create a directory beside the target"));
+                    }
+                    #[cfg(unix)]
+                    if let (Ok(old), Ok(new)) = (File::open(&target), File::open(&inner)) {
+                        copy_attributes(&old, &new);
+                    }
+                    let durable = options.durable;
+                    return Ok(Self { target, names, temporary: Some(inner), lock: Some(lock), durable });
                 }
                 Err(e) if target.is_dir() && refused_by_directory(&e) => {}
                 Err(e) => return Err(Error::new(Kind::Io(e), "cannot create a file in this directory")),
             }
         }
         fs::create_dir_all(&target).during("cannot create the directory")?;
-        Ok(Self { target, temporary: None, lock: None, durable: options.durable })
+        Ok(Self { target, names, temporary: None, lock: None, durable: options.durable })
     }
 
     /// Where to write.
@@ -242,11 +249,28 @@ impl Directory {
         }
         if self.target.exists() {
             exchange(&temporary, &self.target)?; // the old one now has the temporary name, and is removed on drop
+            self.keep_others(&temporary)?;
         } else {
             fs::rename(&temporary, &self.target).during("cannot put the new directory in place")?;
         }
         if self.durable {
             sync_directory(&self.target)?;
+        }
+        Ok(())
+    }
+}
+
+impl Directory {
+    /// Brings what somebody put into the old directory meanwhile into the new one.
+    fn keep_others(&mut self, old: &Path) -> Result<()> {
+        for entry in fs::read_dir(old).into_iter().flatten().flatten() {
+            if !self.names.contains(&entry.file_name())
+                && let Err(e) = fs::rename(entry.path(), self.target.join(entry.file_name()))
+            {
+                self.temporary = None; // removes nothing
+                let what = format!("cannot move a file that is not ours; it is kept in '{}'", old.display());
+                return Err(Error::new(Kind::Io(e), what));
+            }
         }
         Ok(())
     }
@@ -293,6 +317,20 @@ fn follow_links(path: &Path) -> Result<PathBuf> {
         }
     }
     Err(Error::new(Kind::Io(std::io::Error::other("too many levels of symbolic links")), "cannot open"))
+}
+
+/// Whether another file system begins there: a directory that cannot be renamed.
+fn is_mount_point(path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        if let (Ok(inner), Ok(outer)) = (path.metadata(), directory(path).metadata()) {
+            return inner.dev() != outer.dev();
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+    false
 }
 
 fn directory(path: &Path) -> &Path {
@@ -346,7 +384,9 @@ fn clear_leftovers(directory: &Path, prefix: &OsString) {
             continue;
         }
         let Ok(file) = OpenOptions::new().write(true).open(entry.path()) else { continue };
-        if lock(&file) == Lock::Ours {
+        // Where there are no locks the open file itself is one: it cannot be removed, and then it is somebody's.
+        let free = lock(&file) == Lock::Ours && (cfg!(unix) || fs::remove_file(entry.path()).is_ok());
+        if free {
             let _ = fs::remove_dir_all(entry.path().with_extension("hornbeam-dir"));
             let _ = fs::remove_file(entry.path());
         }

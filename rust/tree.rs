@@ -1,6 +1,7 @@
 //! What a weights file holds: groups, string attributes and datasets, in the order they were recorded. No bytes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
+use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
@@ -12,8 +13,8 @@ pub type Attribute = (String, String);
 /// A tensor to be written: where, of what type and shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dataset {
-    /// Path from the root, without a leading slash: `layers/dense/vars/0`.
-    pub path: String,
+    /// Path from the root, without a leading slash: `layers/dense/vars/0`. Shared with the tree's own table.
+    pub path: Arc<str>,
     /// Element type.
     pub dtype: DType,
     /// Dimensions; empty for a scalar.
@@ -28,7 +29,7 @@ pub struct Dataset {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
     /// Path from the root, without a leading slash.
-    pub path: String,
+    pub path: Arc<str>,
     /// String attributes, in order.
     pub attributes: Vec<Attribute>,
 }
@@ -38,7 +39,8 @@ pub struct Group {
 pub struct Tree {
     groups: Vec<Group>,
     datasets: Vec<Dataset>,
-    nodes: HashMap<String, Node>,
+    nodes: HashMap<Arc<str>, Node>,
+    last_group: Option<Arc<str>>,
 }
 
 /// What stands at a path.
@@ -78,9 +80,9 @@ impl Tree {
     /// # Errors
     /// `Invalid` when the path is malformed or already taken by a group with attributes or by a dataset.
     pub fn add_group(&mut self, path: &str, attributes: Vec<Attribute>) -> Result<()> {
-        self.claim(path, Node::Group)?;
         check_attributes(path, &attributes)?;
-        self.groups.push(Group { path: path.to_owned(), attributes });
+        let path = self.claim(path, Node::Group)?;
+        self.groups.push(Group { path, attributes });
         Ok(())
     }
 
@@ -88,50 +90,74 @@ impl Tree {
     ///
     /// # Errors
     /// `Invalid` when the path is malformed or taken, or the size overflows.
-    pub fn add_dataset(&mut self, path: &str, dtype: DType, shape: &[u64], attributes: Vec<Attribute>) -> Result<()> {
-        self.claim(path, Node::Dataset)?;
+    pub fn add_dataset(
+        &mut self,
+        path: &str,
+        dtype: DType,
+        shape: impl Into<Vec<u64>>,
+        attributes: Vec<Attribute>,
+    ) -> Result<()> {
+        let shape = shape.into();
         check_attributes(path, &attributes)?;
         let too_large = || Error::new(Kind::Invalid, "tensor size overflows 64 bits").with_entry(path);
-        let nbytes = dtype.nbytes(shape).filter(|&n| n < 1 << 60).ok_or_else(too_large)?;
+        let nbytes = dtype.nbytes(&shape).filter(|&n| n < 1 << 60).ok_or_else(too_large)?;
         if shape.len() > limits::MAX_RANK {
             return Err(Error::new(Kind::Invalid, "HDF5 has no tensors of such rank")
                 .with_found(format_args!("at most {}", limits::MAX_RANK), shape.len())
                 .with_entry(path));
         }
-        self.datasets.push(Dataset { path: path.to_owned(), dtype, shape: shape.to_vec(), attributes, nbytes });
+        let path = self.claim(path, Node::Dataset)?;
+        self.datasets.push(Dataset { path, dtype, shape, attributes, nbytes });
         Ok(())
     }
 
     /// Registers `path` and its ancestors, refusing what HDF5 or a file system underneath could misread.
-    fn claim(&mut self, path: &str, node: Node) -> Result<()> {
+    fn claim(&mut self, path: &str, node: Node) -> Result<Arc<str>> {
         let bad = |what: &str| Err(Error::new(Kind::Invalid, what).with_entry(path));
         if path.len() > limits::MAX_PATH_BYTES {
             return bad("path is too long for a weights file");
         }
-        if path.split('/').any(|part| matches!(part, "" | "." | "..") || part.contains('\0')) {
-            return bad("path has an empty part, '.', '..' or a NUL character, which HDF5 cannot store");
+        let mut depth = 0;
+        for part in path.split('/') {
+            if matches!(part, "" | "." | "..") || part.contains('\0') {
+                return bad("path has an empty part, '.', '..' or a NUL character, which HDF5 cannot store");
+            }
+            depth += 1;
         }
-        if path.split('/').count() > limits::MAX_DEPTH {
+        if depth > limits::MAX_DEPTH {
             return bad("path is nested too deeply");
         }
-        match (self.nodes.get(path), node) {
-            (None, _) | (Some(Node::Implied), Node::Group) => {}
-            (Some(Node::Dataset), _) => return bad("name is already taken by a dataset"),
-            (Some(_), _) => return bad("name is already taken by a group"),
-        }
-        let mut implied = Vec::new();
-        let mut parent = path;
+        let head = path.rsplit_once('/').map_or("", |(head, _)| head);
+        let mut implied: Vec<Arc<str>> = Vec::new();
+        // Neighbours share their group, which was looked at a moment ago.
+        let known = !head.is_empty() && self.last_group.as_deref() == Some(head);
+        let mut parent = if known { "" } else { path };
         while let Some((head, _)) = parent.rsplit_once('/') {
             match self.nodes.get(head) {
                 Some(Node::Dataset) => return bad("a parent of this path is a dataset"),
                 Some(_) => break,
-                None => implied.push(head.to_owned()),
+                None => implied.push(head.into()),
             }
             parent = head;
         }
+        let shared: Arc<str> = path.into();
+        match self.nodes.entry(Arc::clone(&shared)) {
+            Entry::Vacant(free) => {
+                free.insert(node);
+            },
+            Entry::Occupied(mut taken) => match (taken.get(), node) {
+                (Node::Implied, Node::Group) => {
+                    taken.insert(node);
+                },
+                (Node::Dataset, _) => return bad("name is already taken by a dataset"),
+                _ => return bad("name is already taken by a group"),
+            },
+        }
+        if !known {
+            self.last_group = Some(head.into());
+        }
         self.nodes.extend(implied.into_iter().map(|head| (head, Node::Implied)));
-        self.nodes.insert(path.to_owned(), node);
-        Ok(())
+        Ok(shared)
     }
 }
 

@@ -161,8 +161,8 @@ fn no_panic<T>(result: Result<T>) -> Option<T> {
 fn expected(tree: &Tree, values: &Values, members: bool) -> Whole {
     let mut groups: BTreeMap<Vec<Vec<u8>>, (String, Vec<Attribute>)> = BTreeMap::new();
     let key = |path: &str| path.split('/').map(|p| p.as_bytes().to_vec()).collect::<Vec<_>>();
-    let paths = tree.groups().iter().map(|g| g.path.clone() + "/x");
-    for path in paths.chain(tree.datasets().iter().map(|d| d.path.clone())) {
+    let paths = tree.groups().iter().map(|g| format!("{}/x", g.path));
+    for path in paths.chain(tree.datasets().iter().map(|d| d.path.to_string())) {
         let mut path = &path[..];
         while let Some((head, _)) = path.rsplit_once('/') {
             groups.entry(key(head)).or_insert_with(|| (head.to_owned(), vec![]));
@@ -170,12 +170,12 @@ fn expected(tree: &Tree, values: &Values, members: bool) -> Whole {
         }
     }
     for g in tree.groups() {
-        groups.insert(key(&g.path), (g.path.clone(), g.attributes.clone()));
+        groups.insert(key(&g.path), (g.path.to_string(), g.attributes.clone()));
     }
     let mut datasets: Vec<_> = tree.datasets().iter().zip(&values.0).collect();
     datasets.sort_by_key(|(d, _)| key(&d.path));
     let row = |(d, v): (&hornbeam::tree::Dataset, &Vec<u8>)| {
-        (d.path.clone(), d.dtype, d.shape.clone(), d.attributes.clone(), v.clone())
+        (d.path.to_string(), d.dtype, d.shape.clone(), d.attributes.clone(), v.clone())
     };
     let read = |(name, content)| match content {
         Content::Bytes(bytes) => (name, bytes),
@@ -250,9 +250,9 @@ fn tree() -> impl Strategy<Value = Tree> {
             let mut next = tree.clone();
             let added = match dataset {
                 Some((DType::Opaque(n), shape)) if n > 100 && shape.iter().product::<u64>() > 10 => {
-                    next.add_dataset(&path, DType::Opaque(3), &shape, attributes)
+                    next.add_dataset(&path, DType::Opaque(3), shape, attributes)
                 }
-                Some((dtype, shape)) => next.add_dataset(&path, dtype, &shape, attributes),
+                Some((dtype, shape)) => next.add_dataset(&path, dtype, shape, attributes),
                 None => next.add_group(&path, attributes),
             };
             if added.is_ok() {
@@ -888,6 +888,27 @@ mod replacing {
             assert!(matches!(error.kind(), Kind::Io(_)), "{error}");
         }
         assert_eq!(names(root.path()), ["file", "model"]);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_others_put_there_meanwhile_and_the_mode_stay() {
+        use std::os::unix::fs::PermissionsExt;
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        fs::create_dir(&target).unwrap();
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o750)).unwrap();
+        fs::write(target.join("config.json"), "first").unwrap();
+        let made = commit::Directory::create(&target, &NAMES, ATOMIC).unwrap();
+        fs::write(made.path().join("config.json"), "second").unwrap();
+        fs::write(target.join("notes.txt"), "mine").unwrap();
+        made.commit().unwrap();
+        assert_eq!(fs::read(target.join("notes.txt")).unwrap(), b"mine");
+        assert_eq!(fs::read(target.join("config.json")).unwrap(), b"second");
+        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o750);
+        assert_eq!(names(root.path()), ["model"]);
+        // A path without a name cannot be renamed.
+        assert_eq!(commit::Directory::create(Path::new("."), &NAMES, ATOMIC).unwrap().path(), Path::new("."));
     }
 
     #[test]

@@ -55,13 +55,13 @@ fn fill(tree: &Tree, layout: &Layout) -> Vec<u8> {
 fn check_index(tree: &Tree, layout: &Layout, index: &Index) {
     assert_eq!(index.datasets.len(), tree.datasets().len());
     for (offset, dataset) in layout.offsets.iter().zip(tree.datasets()) {
-        let found = index.datasets.iter().find(|f| f.path == dataset.path).expect(&dataset.path);
+        let found = index.datasets.iter().find(|f| f.path == *dataset.path).expect(&dataset.path);
         assert_eq!((found.dtype, &found.shape, found.nbytes), (dataset.dtype, &dataset.shape, dataset.nbytes));
         assert_eq!(found.attributes, dataset.attributes);
         assert_eq!(found.storage, offset.map_or(Storage::Empty, Storage::Contiguous), "{}", found.path);
     }
     for group in tree.groups() {
-        let found = index.groups.iter().find(|(path, _)| *path == group.path).expect(&group.path);
+        let found = index.groups.iter().find(|(path, _)| *path == *group.path).expect(&group.path);
         assert_eq!(found.1, group.attributes);
     }
 }
@@ -140,7 +140,7 @@ fn contiguous_datasets_can_be_read_too() {
     let image = File(fill(&tree, &LibHdf5.lay_out(&tree).unwrap()));
     let (mut a, mut b) = (vec![0; 64 * 33 * 4], vec![0; 4]);
     LibHdf5.read(&image, &["layers/dense/vars/0", "scalar"], &mut [&mut a, &mut b]).unwrap();
-    let number = |path: &str| tree.datasets().iter().position(|d| d.path == path).unwrap() as u8 | 128;
+    let number = |path: &str| tree.datasets().iter().position(|d| *d.path == *path).unwrap() as u8 | 128;
     assert!(a.iter().all(|&v| v == number("layers/dense/vars/0")));
     assert_eq!(b, [number("scalar"); 4]);
     for bad in ["layers", "nowhere", "scalar/0", "", "."] {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 import hornbeam
 from helpers import saved, state, tree
+from hornbeam._store import AssetStore
 from hornbeam.errors import ArchiveError, HornbeamError, UnsupportedError
 from zoo import ZOO, chain
 
@@ -170,6 +172,31 @@ def test_streamed_archives_load_everywhere(tmp_path: Path) -> None:
     if tool is not None:  # stricter than zipfile about what stands behind the data
         subprocess.run([tool, "-tq", path], check=True)
     assert saved(keras.models.load_model(path)) == saved(ours(path)) == saved(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_gets_the_archive(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.keras"
+    os.mkfifo(pipe)
+    received = tmp_path / "received.keras"
+    with subprocess.Popen(["cat", pipe], stdout=received.open("wb")) as reader:
+        with hornbeam.installed(), hornbeam.options(strict=True):
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+            keras.saving.save_model(model, pipe, overwrite=True)
+        assert reader.wait(60) == 0
+    assert saved(keras.saving.load_model(received)) == saved(model)
+
+
+def test_assets_behind_links_are_kept(tmp_path: Path) -> None:
+    store = AssetStore("w")
+    try:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "words.txt").write_text("a")
+        root = Path(store.make("layer"))
+        (root / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        assert [name for name, _ in store.files()] == ["assets/layer/linked/words.txt"]
+    finally:
+        store.close()
 
 
 @pytest.mark.parametrize("extra", [65_532, 65_533])  # 65,535 and 65,536 in all

@@ -88,6 +88,29 @@ def test_a_variable_changed_by_others_code_after_it_was_stored_keeps_its_value(t
     np.testing.assert_array_equal(model.layers[1].get_weights()[0], [5, 5, 5])
 
 
+@keras.saving.register_keras_serializable("hornbeam_tests")
+class Averaged(keras.layers.Dense):
+    """Stores other values than it has, by lending them to `super()`."""
+
+    def save_own_variables(self, store: object) -> None:
+        held = [np.array(keras.ops.convert_to_numpy(v)) for v in self.variables]
+        for variable in self.variables:
+            variable.assign(np.full(variable.shape, 7.0))
+        super().save_own_variables(store)
+        for variable, value in zip(self.variables, held, strict=True):
+            variable.assign(value)
+
+
+def test_values_lent_to_super_are_what_is_saved(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), Averaged(2, kernel_initializer="ones")])
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    for variable in loaded.variables:
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), np.full(variable.shape, 7.0))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.variables[0]), np.ones((3, 2)))
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has this mode")
 def test_sparse_updates_do_not_make_saves_copy() -> None:
     model, x, y = ZOO["embedding_with_sparse_updates"]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import random
 import resource
@@ -22,6 +23,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from keras.src.saving import saving_lib
 
 import hornbeam
 from helpers import saved, state
@@ -244,6 +246,14 @@ def test_damaged_metadata_of_weights_files_leaves_the_model(place: Path) -> None
         assert caught.value.path == str(path)
     assert state(model) == before
     assert not hornbeam.stats().handovers
+
+
+def test_memory_is_free_after_a_failed_load() -> None:
+    file = io.BytesIO(b"PK\3\4 and no more")
+    with hornbeam.installed(), pytest.raises(zipfile.BadZipFile) as raised:
+        saving_lib.load_model(file)
+    file.truncate(0)  # BufferError if the traceback still held it
+    assert raised.value is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\0" * 5000, b"PK\3\4" + b"\0" * 500, b"\x89HDF\r\n\x1a\n"])

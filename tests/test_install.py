@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ if __name__ == "__main__":
     import hornbeam
     print(hornbeam.stats().saves, hornbeam.stats().loads, dict(hornbeam.stats().handovers))
 """
+
+
+def test_blocks_in_two_threads_do_not_end_each_other() -> None:
+    first, second = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with hornbeam.installed():
+            first.set()
+            assert second.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert first.wait(60)
+    with hornbeam.installed():
+        second.set()
+        thread.join()
+        assert hasattr(saving_lib.save_model, "__hornbeam__")
+    assert not hasattr(saving_lib.save_model, "__hornbeam__")
 
 
 def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ class Save:
             `bytes` of the file, `in_place` (why it was written over instead of being replaced, or `None`), and
             `tail`: what followed the end of target memory.
         """
-    def commit(self) -> None:
-        """Replaces the old file, after `finish(commit=False)`."""
+    def commit(self) -> str | None:
+        """Replaces the old file, after `finish(commit=False)`; returns why it was written over instead."""
     def cancel(self) -> None:
         """Stops the writer and removes what it wrote."""
 

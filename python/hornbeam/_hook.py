@@ -17,7 +17,8 @@ from types import ModuleType
 SAVING_LIB = "keras.src.saving.saving_lib"
 
 _lock = threading.RLock()
-_depth = 0  # 1 while install() is in force; calls do not add up
+_forever = False  # between install() and uninstall()
+_blocks = 0  # `with installed()` blocks in force, in all threads
 
 
 class _Loader(importlib.abc.Loader):
@@ -35,7 +36,7 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.inner
         with _lock:
-            if _depth:
+            if is_installed():
                 _patch(module)
 
 
@@ -69,43 +70,52 @@ def install() -> None:
     `copy.deepcopy` and `pickle` of models are covered, also through references taken before. Calling it again is
     harmless. Before `import keras` it imports neither Keras nor a backend.
     """
-    global _depth
+    global _forever
     with _lock:
-        if _depth == 0:
-            _depth = 1
-            module = sys.modules.get(SAVING_LIB)
-            if module is not None:
-                _patch(module)
-            else:
-                sys.meta_path.insert(0, _finder)
+        _forever = True
+        _update()
 
 
 def uninstall() -> None:
-    """Undoes `install()` exactly. Harmless when nothing is installed."""
-    global _depth
+    """Undoes `install()` exactly; `installed()` blocks go on. Harmless when nothing is installed."""
+    global _forever
     with _lock:
-        _depth = 0
-        with contextlib.suppress(ValueError):
-            sys.meta_path.remove(_finder)
-        module = sys.modules.get(SAVING_LIB)
-        if module is not None:
-            from hornbeam import _keras
+        _forever = False
+        _update()
 
-            _keras.unpatch(module)
+
+def _update() -> None:
+    """Puts the dispatchers, or the hook that will, in place or away."""
+    module = sys.modules.get(SAVING_LIB)
+    if is_installed():
+        if module is not None:
+            _patch(module)
+        elif _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+        return
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    if module is not None:
+        from hornbeam import _keras
+
+        _keras.unpatch(module)
 
 
 def is_installed() -> bool:
-    """Whether `install()` is in force."""
-    return _depth > 0
+    """Whether `install()` or an `installed()` block is in force."""
+    return _forever or _blocks > 0
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """`install()` for the length of a `with` block; what was installed before stays installed."""
-    before = is_installed()
-    install()
+    """`install()` for the length of a `with` block; what others installed stays installed."""
+    global _blocks
+    with _lock:
+        _blocks += 1
+        _update()
     try:
         yield
     finally:
-        if not before:
-            uninstall()
+        with _lock:
+            _blocks -= 1
+            _update()

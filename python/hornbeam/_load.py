@@ -18,7 +18,6 @@ from hornbeam import _build, _core, _keras, _state, _tensors
 from hornbeam._store import AssetStore, Image, LoadStore
 
 Stock = Callable[..., Any]
-_STORE = saving_lib.H5IOStore
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
 _ALL = 1 << 62
@@ -31,7 +30,7 @@ def _read_ahead() -> int:
 
 def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
-    reason = _unsupported()
+    reason = _keras.unsupported()
     if reason is not None:
         return _state.hand_over(reason, stock, fileobj, custom_objects, compile, safe_mode)
     file = _core.open(_source(fileobj), archive=True)
@@ -67,7 +66,7 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
     """`saving_lib._load_model_from_dir`."""
     root = Path(os.fspath(dirpath))
     weights_path = root / saving_lib._VARS_FNAME_H5
-    reason = _unsupported(str(dirpath))
+    reason = _keras.unsupported(path=dirpath)
     if reason is None and (root / saving_lib._VARS_FNAME_NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
     if reason is not None:
@@ -97,7 +96,7 @@ def load_weights_only(
     text = str(filepath)
     if not model.built or not text.endswith(("weights.h5", "weights.json", ".keras")):
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
-    reason = _unsupported(text)
+    reason = _keras.unsupported(path=text)
     if reason is not None:
         return _state.hand_over(reason, stock, model, filepath, skip_mismatch, objects_to_skip)
     engine = _state.current().engine
@@ -123,15 +122,6 @@ def load_weights_only(
     return None
 
 
-def _unsupported(path: str | None = None) -> str | None:
-    """Why stock Keras must do this load, if it must."""
-    if saving_lib.H5IOStore is not _STORE:
-        return "saving_lib.H5IOStore is replaced"
-    if path is not None and saving_lib.file_utils.is_remote_path(path):
-        return "remote path"
-    return None
-
-
 def _source(fileobj: Any) -> Any:
     """What the core reads from: a path where the file object stands for one, memory, or the object itself."""
     if type(fileobj) is io.BufferedReader and isinstance(fileobj.name, str | bytes):
@@ -141,9 +131,9 @@ def _source(fileobj: Any) -> Any:
         except OSError:
             pass
     if type(fileobj) is io.BytesIO:
-        return fileobj.getbuffer()
+        return fileobj.getvalue()  # no copy, and the object stays free to be written to
     if not fileobj.seekable():
-        return io.BytesIO(fileobj.read()).getbuffer()
+        return fileobj.read()
     return fileobj
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,6 @@ from hornbeam import _core, _keras, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 
 Stock = Callable[..., Any]
-#: The store class that Keras had when hornbeam was imported; another one is somebody else's patch.
-_STORE = saving_lib.H5IOStore
 
 
 class _PathTarget(io.IOBase):
@@ -38,14 +37,24 @@ def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h
     """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
     if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
         return stock(model, filepath, weights_format, zipped)
-    if str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath)):
-        return stock(model, filepath, weights_format, zipped)  # writes to a BytesIO, which comes back here
+    remote = str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath))
+    if remote or _is_stream(str(filepath)):
+        return stock(model, filepath, weights_format, zipped)  # opens a file object and comes back with it
     return stock(model, _PathTarget(str(filepath)), weights_format, zipped)
+
+
+def _is_stream(path: str) -> bool:
+    """Whether something that is no file and no directory stands there: a pipe, a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str) -> Any:
     """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
-    reason = _unsupported(weights_format)
+    reason = _keras.unsupported(weights_format)
     if reason is not None:
         if isinstance(fileobj, _PathTarget):
             return _state.hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
@@ -72,9 +81,7 @@ def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> 
 
 def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str) -> Any:
     """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
-    reason = _unsupported(weights_format)
-    if reason is None and saving_lib.file_utils.is_remote_path(str(dirpath)):
-        reason = "remote directory"
+    reason = _keras.unsupported(weights_format, dirpath)
     if reason is not None:
         return _state.hand_over(reason, stock, model, dirpath, weights_format)
     options = _state.current()
@@ -98,6 +105,9 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             for name, path in assets.files():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, root / name)
+                if options.durable:
+                    with open(root / name, "rb+") as copied:
+                        os.fsync(copied.fileno())
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
             directory.commit()
     _count_save(plan, store, info["bytes"])
@@ -116,9 +126,7 @@ def save_weights_only(
     suffix = ".weights.h5" if max_shard_size is None else ("weights.h5", "weights.json")
     if not model.built or not text.endswith(suffix):
         return stock(model, filepath, max_shard_size, objects_to_skip)  # raises
-    reason = _unsupported("h5")
-    if reason is None and saving_lib.file_utils.is_remote_path(filepath):
-        reason = "remote path"
+    reason = _keras.unsupported("h5", text)
     if reason is not None:
         return _state.hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
     options = _state.current()
@@ -132,17 +140,8 @@ def save_weights_only(
         plan = _plan(store)
         save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = save.finish([], _puller(store))
-        _log_in_place(info, text)
+        log_in_place(info["in_place"], text)
     _count_save(plan, store, info["bytes"])
-    return None
-
-
-def _unsupported(weights_format: str) -> str | None:
-    """Why stock Keras must do this save, if it must."""
-    if weights_format != "h5":
-        return f"weights_format={weights_format!r}"
-    if saving_lib.H5IOStore is not _STORE:
-        return "saving_lib.H5IOStore is replaced"
     return None
 
 
@@ -230,7 +229,7 @@ def _write(
     members += [(name, Path(path)) for name, path in assets.files()]
     info = save.finish(members, _puller(store))
     if isinstance(target, str):
-        _log_in_place(info, target)
+        log_in_place(info["in_place"], target)
     return info
 
 
@@ -264,9 +263,10 @@ def _write_memory(
     return info
 
 
-def _log_in_place(info: dict[str, Any], path: str) -> None:
-    if info["in_place"] and info["in_place"] != "atomic=False":
-        _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, info["in_place"])
+def log_in_place(reason: str | None, path: str) -> None:
+    """Tells that the old file was not safe meanwhile, unless that was asked for."""
+    if reason is not None and reason != "atomic=False":
+        _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, reason)
 
 
 def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int) -> None:

@@ -56,9 +56,12 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
         info = save.finish([], _save._puller(shard), commit=False)
         running.append((save, plan, shard, info["bytes"]))
     if options.atomic:
-        path.unlink(missing_ok=True)
-    for save, *_ in running:
-        save.commit()
+        try:
+            path.unlink(missing_ok=True)
+        except PermissionError:  # a directory that takes and gives no file: an empty index is refused as well
+            _core.write_file(str(path), b"", atomic=False)
+    for (name, _), (save, *_) in zip(shards, running, strict=True):
+        _save.log_in_place(save.commit(), str(path.with_name(name)))
     _core.write_file(str(path), index.encode(), atomic=options.atomic, durable=options.durable)
     for i, (_, plan, shard, nbytes) in enumerate(running):
         _state.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))

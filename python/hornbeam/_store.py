@@ -5,9 +5,11 @@ Keras asks that a store be an instance of its own `H5IOStore`; nothing of that c
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -70,8 +72,8 @@ class RecordStore(saving_lib.H5IOStore):
         if path in self.datasets:
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
         found = _tensors.view(value)
-        # Keras' own layers do not change a variable after they stored it; anybody else may.
-        if isinstance(found, _tensors.Deferred) and not _tensors.is_keras_code(sys._getframe(1)):
+        # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
+        if isinstance(found, _tensors.Deferred) and not _stored_by_keras(sys._getframe(1)):
             found = found.array()
         self._note(path, _Dataset(found))
 
@@ -102,6 +104,15 @@ class RecordStore(saving_lib.H5IOStore):
         start = len(self._prefix) + 1
         inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
         return sorted(set(inside), key=str.encode)
+
+
+def _stored_by_keras(frame: FrameType | None) -> bool:
+    """Whether nothing but Keras' own code stands between a layer's `save_own_variables` and the walk over the model."""
+    while frame is not None and _tensors.is_keras_code(frame):
+        if frame.f_code.co_name == "_save_state":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class LoadStore(saving_lib.H5IOStore):
@@ -272,7 +283,8 @@ class AssetStore(saving_lib.DiskIOStore):
         if self._working_dir is None:
             return []
         root = Path(self._working_dir)
-        found = [p for p in sorted(root.rglob("*")) if p.is_file()]
+        # Links are followed, as Keras follows them.
+        found = sorted(Path(top, name) for top, _, names in os.walk(root, followlinks=True) for name in names)
         return [(f"{self.root_path}/{p.relative_to(root).as_posix()}", str(p)) for p in found]
 
     def close(self) -> None:

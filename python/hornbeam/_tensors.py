@@ -181,8 +181,8 @@ _NUMBERS = frozenset(
 
 
 def numpy_dtype(name: str, tag: str | None) -> np.dtype:
-    """The NumPy dtype of a dataset: its own, or the one its `dtype` attribute names, as Keras reads it."""
-    if tag == "bfloat16":
+    """The NumPy dtype of a dataset: its own, or what Keras marks opaque bytes to be."""
+    if tag == "bfloat16" and name == "V2":
         return _extended_dtype(tag)
     return np.dtype(f"|{name}" if name.startswith("V") else name)
 

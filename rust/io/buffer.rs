@@ -98,6 +98,21 @@ impl Block {
     }
 }
 
+/// An empty vector with room for `capacity` bytes, in huge pages where there are any: fresh small pages cost more than
+/// what is written into them.
+pub fn vec_with_capacity(capacity: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = Vec::with_capacity(capacity);
+    #[cfg(target_os = "linux")]
+    if capacity >= 2 * HUGE_PAGE {
+        let start = bytes.as_mut_ptr();
+        let skip = start.align_offset(HUGE_PAGE);
+        let len = (capacity - skip) & !(HUGE_PAGE - 1);
+        // SAFETY: the range lies inside the vector's memory; the advice changes no content. It is a hint.
+        let _ = unsafe { rustix::mm::madvise(start.add(skip).cast(), len, rustix::mm::Advice::LinuxHugepage) };
+    }
+    bytes
+}
+
 impl Drop for Block {
     fn drop(&mut self) {
         match self.memory {

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict};
 
 use super::buffer::{Lent, Memory, Stream};
@@ -32,12 +33,12 @@ pub(super) struct Plan(Arc<save::Plan>);
 #[pyo3(signature = (groups, datasets, *, engine = "auto"))]
 pub(super) fn plan(
     py: Python<'_>,
-    groups: Vec<(String, Vec<Attribute>)>,
-    datasets: Vec<(String, String, Vec<u64>, Vec<Attribute>)>,
+    groups: Vec<(PyBackedStr, Vec<Attribute>)>,
+    datasets: Vec<(PyBackedStr, PyBackedStr, Vec<u64>, Vec<Attribute>)>,
     engine: &str,
 ) -> PyResult<Plan> {
     let choice = choice(engine)?;
-    let laid_out = run(py, || {
+    let record = || -> Result<Tree> {
         let mut tree = Tree::new();
         for (path, attributes) in groups {
             tree.add_group(&path, attributes)?;
@@ -47,10 +48,12 @@ pub(super) fn plan(
                 Error::new(Kind::Invalid, format!("Invalid dtype: {dtype}; a weights file cannot hold it"))
                     .with_entry(&path)
             })?;
-            tree.add_dataset(&path, known, &shape, attributes)?;
+            tree.add_dataset(&path, known, shape, attributes)?;
         }
-        save::Plan::new(tree, &*choice.writer()?)
-    });
+        Ok(tree)
+    };
+    let tree = record().map_err(to_py)?; // attached: it releases the names
+    let laid_out = run(py, || save::Plan::new(tree, &*choice.writer()?));
     Ok(Plan(Arc::new(laid_out?)))
 }
 
@@ -263,10 +266,10 @@ impl Save {
         Ok(info)
     }
 
-    /// Puts the new file in the old one's place, after `finish(commit=False)`.
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead.
+    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok(()), |p| run(py, || p.commit().map(|_| ())))
+        prepared.map_or(Ok(None), |p| run(py, || p.commit().map(|written| written.in_place)))
     }
 
     /// Stops the writer and removes what it wrote.

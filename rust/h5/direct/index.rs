@@ -26,7 +26,7 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
     let mut reader = Reader {
         pages,
         found: Index::default(),
-        ancestors: Vec::new(),
+        depth: 0,
         groups: HashSet::new(),
         heaps: HashMap::new(),
         path: String::new(),
@@ -215,7 +215,7 @@ struct Type {
 struct Reader<'a> {
     pages: Pages<'a>,
     found: Index,
-    ancestors: Vec<u64>,
+    depth: usize,
     groups: HashSet<u64>,
     heaps: HashMap<u64, HashMap<u16, (u64, u64)>>, // collection → object → (offset, length)
     path: String,
@@ -237,7 +237,7 @@ impl Reader<'_> {
         if !self.groups.insert(address) {
             return Err(malformed("a group is reached twice").with_entry(&self.path));
         }
-        if self.ancestors.len() > limits::MAX_DEPTH {
+        if self.depth > limits::MAX_DEPTH {
             return Err(Error::new(Kind::Limit, "groups are nested too deeply").with_entry(&self.path));
         }
         if !self.path.is_empty() {
@@ -248,7 +248,7 @@ impl Reader<'_> {
             self.symbols(btree, heap, &mut links).map_err(|e| e.with_entry(&self.path))?;
         }
         links.sort_unstable(); // compact links come in order of creation
-        self.ancestors.push(address);
+        self.depth += 1;
         for (name, address) in links {
             let length = self.path.len();
             if !self.path.is_empty() {
@@ -261,7 +261,7 @@ impl Reader<'_> {
             self.object(address)?;
             self.path.truncate(length);
         }
-        self.ancestors.pop();
+        self.depth -= 1;
         Ok(())
     }
 

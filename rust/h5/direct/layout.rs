@@ -9,6 +9,7 @@ use super::{SIGNATURE, UNDEFINED, message};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{ALIGNMENT, Layout};
+use crate::io::buffer::vec_with_capacity;
 use crate::tree::{Attribute, Dataset, Tree};
 
 /// Entries of a symbol-table node: twice the "group leaf node K" of the superblock.
@@ -133,7 +134,7 @@ struct Writer {
 impl Writer {
     fn with_capacity(n: usize) -> Self {
         Self {
-            bytes: Vec::with_capacity(n),
+            bytes: vec_with_capacity(n),
             payload_addresses: Vec::new(),
             heap: Vec::new(),
             heap_objects: 0,
