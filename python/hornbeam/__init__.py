@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hornbeam import errors
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
+from hornbeam._report import LoadReport, last_report
 from hornbeam._state import Stats, options, stats
-from hornbeam.errors import HornbeamError, UnsupportedError
+from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
     from hornbeam import callbacks, export, models, saving
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 __all__ = [
     "HornbeamError",
+    "IncompleteLoadError",
+    "LoadReport",
     "Stats",
     "UnsupportedError",
     "callbacks",
@@ -28,6 +31,7 @@ __all__ = [
     "export",
     "install",
     "installed",
+    "last_report",
     "models",
     "options",
     "saving",

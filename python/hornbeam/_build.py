@@ -27,7 +27,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.initializers.initializer import Initializer
 
-from hornbeam import _keras, _tensors
+from hornbeam import _journal, _keras, _tensors
 
 _local = threading.local()
 _variable_patch = _keras._Patch()
@@ -67,6 +67,11 @@ class _Lazy:
         variable: Any = self
         if in_stateless_scope() or not isinstance(value, np.ndarray) or value.shape != tuple(variable._shape):
             return super().assign(value)  # type: ignore[misc]
+        journal = _journal.current()
+        if journal is not None:
+            journal.note(variable, value)
+            if not isinstance(variable, _Lazy):  # to keep the value it had, it had to get one
+                return variable.assign(value)
         tensor = None
         # What our store gave to Keras' own code is dropped after this; anything else may be kept, and changed.
         if _tensors.is_given_away(value) and value.dtype.name == variable._dtype:

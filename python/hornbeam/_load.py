@@ -5,22 +5,55 @@ Each public function stands in for the function of `saving_lib` of the same name
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import io
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _build, _core, _keras, _state, _tensors
+from hornbeam import _build, _core, _journal, _keras, _report, _state, _tensors
+from hornbeam._report import LoadReport
+from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
+from hornbeam.errors import IncompleteLoadError, UnsupportedError
 
 Stock = Callable[..., Any]
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
 _ALL = 1 << 62
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def requested(request: Request) -> Iterator[None]:
+    """What this thread's next load does beyond what Keras' functions can say."""
+    before = getattr(_local, "request", None)
+    _local.request = request
+    try:
+        yield
+    finally:
+        _local.request = before
+
+
+def _take_request() -> Request:
+    """The request for this load; those inside of it are others."""
+    request = getattr(_local, "request", None)
+    _local.request = None
+    return request or Request()
+
+
+def _hand_over(request: Request, reason: str, path: Any, stock: Stock, *args: Any) -> Any:
+    if request != Request():
+        raise UnsupportedError(f"Stock Keras must do this load ({reason}), and cannot load strictly or in part.")
+    result = _state.hand_over(reason, stock, *args)
+    _report.remember(LoadReport(path if path is None else os.fspath(path)))
+    return result
 
 
 def _read_ahead() -> int:
@@ -30,10 +63,15 @@ def _read_ahead() -> int:
 
 def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
+    request = _take_request()
+    source = _source(fileobj)
+    path = source if isinstance(source, str) else None
+    arguments = (fileobj, custom_objects, compile, safe_mode)
     reason = _keras.unsupported()
     if reason is not None:
-        return _state.hand_over(reason, stock, fileobj, custom_objects, compile, safe_mode)
-    file = _core.open(_source(fileobj), archive=True)
+        return _hand_over(request, reason, path, stock, *arguments)
+    report = LoadReport(path)
+    file = _core.open(source, archive=True)
     sizes = {name: size for name, size, _ in file.members()}
     if saving_lib._CONFIG_FILENAME not in sizes:
         raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
@@ -41,85 +79,152 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
         if saving_lib._VARS_FNAME_NPZ in sizes:
-            return _state.hand_over("npz weights", stock, fileobj, custom_objects, compile, safe_mode)
+            return _hand_over(request, "npz weights", path, stock, *arguments)
         raise ValueError(f"Expected a {weights_name} or {saving_lib._VARS_FNAME_NPZ} file.")
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
-    with ExitStack() as stack:
-        stack.enter_context(_build.scope())
-        weights = file.weights(engine=_state.current().engine)
-        store = LoadStore([Image(weights, weights_name, verify=True, read_ahead=_read_ahead())])
+
+    def assets(stack: ExitStack) -> Any:
+        if not has_assets:
+            return None
+        _check_extraction(file)
+        store = AssetStore("r", lambda root: _extract(file, root))
         stack.callback(store.close)
-        model = _from_config(config, custom_objects, compile, safe_mode)
-        assets = None
-        if has_assets:
-            _check_extraction(file)
-            assets = AssetStore("r", lambda root: _extract(file, root))
-            stack.callback(assets.close)
-            assets.extract()  # before Keras' loop over layers could swallow an error
-        _load_state(model, store, assets)
-    _count_load(store)
-    return model
+        store.extract()  # before Keras' loop over layers could swallow an error
+        return store
+
+    weights = file.weights(engine=_state.current().engine)
+    return _load_model(
+        report, request, weights, weights_name, config, assets, custom_objects, compile=compile, safe_mode=safe_mode
+    )
 
 
 def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_dir`."""
+    request = _take_request()
     root = Path(os.fspath(dirpath))
     weights_path = root / saving_lib._VARS_FNAME_H5
+    arguments = (dirpath, custom_objects, compile, safe_mode)
     reason = _keras.unsupported(path=dirpath)
     if reason is None and (root / saving_lib._VARS_FNAME_NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
     if reason is not None:
-        return _state.hand_over(reason, stock, dirpath, custom_objects, compile, safe_mode)
+        return _hand_over(request, reason, dirpath, stock, *arguments)
     if not root.is_dir() or not weights_path.exists():
-        return stock(dirpath, custom_objects, compile, safe_mode)  # raises
+        return stock(*arguments)  # raises
+    report = LoadReport(str(root))
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
-    with ExitStack() as stack:
-        stack.enter_context(_build.scope())
-        weights = _core.open(str(weights_path), archive=False).weights(engine=_state.current().engine)
-        store = LoadStore([Image(weights, str(weights_path), verify=True, read_ahead=_read_ahead())])
+
+    def assets(stack: ExitStack) -> Any:
+        if not (root / saving_lib._ASSETS_DIRNAME).is_dir():
+            return None
+        store = saving_lib.DiskIOStore(str(root / saving_lib._ASSETS_DIRNAME), mode="r")
         stack.callback(store.close)
+        return store
+
+    weights = _core.open(str(weights_path), archive=False).weights(engine=_state.current().engine)
+    return _load_model(
+        report,
+        request,
+        weights,
+        str(weights_path),
+        config,
+        assets,
+        custom_objects,
+        compile=compile,
+        safe_mode=safe_mode,
+    )
+
+
+def _load_model(
+    report: LoadReport,
+    request: Request,
+    weights: _core.Weights,
+    weights_name: str,
+    config: bytes,
+    assets: Callable[[ExitStack], Any],
+    custom_objects: Any,
+    *,
+    compile: bool,
+    safe_mode: bool,
+) -> Any:
+    with ExitStack() as stack:
+        journal = stack.enter_context(_journal.journal(undoable=False))
+        stack.enter_context(_build.scope())
+        # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
+        whole = compile or _state.current().verify
+        wanted = None if whole else lambda path: not path.startswith("optimizer/")
+        image = Image(weights, weights_name, wanted=wanted, read_ahead=_read_ahead())
+        store = LoadStore([image])
+        stack.callback(store.close)
+        report.stage("open")
         model = _from_config(config, custom_objects, compile, safe_mode)
-        assets = None
-        if (root / saving_lib._ASSETS_DIRNAME).is_dir():
-            assets = saving_lib.DiskIOStore(str(root / saving_lib._ASSETS_DIRNAME), mode="r")
-            stack.callback(assets.close)
-        _load_state(model, store, assets)
-    _count_load(store)
+        report.stage("build")
+        errors = _load_state(model, store, assets(stack))
+        report.stage("assign")
+    report.initialised = [v.path for v in _variables(model) if id(v) not in journal.assigned]
+    _settle(report, request, journal, store, model, errors)
     return model
 
 
 def load_weights_only(
     stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None
 ) -> Any:
-    """`saving_lib.load_weights_only`: everything is read and checked before the model is touched."""
+    """`saving_lib.load_weights_only`: everything is read and checked before the model is touched.
+
+    Whatever fails, the model is bit for bit what it was.
+    """
+    request = _take_request()
     text = str(filepath)
     if not model.built or not text.endswith(("weights.h5", "weights.json", ".keras")):
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
     reason = _keras.unsupported(path=text)
     if reason is not None:
-        return _state.hand_over(reason, stock, model, filepath, skip_mismatch, objects_to_skip)
+        return _hand_over(request, reason, text, stock, model, filepath, skip_mismatch, objects_to_skip)
+    report = LoadReport(text)
+    opened = _open_weights(text)
+    visited = {id(o) for o in objects_to_skip or ()}
+    selection = None
+    if request.partial:
+        names = [path for _, weights in opened for path, *_ in weights.datasets()]
+        # A group in several shards has its attributes in the first.
+        groups = {
+            path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
+        }
+        selection = Selection(request, Structure(model, visited), names, groups)
+    with ExitStack() as stack:
+        wanted = None if selection is None or _state.current().verify else set(selection.source.values()).__contains__
+        images = [Image(weights, name, wanted=wanted, read_ahead=_ALL) for name, weights in opened]
+        if selection is None:
+            store = LoadStore(images)
+        else:
+            own = {path: v for path, v in selection.structure.values.items() if path not in selection.source}
+            store = LoadStore(images, selection.source, own)
+        stack.callback(store.close)
+        report.stage("open")
+        store.complete(drop_rest=False)
+        report.stage("read")
+        journal = stack.enter_context(_journal.journal(undoable=True))
+        errors = _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
+        report.stage("assign")
+        _settle(report, request, journal, store, model, errors, selection=selection, skip_mismatch=skip_mismatch)
+    return report
+
+
+def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
+    """The image, or the shards, of a weights file."""
     engine = _state.current().engine
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
-        opened = [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
-    else:
-        file = _core.open(text, archive=text.endswith(".keras"))
-        if text.endswith(".keras"):
-            name = saving_lib._VARS_FNAME_H5
-            if all(name != member for member, *_ in file.members()):
-                raise KeyError(f"There is no item named '{name}' in the archive")
-            _check_expansion(file, name)
-        opened = [(text, file.weights(engine=engine))]
-    with ExitStack() as stack:
-        store = LoadStore(Image(w, name, verify=True, read_ahead=_ALL) for name, w in opened)
-        stack.callback(store.close)
-        store.complete(drop_rest=False)
-        visited = {id(o) for o in objects_to_skip or ()}
-        _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
-    _count_load(store)
-    return None
+        return [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+    file = _core.open(text, archive=text.endswith(".keras"))
+    if text.endswith(".keras"):
+        name = saving_lib._VARS_FNAME_H5
+        if all(name != member for member, *_ in file.members()):
+            raise KeyError(f"There is no item named '{name}' in the archive")
+        _check_expansion(file, name)
+    return [(text, file.weights(engine=engine))]
 
 
 def _source(fileobj: Any) -> Any:
@@ -153,8 +258,8 @@ def _load_state(
     *,
     skip_mismatch: bool = False,
     visited: set[int] | None = None,
-) -> None:
-    failed: set[int] = set()
+) -> dict[int, Any]:
+    """Keras' walk over the model; what could not be loaded, and why, by id."""
     errors: dict[int, Any] = {}
     with _keras.fast_walk():
         saving_lib._load_state(
@@ -164,15 +269,87 @@ def _load_state(
             inner_path="",
             skip_mismatch=skip_mismatch,
             visited_saveables=visited if visited is not None else set(),
-            failed_saveables=failed,
+            failed_saveables=set(),
             error_msgs=errors,
         )
     store.complete(drop_rest=True)
-    if failed:
-        if skip_mismatch:
-            saving_lib._raise_loading_failure(errors, warn_only=True)
+    return errors
+
+
+def _variables(model: Any) -> list[Any]:
+    """What a complete load gives values to."""
+    optimizer = getattr(model, "optimizer", None)
+    # A wrapped optimizer keeps its state in the one inside, and counts it as its own.
+    return [*model.weights, *(optimizer.variables if optimizer is not None else ())]
+
+
+def _settle(
+    report: LoadReport,
+    request: Request,
+    journal: _journal.Journal,
+    store: LoadStore,
+    model: Any,
+    errors: dict[int, Any],
+    *,
+    selection: Selection | None = None,
+    skip_mismatch: bool = False,
+) -> None:
+    """Fills the report, counts, and raises if the load is not what it had to be."""
+    names = [path for image in store.images for path, *_ in image.datasets]
+    has_optimizer = getattr(model, "optimizer", None) is not None
+    for name in names:
+        if name in store.taken:
+            report.loaded.append(name)
+        elif selection is not None or (not has_optimizer and name.startswith("optimizer/")):
+            report.skipped.append(name)
         else:
-            saving_lib._raise_loading_failure(errors)
+            report.unexpected.append(name)
+    if selection is None:
+        report.missing = [v.path for v in _variables(model) if id(v) not in journal.assigned]
+    else:
+        report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
+    report.mismatched = [(journal.places.get(key, "?") or "model", str(e)) for key, (_, e) in errors.items()]
+    report.cast = journal.cast
+    report.bytes = sum(image.bytes for image in store.images)
+    crcs = {image.crc for image in store.images}
+    report.crc = crcs.pop() if len(crcs) == 1 else "partial"
+    report.engine = store.images[0].weights.engine if store.images else "direct"
+    unfit = bool(errors) or bool(selection is not None and selection.missing)
+    if (unfit and not skip_mismatch) or (request.strict and not report.complete):
+        message = _keras_message(errors) if errors else "The load is not complete."
+        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, live=selection is not None)}")
+        raised.path, raised.report = report.path, report
+        raise raised
+    if errors:
+        saving_lib._raise_loading_failure(errors, warn_only=True)
+    for image in store.images:
+        _state.count(engine=image.weights.engine)
+    _state.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
+    _report.remember(report)
+
+
+def _keras_message(errors: dict[int, Any]) -> str:
+    """What Keras says."""
+    try:
+        saving_lib._raise_loading_failure(errors)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("Keras did not raise")
+
+
+def _differences(report: LoadReport, store: LoadStore, *, live: bool) -> str:
+    """Every difference between file and model, with what in the file is nearest."""
+    groups = [path.removesuffix("/vars") for path in store.members if path.endswith("/vars")]
+    files = [path for image in store.images for path, *_ in image.datasets]
+    lines = [f"Differences between '{report.path or 'the file'}' and the model:"]
+    for place, why in report.mismatched:
+        near = [name for name in difflib.get_close_matches(place, groups, n=3) if name != place]
+        lines.append(f"  {place}: {why.splitlines()[0]}{f' Nearest in the file: {near}' if near else ''}")
+    for name in report.missing:
+        near = difflib.get_close_matches(name, files, n=3) if live else []
+        lines.append(f"  {name}: not in the file{f'; nearest there: {near}' if near else ''}")
+    lines += [f"  {name}: in the file, but not in the model" for name in report.unexpected]
+    return "\n".join(lines)
 
 
 def _read_member(file: _core.File, name: str) -> bytes:
@@ -204,13 +381,3 @@ def _extract(file: _core.File, root: str) -> None:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_read_member(file, name))
-
-
-def _count_load(store: LoadStore) -> None:
-    for image in store.images:
-        _state.count(engine=image.weights.engine)
-    _state.count(
-        loads=1,
-        bytes_read=sum(image.bytes for image in store.images),
-        tensors_read=sum(image.tensors for image in store.images),
-    )

@@ -24,12 +24,14 @@ class Options:
         engine: `"auto"` (our own; libhdf5 for reading what it does not), `"direct"` or `"libhdf5"`.
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
+        verify: Read all of a file to check its CRC, also where only a part of it is loaded.
     """
 
     strict: bool = False
     engine: str = "auto"
     atomic: bool = True
     durable: bool = False
+    verify: bool = False
 
 
 class _Local(threading.local):
@@ -51,6 +53,7 @@ def options(
     engine: str | None = None,
     atomic: bool | None = None,
     durable: bool | None = None,
+    verify: bool | None = None,
 ) -> Iterator[Options]:
     """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
 
@@ -59,6 +62,7 @@ def options(
         engine: `"auto"`, `"direct"` or `"libhdf5"`.
         atomic: Replace files by renaming (the default) or write over them.
         durable: Wait for stable storage.
+        verify: Check the CRC also where only a part of a file is loaded.
 
     Yields:
         The options in force inside.
@@ -66,7 +70,7 @@ def options(
     Raises:
         ValueError: For an unknown engine.
     """
-    given = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable}
+    given = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable, "verify": verify}
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
     before = _local.options

@@ -116,31 +116,51 @@ def _stored_by_keras(frame: FrameType | None) -> bool:
 
 
 class LoadStore(saving_lib.H5IOStore):
-    """Serves a load from one image or several shards, each read by a background thread of the core."""
+    """Serves a load from one image or several shards, each read by a background thread of the core.
 
-    def __init__(self, images: Iterable[Image]) -> None:
+    Args:
+        images: What is read.
+        source: Path in the model → path in the file, where they differ or where not everything is loaded.
+        own: Path in the model → its own value, of what is not loaded.
+
+    Attributes:
+        taken: Paths in the file that were handed over.
+    """
+
+    def __init__(
+        self, images: Iterable[Image], source: dict[str, str] | None = None, own: dict[str, Any] | None = None
+    ) -> None:
         self.mode = "r"
         self.images = list(images)
         self.where: dict[str, tuple[Image, int]] = {}
+        self.own = own or {}
         self.members: dict[str, list[str]] = {}  # group → names in it
         self.error: Exception | None = None
         self.taken: set[str] = set()
         self._prefix: str | None = None
+        in_file: dict[str, tuple[Image, int]] = {}
         for image in self.images:
-            for path in image.groups:
+            for path in image.groups if source is None else ():
                 self._list(path)
                 self.members.setdefault(path, [])
             for i, (path, *_) in enumerate(image.datasets):
-                if path in self.where:
+                if path in in_file:
                     raise ValueError(f"'{path}' is in two shards: {image.name} and another")
-                self.where[path] = (image, i)
-                self._list(path)
+                in_file[path] = (image, i)
+        self.where = in_file if source is None else {path: in_file[name] for path, name in source.items()}
+        for path in (*self.where, *self.own):
+            self._list(path)
 
     def _list(self, path: str) -> None:
-        parent, _, name = path.rpartition("/")
-        names = self.members.setdefault(parent, [])
-        if not names or names[-1] != name:
-            names.append(name)
+        while path:
+            parent, _, name = path.rpartition("/")
+            known = parent in self.members
+            names = self.members.setdefault(parent, [])
+            if not names or names[-1] != name:
+                names.append(name)
+            if known:
+                return
+            path = parent
 
     def __bool__(self) -> bool:
         return True
@@ -172,7 +192,7 @@ class LoadStore(saving_lib.H5IOStore):
 
     def has_path(self, path: str) -> bool:
         """Whether there is a group or dataset at `path`."""
-        return path in self.members or path in self.where
+        return path in self.members or path in self.where or path in self.own
 
     def keys(self) -> list[str]:
         """Names in the current group, in the order HDF5 lists them."""
@@ -186,6 +206,10 @@ class LoadStore(saving_lib.H5IOStore):
 
     def __getitem__(self, key: str) -> np.ndarray:
         path = f"{self._prefix}/{key}"
+        by_keras = _tensors.is_keras_code(sys._getframe(1))
+        if self._prefix is not None and path in self.own:
+            value = self.own[path]
+            return value if by_keras else np.array(saving_lib.backend.convert_to_numpy(value))
         if self._prefix is None or path not in self.where:
             if self._prefix is not None and path in self.members:
                 raise ValueError(f"Invalid H5 file, expected Dataset, received a group at '{path}'")
@@ -197,8 +221,8 @@ class LoadStore(saving_lib.H5IOStore):
             # Keras collects what its layers raise while loading; a broken file must not become one of those.
             self.error = self.error or error
             raise
-        self.taken.add(path)
-        if _tensors.is_keras_code(sys._getframe(1)):
+        self.taken.add(image.datasets[i][0])
+        if by_keras:
             return _tensors.give_away(array)
         return np.array(array)  # others may keep and change it
 
@@ -215,18 +239,39 @@ class LoadStore(saving_lib.H5IOStore):
 
 
 class Image:
-    """One weights image that is being read."""
+    """One weights image that is being read.
 
-    def __init__(self, weights: _core.Weights, name: str, *, verify: bool, read_ahead: int) -> None:
+    Args:
+        weights: Its index.
+        name: What errors call it.
+        wanted: Which datasets are read ahead; `None` for all of them, and then every byte of the image is checked.
+        read_ahead: Bytes that may be read before they are taken.
+    """
+
+    def __init__(
+        self,
+        weights: _core.Weights,
+        name: str,
+        *,
+        wanted: Callable[[str], bool] | None = None,
+        read_ahead: int,
+    ) -> None:
         self.name = name
         self.weights = weights
-        self.groups = [path for path, _ in weights.groups()]
+        self.groups = dict(weights.groups())
         self.datasets = weights.datasets()
-        self.reading: _core.Reading | None = weights.fetch(
-            list(range(len(self.datasets))), verify=verify, read_ahead=read_ahead
-        )
+        wanted_ids = [i for i, (path, *_) in enumerate(self.datasets) if wanted is None or wanted(path)]
+        self.whole = len(wanted_ids) == len(self.datasets)
+        self.reading: _core.Reading | None = weights.fetch(wanted_ids, verify=self.whole, read_ahead=read_ahead)
         self.bytes = 0
         self.tensors = 0
+
+    @property
+    def crc(self) -> str:
+        """What `complete` has shown."""
+        if not self.weights.has_crc:
+            return "none"
+        return "verified" if self.whole else "partial"
 
     def take(self, i: int) -> np.ndarray:
         """The value of dataset `i`, in memory of its own."""

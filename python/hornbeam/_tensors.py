@@ -222,6 +222,32 @@ def share(array: np.ndarray) -> Any | None:
     return EagerTensor(array, context.context().device_name, None)
 
 
+def hold(variable: Any) -> Callable[[], None]:
+    """Keeps the value of a Keras variable; what it returns gives it back, bit for bit.
+
+    Only torch needs a copy: elsewhere an assignment gives the variable other memory.
+    """
+    value: Any = variable._value
+    if _backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
+
+        if isinstance(value, BaseResourceVariable):
+            tf.raw_ops.DisableCopyOnRead(resource=value.handle)
+            held: Any = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
+            return lambda: value.assign(held, read_value=False)
+        held = tf.identity(value)  # distributed
+        return lambda: variable._direct_assign(held)
+    if _backend() == "torch":
+        held = value.detach().clone()
+        return lambda: variable._direct_assign(held)
+
+    def restore() -> None:
+        variable._value = value
+
+    return restore
+
+
 @functools.cache
 def shares() -> bool:
     """Whether `share` works here. Tries the real thing once: values arrive, and updates leave the source alone."""

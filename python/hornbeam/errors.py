@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hornbeam._report import LoadReport
 
 
 class HornbeamError(Exception):
@@ -59,6 +62,16 @@ class InvalidError(HornbeamError, ValueError):
 
 class CancelledError(HornbeamError, RuntimeError):
     """The operation was cancelled."""
+
+
+class IncompleteLoadError(HornbeamError, ValueError):
+    """A load that had to fit, or to be complete, did not.
+
+    Attributes:
+        report: What would have been loaded, and what not.
+    """
+
+    report: LoadReport
 
 
 class StorageError(HornbeamError, OSError):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from collections.abc import Sequence
+from os import PathLike, fspath
 from typing import Any
 
 import keras
 import keras.saving as _stock
 
 from hornbeam._keras import scope
+from hornbeam._load import requested
+from hornbeam._report import LoadReport, last_report, remember
+from hornbeam._select import NameMap, Request
+from hornbeam.errors import UnsupportedError
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
 
@@ -44,6 +49,8 @@ def load_model(
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
+    *,
+    strict: bool = False,
 ) -> keras.Model:
     """Loads a model saved by `save_model` or by stock Keras.
 
@@ -52,6 +59,8 @@ def load_model(
         custom_objects: Names of custom classes and functions, and what they stand for.
         compile: Compile the model as it was when saved.
         safe_mode: Refuse to run code that the file holds.
+        strict: Raise unless every variable, optimizer state included, gets its value from the file, and everything in
+            the file is used. `hornbeam.last_report()` says what a load did.
 
     Returns:
         The model, with its optimizer's state if it was compiled.
@@ -60,7 +69,7 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
-    with scope():
+    with scope(), requested(Request(strict=strict)):
         return _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
 
 
@@ -88,24 +97,71 @@ def save_weights(
         _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
 
 
-def load_weights(model: keras.Model, filepath: str | PathLike[str], skip_mismatch: bool = False, **kwargs: Any) -> None:
+def load_weights(
+    model: keras.Model,
+    filepath: str | PathLike[str],
+    skip_mismatch: bool = False,
+    *,
+    strict: bool = False,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
+    name_map: NameMap | None = None,
+    by_name: bool | None = None,
+    **kwargs: Any,
+) -> LoadReport:
     """Loads weights from a `.weights.h5`, `.weights.json`, `.keras` or legacy `.h5` file.
 
-    The file is read and its checksum compared before the model is touched.
+    The file is read and its checksum compared before the model is touched; whatever fails, the model stays bit for bit
+    what it was.
+
+    Names in the model are those of Keras (`variable.path`: `encoder/kernel`) or those of the file
+    (`layers/dense/vars/0`); patterns are those of `fnmatch`, and the name of a group stands for all in it.
 
     Args:
         model: The model; it must be built.
         filepath: The file.
         skip_mismatch: Warn about layers that do not fit, instead of raising.
+        strict: Raise unless the load is complete, optimizer state included.
+        only: Patterns of the variables to load; the others keep their values.
+        skip: Patterns of the variables that keep their values.
+        name_map: Name in the file → name in the model, as a mapping (other names stay as they are) or a function that
+            returns `None` for what is left out.
+        by_name: Match layers by their names instead of their places; what is not in the file keeps its value.
         **kwargs: As `keras.saving.load_weights`.
 
+    Returns:
+        What was loaded, and what was not. Without `only`, `skip`, `name_map` and `by_name`, legacy `.h5` files are
+        read by stock Keras, and the report is empty.
+
     Raises:
-        ValueError: When the file does not fit the model.
+        ValueError: When the file does not fit the model: one error with every difference.
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    with scope():
+    legacy = not str(filepath).endswith((".keras", ".weights.h5", ".weights.json"))
+    request = Request(
+        strict=strict,
+        only=None if only is None else _patterns(only),
+        skip=_patterns(skip),
+        name_map=name_map,
+        by_name=bool(by_name) and not legacy,
+    )
+    if legacy:
+        if request != Request():
+            raise UnsupportedError(f"Only `by_name` works with files of this kind. Received: {filepath}")
+        kwargs["by_name"] = by_name
+    with scope(), requested(request):
+        before = last_report()
         _stock.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
+        report = last_report()
+    if report is None or report is before:
+        report = LoadReport(fspath(filepath))
+        remember(report)
+    return report
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,121 @@
+"""What a load did: every tensor of the file and every variable of the model is in one of the lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import threading
+import time
+from typing import Any
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What a load did.
+
+    Names in the file are paths of datasets (`layers/dense/vars/0`); names in the model are paths of variables
+    (`dense/kernel`) or, in `mismatched`, of objects as the file names them (`layers/dense`).
+
+    Attributes:
+        path: The file, or `None` for a file object.
+        loaded: Names in the file that the model took.
+        missing: Variables of the model that got nothing from the file.
+        unexpected: Names in the file that nothing in the model asked for.
+        skipped: Names in the file that were left out on purpose: by `only`, `skip`, `name_map` or `compile=False`, or
+            because the model has no optimizer.
+        mismatched: `(object, why)` of what did not fit.
+        initialised: Variables that got their initial value because the file had none; only `load_model` does that.
+        cast: `(variable, dtype in the file, dtype of the variable)` of what was converted.
+        bytes: Bytes of the tensors taken.
+        seconds: Seconds by stage: `open`, `build` (`load_model`), `read` (waiting for it), `assign`.
+        crc: `"verified"`, `"partial"` (not all of the file was read) or `"none"` (the file has no checksum).
+        engine: `"direct"`, `"libhdf5"` or `"stock"`, which reports nothing else.
+    """
+
+    path: str | None = None
+    loaded: list[str] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unexpected: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    mismatched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    initialised: list[str] = dataclasses.field(default_factory=list)
+    cast: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    bytes: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    crc: str = "none"
+    engine: str = "stock"
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every variable got its value from the file, and every tensor of the file was asked for."""
+        return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched)
+
+    def stage(self, name: str) -> None:
+        """Ends a stage that began where the last one ended."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {**dataclasses.asdict(self), "complete": self.complete}
+
+    def _rows(self) -> list[tuple[str, str]]:
+        total = sum(self.seconds.values())
+        stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.seconds.items())
+        rows = [
+            ("loaded", f"{len(self.loaded)} tensors, {_size(self.bytes)}, {total:.3f} s ({stages})"),
+            ("checksum", self.crc),
+            ("engine", self.engine),
+        ]
+        for name in ("missing", "unexpected", "mismatched", "initialised", "cast", "skipped"):
+            items = [_item(i) for i in getattr(self, name)]
+            if items:
+                rows.append((name, f"{len(items)}: {shorten(items)}"))
+        return rows
+
+    def __str__(self) -> str:
+        head = f"{'complete' if self.complete else 'incomplete'} load of {self.path or 'a file object'}"
+        return "\n".join([head, *(f"  {name:<12}{text}" for name, text in self._rows())])
+
+    def _repr_html_(self) -> str:
+        head = html.escape(str(self).split("\n", 1)[0])
+        rows = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._rows())
+        return f"<table><caption>{head}</caption>{''.join(rows)}</table>"
+
+
+def _item(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    return f"{item[0]} ({item[1]} → {item[2]})" if len(item) == 3 else f"{item[0]} ({item[1].splitlines()[0]})"
+
+
+def shorten(items: list[str], most: int = 8) -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def _size(nbytes: int) -> str:
+    size, unit = float(nbytes), "bytes"
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+_local = threading.local()
+
+
+def last_report() -> LoadReport | None:
+    """The report of this thread's last load that went through hornbeam; `None` before there is one."""
+    return getattr(_local, "last", None)
+
+
+def remember(report: LoadReport) -> None:
+    """Makes `report` the last one."""
+    _local.last = report

@@ -1,0 +1,365 @@
+"""Knowing exactly what was loaded: reports, strict and partial loads, and models that a failed load leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import hornbeam
+from helpers import state
+from hornbeam import IncompleteLoadError, saving
+from hornbeam.errors import UnsupportedError
+from zoo import ZOO, chain, floats, train
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Any:
+    with hornbeam.options(strict=True):
+        yield
+
+
+def disturb(model: Any) -> list[Any]:
+    """Gives every floating variable another value."""
+    for variable in model.variables:
+        if "float" in variable.dtype:
+            variable.assign(keras.ops.convert_to_numpy(variable) + 1)
+    return state(model)
+
+
+def datasets(path: Path) -> set[str]:
+    found: set[str] = set()
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found.add(name)
+
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as image, h5py.File(image, "r") as file:
+            file.visititems(visit)
+    else:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_tensor_of_every_model_is_accounted_for(name: str, tmp_path: Path) -> None:
+    model, *_ = ZOO[name]()
+    saving.save_model(model, tmp_path / "m.keras")
+    names = datasets(tmp_path / "m.keras")
+    loaded = saving.load_model(tmp_path / "m.keras", strict=True)
+    report = hornbeam.last_report()
+    assert report is not None
+    assert (set(report.loaded), report.missing, report.unexpected, report.mismatched) == (names, [], [], [])
+    assert (report.initialised, report.crc, report.engine) == ([], "verified", "direct")
+    narrow = name == "float64" and keras.backend.backend() in ("jax", "numpy")  # they compute, and save, float32
+    assert bool(report.cast) == narrow
+    assert report.path == str(tmp_path / "m.keras")
+    again = saving.load_weights(loaded, tmp_path / "m.keras", strict=True)
+    assert again is hornbeam.last_report()
+    assert (set(again.loaded), again.complete, again.bytes) == (names, True, report.bytes)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("damage", ["shape", "absent"])
+def test_what_does_not_fit_leaves_every_model_as_it_was(name: str, damage: str, tmp_path: Path) -> None:
+    model, *_ = ZOO[name]()
+    path = tmp_path / "m.weights.h5"
+    saving.save_weights(model, path)
+    found = sorted(n for n in datasets(path) if not n.startswith("optimizer/"))
+    if not found:
+        return  # a model of preprocessing layers: nothing to damage
+    with h5py.File(path, "a") as file:
+        del file[found[-1]]
+        if damage == "shape":
+            file[found[-1]] = np.zeros((3, 1, 4, 1, 5))
+    before = disturb(model)
+    with pytest.raises(IncompleteLoadError, match=re.escape(str(path))) as raised:
+        saving.load_weights(model, path, strict=True)
+    assert state(model) == before
+    assert not raised.value.report.complete
+
+
+def two_towers(units: int = 3) -> Any:
+    inputs = keras.Input((4,))
+    left = keras.Sequential([layers.Dense(units, name="a"), layers.Dense(2, name="b")], name="encoder")(inputs)
+    right = layers.Dense(2, name="head")(inputs)
+    model = keras.Model(inputs, layers.Add()([left, right]))
+    return model
+
+
+def values(model: Any) -> dict[str, np.ndarray]:
+    return {v.path: np.array(keras.ops.convert_to_numpy(v)) for v in model.weights}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> set[str]:
+    return {name for name in a if np.array_equal(a[name], b[name])}
+
+
+@pytest.fixture(params=["m.keras", "m.weights.h5", "m.weights.json"])
+def saved(request: Any, tmp_path: Path) -> tuple[dict[str, np.ndarray], Path]:
+    """The values of a model, and a file that holds them."""
+    model, path = two_towers(), tmp_path / request.param
+    disturb(model)
+    if path.suffix == ".keras":
+        saving.save_model(model, path)
+    else:
+        saving.save_weights(model, path, max_shard_size=1e-7 if path.suffix == ".json" else None)
+    return values(model), path
+
+
+def test_only_what_is_named_is_loaded(saved: Any) -> None:
+    theirs, path = saved
+    for only, expected in {
+        "encoder/*": {n for n in theirs if n.startswith("encoder/")},
+        "encoder": {n for n in theirs if n.startswith("encoder/")},
+        "*/kernel": {n for n in theirs if n.endswith("/kernel")},
+        "layers/dense/vars/1": {"head/bias"},
+    }.items():
+        model = two_towers()
+        disturb(model)
+        model.get_layer("head").bias.assign([5.0, 6.0])
+        before = values(model)
+        report = saving.load_weights(model, path, only=only)
+        assert same(values(model), theirs) >= expected, only
+        assert same(values(model), before) >= set(theirs) - expected, only
+        assert len(report.loaded) == len(expected)
+        assert report.missing == []
+        assert not report.unexpected
+        assert set(report.loaded) | set(report.skipped) == set(report.loaded + report.skipped)
+        assert report.crc == ("partial" if path.suffix == ".keras" else "none")
+        assert report.bytes == sum(theirs[n].nbytes for n in expected)
+    with hornbeam.options(verify=True):
+        assert saving.load_weights(two_towers(), path, only="head").crc == report.crc.replace("partial", "verified")
+
+
+def test_what_is_skipped_keeps_its_value(saved: Any) -> None:
+    theirs, path = saved
+    model = two_towers(units=7)  # does not fit in the encoder
+    before = values(model)
+    report = saving.load_weights(model, path, skip=["encoder/*"])
+    after = values(model)
+    assert same(after, theirs) >= {"head/kernel", "head/bias"}
+    assert same(after, before) >= {n for n in theirs if n.startswith("encoder/")}
+    assert len(report.loaded) == 2
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(saved: Any) -> None:
+    _, path = saved
+    model = two_towers()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"No variable of the model fits 'encodr/\*'; nearest: encoder/"):
+        saving.load_weights(model, path, only="encodr/*")
+    assert state(model) == before
+
+
+def test_names_are_mapped(saved: Any) -> None:
+    theirs, path = saved
+    tower = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="other")])
+    to = {"layers/dense/vars/0": "other/kernel", "layers/dense/vars/1": "other/bias"}
+    for name_map in (to, to.get):
+        report = saving.load_weights(tower, path, name_map=name_map)
+        assert sorted(report.loaded) == sorted(to)
+        np.testing.assert_array_equal(tower.layers[0].kernel, theirs["head/kernel"])
+        np.testing.assert_array_equal(tower.layers[0].bias, theirs["head/bias"])
+    before = state(tower)
+    with pytest.raises(IncompleteLoadError, match="other/bias: not in the file"):
+        saving.load_weights(tower, path, name_map=lambda name: to.get(name) if name.endswith("0") else None)
+    with pytest.raises(ValueError, match="Two tensors of the file go to"):
+        saving.load_weights(tower, path, name_map=lambda name: "other/bias")
+    assert state(tower) == before
+
+
+def test_layers_are_matched_by_name(saved: Any) -> None:
+    theirs, path = saved
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="new")(inputs)  # takes the place that `head` has in the file
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    before = values(model)
+    report = saving.load_weights(model, path, by_name=True)
+    after = values(model)
+    for name in ("head/kernel", "head/bias"):
+        np.testing.assert_array_equal(after[name], theirs[name])
+    assert same(after, before) >= {"new/kernel", "new/bias"}
+    assert len(report.loaded) == 2
+
+
+def test_an_error_lists_every_difference_and_the_nearest_names(tmp_path: Path) -> None:
+    model = chain(layers.Dense(3, name="a"), layers.Dense(2, name="b"), layers.Dense(2, name="c"))
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    other = chain(layers.Dense(4, name="a"), layers.Dense(2, name="b"), layers.EinsumDense("ab,bc->ac", 2))
+    before = disturb(other)
+    with pytest.raises(ValueError, match="A total of 3 objects could not be loaded") as raised:
+        saving.load_weights(other, tmp_path / "m.weights.h5")
+    text = str(raised.value)
+    for line in (
+        "layers/dense: The shape of the target variable and the shape of the target value",
+        "layers/dense_1: The shape",
+        "layers/einsum_dense: Layer",
+        "Nearest in the file: ['layers/dense_2'",
+        "layers/dense_2/vars/0: in the file, but not in the model",
+    ):
+        assert line in text, line
+    assert state(other) == before
+    with pytest.warns(UserWarning, match="A total of 3 objects could not be loaded"):
+        report = saving.load_weights(other, tmp_path / "m.weights.h5", skip_mismatch=True)
+    assert [place for place, _ in report.mismatched] == ["layers/dense", "layers/dense_1", "layers/einsum_dense"]
+    assert not report.complete
+
+
+def test_state_outside_of_variables_is_restored(tmp_path: Path) -> None:
+    class Remembers(layers.Layer):
+        words = ("before",)
+
+        def build(self, shape: Any) -> None:
+            self.w = self.add_weight(shape=(2,), initializer="zeros")
+
+        def load_own_variables(self, store: Any) -> None:
+            self.words = ("after",)
+            self.new = 1
+            self.w.assign(store["0"])
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    normalization = layers.Normalization()
+    normalization.adapt(floats(50, 6))
+    model = chain(Remembers(), normalization, layers.Dense(2, name="last"))
+    path = tmp_path / "m.weights.h5"
+    saving.save_weights(model, path)
+    with h5py.File(path, "a") as file:
+        file["layers/normalization/vars/0"][...] += 5
+        del file["layers/dense/vars/1"]
+        file["layers/dense/vars/1"] = np.zeros(9)
+    x = floats(3, 6)
+    before, expected = disturb(model), model.predict(x, verbose=0)
+    held = np.array(keras.ops.convert_to_numpy(normalization.mean))
+    with pytest.raises(IncompleteLoadError):
+        saving.load_weights(model, path)
+    assert state(model) == before
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(normalization.mean), held)
+    assert model.layers[1].words == ("before",)
+    assert not hasattr(model.layers[1], "new")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+
+
+def test_code_that_fails_in_the_middle_leaves_the_model(tmp_path: Path) -> None:
+    class Fails(layers.Layer):
+        def load_own_variables(self, store: Any) -> None:
+            raise KeyboardInterrupt
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    model = chain(layers.Dense(3), layers.Dense(3), Fails())
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    before = disturb(model)
+    with pytest.raises(KeyboardInterrupt):
+        saving.load_weights(model, tmp_path / "m.weights.h5")
+    assert state(model) == before
+
+
+@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+def test_optimizer_state_is_part_of_a_complete_load(tmp_path: Path) -> None:
+    model, *_ = train(chain(layers.Dense(2)), floats(16, 6), floats(16, 2))
+    path = tmp_path / "m.keras"
+    saving.save_model(model, path)
+    fresh = chain(layers.Dense(2))
+    fresh.compile("sgd", "mse")
+    before = state(fresh)
+    with pytest.raises(IncompleteLoadError) as raised, pytest.warns(UserWarning, match="Skipping variable loading"):
+        saving.load_weights(fresh, path, strict=True)
+    assert any(name.startswith("optimizer/") for name in raised.value.report.unexpected)
+    assert raised.value.report.missing
+    assert state(fresh) == before
+    uncompiled = chain(layers.Dense(2))
+    report = saving.load_weights(uncompiled, path, strict=True)
+    assert report.complete
+    assert [name.split("/")[0] for name in report.skipped] == ["optimizer"] * len(model.optimizer.variables)
+
+
+def test_without_an_optimizer_its_bytes_are_not_read(tmp_path: Path) -> None:
+    model = chain(layers.Dense(4), shape=(8,))
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    path = tmp_path / "m.keras"
+    saving.save_model(model, path)
+    hornbeam.stats(reset=True)
+    loaded = saving.load_model(path, compile=False, strict=True)
+    report = hornbeam.last_report()
+    assert report is not None
+    assert (report.crc, report.bytes) == ("partial", 8 * 4 * 4 + 4 * 4)
+    assert (len(report.loaded), len(report.skipped)) == (2, len(model.optimizer.variables))
+    assert values(loaded).keys() == values(model).keys()
+    with hornbeam.options(verify=True):
+        saving.load_model(path, compile=False)
+    report = hornbeam.last_report()
+    assert report is not None
+    assert report.crc == "verified"
+
+
+def test_what_the_file_lacks_is_reported_as_initialised(tmp_path: Path) -> None:
+    class Odd(layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.kept = self.add_weight(shape=(2,), initializer="ones", name="kept")
+            self.lost = self.add_weight(shape=(2,), initializer="ones", name="lost")
+
+        def save_own_variables(self, store: Any) -> None:
+            store["0"] = self.kept
+
+        def load_own_variables(self, store: Any) -> None:
+            self.kept.assign(store["0"])
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    model = chain(Odd(name="odd"))
+    saving.save_model(model, tmp_path / "m.keras")
+    saving.load_model(tmp_path / "m.keras", custom_objects={"Odd": Odd})
+    report = hornbeam.last_report()
+    assert report is not None
+    assert (report.initialised, report.missing) == (["odd/lost"], ["odd/lost"])
+    with pytest.raises(IncompleteLoadError, match="odd/lost: not in the file"):
+        saving.load_model(tmp_path / "m.keras", custom_objects={"Odd": Odd}, strict=True)
+
+
+def test_casts_are_reported(tmp_path: Path) -> None:
+    model = chain(layers.Dense(2, name="d"))
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    half = chain(layers.Dense(2, name="d", dtype="float16"))
+    report = saving.load_weights(half, tmp_path / "m.weights.h5")
+    assert report.cast == [("d/kernel", "float32", "float16"), ("d/bias", "float32", "float16")]
+    stock = chain(layers.Dense(2, name="d", dtype="float16"))
+    stock.load_weights(tmp_path / "m.weights.h5")
+    assert [v[3] for v in state(half)] == [v[3] for v in state(stock)]
+
+
+def test_reports_are_readable(tmp_path: Path) -> None:
+    model = two_towers()
+    saving.save_weights(model, tmp_path / "<m>.weights.h5")
+    report = saving.load_weights(model, tmp_path / "<m>.weights.h5", only="head")
+    lines = str(report).splitlines()
+    assert lines[0] == f"complete load of {tmp_path / '<m>.weights.h5'}"
+    assert lines[1].startswith("  loaded      2 tensors, 40 bytes, ")
+    assert "skipped     4: layers/sequential/layers/dense/vars/0" in str(report).replace("encoder", "sequential")
+    assert "&lt;m&gt;" in report._repr_html_()
+    assert json.loads(json.dumps(report.to_dict()))["complete"] is True
+    assert set(report.seconds) == {"open", "read", "assign"}
+
+
+def test_stock_loads_cannot_be_strict_or_partial(tmp_path: Path) -> None:
+    model = two_towers()
+    model.save_weights(tmp_path / "m.weights.h5")
+    shutil.copy(tmp_path / "m.weights.h5", tmp_path / "m.h5")
+    with pytest.raises(UnsupportedError, match="Only `by_name` works"):
+        saving.load_weights(model, tmp_path / "m.h5", only="head")
