@@ -27,7 +27,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.initializers.initializer import Initializer
 
-from hornbeam import _journal, _keras, _tensors
+from hornbeam import _journal, _keras, _shortcuts, _tensors
 
 _local = threading.local()
 _variable_patch = _keras._Patch()
@@ -183,7 +183,8 @@ def scope() -> Iterator[None]:
 
             stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
             stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
-        stack.enter_context(_collector_rests())
+        stack.enter_context(_shortcuts.scope())
+        stack.enter_context(collector_rests())
         pending: list[Any] = []
         _local.pending = pending
         try:
@@ -201,7 +202,8 @@ _collector_users = 0
 
 
 @contextlib.contextmanager
-def _collector_rests() -> Iterator[None]:
+def collector_rests() -> Iterator[None]:
+    """The cyclic garbage collector does not run meanwhile, in any thread."""
     global _collector_users
     with _collector_lock:
         resting = _collector_users > 0 or gc.isenabled()
@@ -215,4 +217,7 @@ def _collector_rests() -> Iterator[None]:
             with _collector_lock:
                 _collector_users -= 1
                 if _collector_users == 0:
+                    if gc.get_freeze_count() == 0:  # else they would be somebody's
+                        gc.freeze()  # what was built is old now: no collection goes through it at once
+                        gc.unfreeze()
                     gc.enable()

@@ -79,11 +79,9 @@ def _dispatch_assign(self: Any, value: Any) -> Any:
         and _tensors.is_given_away(value)
         and value.dtype.name == self._dtype
         and value.shape == tuple(self._shape)
+        and _tensors.adopt(self, value)
     ):
-        tensor = _tensors.share(value)
-        if tensor is not None:
-            self._direct_assign(tensor)
-            return tensor
+        return self.value
     return _assign_patch.original(self, value)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from hornbeam.errors import UnsupportedError
@@ -25,6 +25,7 @@ class Options:
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
+        shortcuts: Which of `_shortcuts.py` a load may take.
     """
 
     strict: bool = False
@@ -32,6 +33,7 @@ class Options:
     atomic: bool = True
     durable: bool = False
     verify: bool = False
+    shortcuts: frozenset[str] = frozenset(["attributes", "signatures"])
 
 
 class _Local(threading.local):
@@ -54,6 +56,7 @@ def options(
     atomic: bool | None = None,
     durable: bool | None = None,
     verify: bool | None = None,
+    shortcuts: Iterable[str] | None = None,
 ) -> Iterator[Options]:
     """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
 
@@ -63,16 +66,22 @@ def options(
         atomic: Replace files by renaming (the default) or write over them.
         durable: Wait for stable storage.
         verify: Check the CRC also where only a part of a file is loaded.
+        shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"` and `"signatures"`, which are
+            on otherwise, and `"handles"`. `docs/performance.md` says what each is worth.
 
     Yields:
         The options in force inside.
 
     Raises:
-        ValueError: For an unknown engine.
+        ValueError: For an unknown engine or shortcut.
     """
-    given = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable, "verify": verify}
+    given: dict[str, Any] = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable, "verify": verify}
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
+    unknown = set(shortcuts or ()) - {"attributes", "signatures", "handles"}
+    if unknown:
+        raise ValueError(f"shortcuts must be among 'attributes', 'signatures' and 'handles'. Received: {shortcuts}")
+    given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
     before = _local.options
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     _local.options = dataclasses.replace(before, **changes)

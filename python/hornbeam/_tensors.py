@@ -222,6 +222,24 @@ def share(array: np.ndarray) -> Any | None:
     return EagerTensor(array, context.context().device_name, None)
 
 
+def adopt(variable: Any, array: np.ndarray) -> bool:
+    """Makes the array the memory of a live TensorFlow variable; `False` where it has to be assigned.
+
+    The array has the variable's dtype and shape, and was given away.
+    """
+    value = variable._value
+    tensor = share(array)
+    if tensor is None:
+        return False
+    import tensorflow as tf
+    from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
+
+    if not isinstance(value, BaseResourceVariable) or not tf.executing_eagerly():
+        return False
+    tf.raw_ops.AssignVariableOp(resource=value.handle, value=tensor)
+    return True
+
+
 def hold(variable: Any) -> Callable[[], None]:
     """Keeps the value of a Keras variable; what it returns gives it back, bit for bit.
 
@@ -235,7 +253,7 @@ def hold(variable: Any) -> Callable[[], None]:
         if isinstance(value, BaseResourceVariable):
             tf.raw_ops.DisableCopyOnRead(resource=value.handle)
             held: Any = tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
-            return lambda: value.assign(held, read_value=False)
+            return lambda: tf.raw_ops.AssignVariableOp(resource=value.handle, value=held)
         held = tf.identity(value)  # distributed
         return lambda: variable._direct_assign(held)
     if _backend() == "torch":
@@ -322,7 +340,10 @@ def creation_scope(creation: Creation, variable: Any) -> Iterator[None]:
         return
     import tensorflow as tf
 
-    with tf.init_scope(), tf.name_scope(creation.name_scope + "/" if creation.name_scope else ""):
+    if tf.executing_eagerly() and tf.get_current_name_scope() == creation.name_scope:
         yield
+    else:
+        with tf.init_scope(), tf.name_scope(creation.name_scope + "/" if creation.name_scope else ""):
+            yield
     made = variable.__dict__["_value"]
     made._unique_id = made.handle._unique_id = creation.key
