@@ -17,11 +17,14 @@ from hornbeam.errors import HornbeamError, UnsupportedError
 
 if TYPE_CHECKING:
     from hornbeam import callbacks, export, models, saving
+    from hornbeam._open import File, Tensor, open
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "File",
     "HornbeamError",
     "Stats",
+    "Tensor",
     "UnsupportedError",
     "callbacks",
     "errors",
@@ -29,6 +32,7 @@ __all__ = [
     "install",
     "installed",
     "models",
+    "open",
     "options",
     "saving",
     "stats",
@@ -54,6 +58,8 @@ def __getattr__(name: str) -> Any:
     # These import Keras, so they are imported when they are used.
     if name in ("saving", "models", "callbacks", "export"):
         return importlib.import_module(f"hornbeam.{name}")
+    if name in ("open", "File", "Tensor"):  # needs NumPy
+        return getattr(importlib.import_module("hornbeam._open"), name)
     raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")
 
 

@@ -262,7 +262,9 @@ impl Reader<'_> {
         if self.ancestors.len() > limits::MAX_DEPTH {
             return Err(Error::new(Kind::Limit, "groups are nested too deeply").with_entry(&self.path));
         }
-        if !self.path.is_empty() {
+        if self.path.is_empty() {
+            self.found.attributes = header.attributes;
+        } else {
             self.found.groups.push((self.path.clone(), header.attributes));
         }
         let mut links = header.links;
