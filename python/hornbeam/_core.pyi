@@ -201,7 +201,7 @@ class Weights:
     def names(self) -> list[str]:
         """The paths of `datasets()`."""
     def dataset(self, i: int) -> tuple[str, list[int], int, _Attributes, int | None]:
-        """`(dtype, shape, bytes, attributes, offset)` of one dataset; no offset where it is no run of a file's bytes."""
+        """`(dtype, shape, bytes, attributes, offset)` of one dataset; no offset where it is no run of bytes."""
     def read(self, i: int, start: int, stop: int) -> Block:
         """Bytes `start` to `stop` of a dataset, without a thread and unchecked. Chunked ones are read whole."""
     def fetch(self, wanted: Sequence[int], *, verify: bool = True, read_ahead: int) -> Reading:

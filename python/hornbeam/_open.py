@@ -11,6 +11,7 @@ import itertools
 import math
 import mmap as _mmap
 import os
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,15 +21,23 @@ from typing import Any, Literal
 import numpy as np
 
 from hornbeam import _core, _state, _tensors
-from hornbeam.errors import ConfigError, StorageError, UnsafeFileError, UnsupportedError, WeightsFileError
+from hornbeam.errors import (
+    ConfigError,
+    HornbeamError,
+    StorageError,
+    UnsafeFileError,
+    UnsupportedError,
+    WeightsFileError,
+)
 
 Format = Literal["keras", "h5", "shards", "directory", "safetensors"]
 
 _WEIGHTS, _CONFIG, _METADATA, _NPZ = "model.weights.h5", "config.json", "metadata.json", "model.weights.npz"
 #: Keras' thresholds for members of an archive; a test compares them.
-_BOMB_FLOOR, _MAX_EXPANSION = 4 << 30, 1000
+_BOMB_FLOOR, _MAX_EXPANSION = 4 << 30, 100
 #: More is neither read by people nor drawn by notebooks.
 _HTML_ROWS = 1000
+_PART = re.compile("[/._]")
 
 
 def open(path: str | os.PathLike[str], *, mmap: bool = False) -> File:
@@ -201,9 +210,9 @@ class _Tensors(Mapping[str, Tensor]):
 class File(Mapping[str, np.ndarray]):
     """An open model file: a read-only mapping from names to arrays, each read when it is asked for.
 
-    `file[name]` is a new, writable array at a multiple of 64 bytes (a read-only view where `mmap=True` allows one), read
-    without a checksum; `verify()` checks the whole. Names are the paths of datasets: `layers/dense/vars/0`. Threads may
-    read at the same time. A pickled file is its path, opened again.
+    `file[name]` is a new, writable array at a multiple of 64 bytes, or a read-only view where `mmap=True` allows one.
+    It is read without a checksum; `verify()` checks the whole. Names are paths of datasets: `layers/dense/vars/0`.
+    Threads may read at the same time. A pickled file is its path, opened again.
 
     Attributes:
         path: Its absolute path.
@@ -305,7 +314,7 @@ class File(Mapping[str, np.ndarray]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The array called `name`, or `default`."""
-        return self[name] if name in self else default
+        return self._tensor(name).read() if name in self else default
 
     def __contains__(self, name: object) -> bool:
         self._opened()
@@ -371,7 +380,7 @@ class File(Mapping[str, np.ndarray]):
         text: str | bytes | None = self._text(_CONFIG)
         if self.format == "h5":
             text = self.attributes().get("model_config")
-        return None if text is None else self._decode(text, _CONFIG)
+        return None if text is None else _decode(text, f"{_CONFIG} of {self.path}")
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
@@ -383,7 +392,7 @@ class File(Mapping[str, np.ndarray]):
         if self.format in ("h5", "safetensors"):
             return dict(self.attributes())
         text = self._text(_METADATA)
-        found = self._index.get("metadata") if text is None else self._decode(text, _METADATA)
+        found = self._index.get("metadata") if text is None else _decode(text, f"{_METADATA} of {self.path}")
         return found if isinstance(found, dict) else {}
 
     def _text(self, name: str) -> bytes | None:
@@ -394,14 +403,6 @@ class File(Mapping[str, np.ndarray]):
             return None
         self._archive.check_expansion(name, _BOMB_FLOOR, _MAX_EXPANSION)
         return self._archive.read(name)
-
-    def _decode(self, text: str | bytes, name: str) -> Any:
-        try:
-            return _core.decode_json(text, trusted=False)
-        except ConfigError:
-            raise
-        except ValueError as e:
-            raise ConfigError(f"'{name}' of '{self.path}' is malformed: {e}") from e
 
     def verify(self) -> Literal["verified", "none"]:
         """Reads all of the file that has a checksum and compares it.
@@ -444,7 +445,7 @@ class File(Mapping[str, np.ndarray]):
             return f"<p>{html.escape(repr(self))}</p>"
         row = "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>"
         rows = [
-            row.format(html.escape(t.name), t.dtype, " × ".join(map(str, t.shape)), _size(t.nbytes))
+            row.format(html.escape(t.name), t.dtype, " &times; ".join(map(str, t.shape)), _size(t.nbytes))
             for t in itertools.islice(self.tensors.values(), _HTML_ROWS)
         ]
         if len(self) > _HTML_ROWS:
@@ -461,11 +462,18 @@ def _tensor(file: File, name: str) -> Tensor:
     return file.tensors[name]
 
 
-def _similar(wanted: str, names: Iterable[str], n: int = 100) -> list[str]:
-    """The names that begin or end most alike: comparing all of them in full would take half a second for 10,000."""
-    prefix = heapq.nlargest(n, names, key=lambda name: len(os.path.commonprefix((name, wanted))))
-    suffix = heapq.nlargest(n, names, key=lambda name: len(os.path.commonprefix((name[::-1], wanted[::-1]))))
-    return list(dict.fromkeys(prefix + suffix))
+def _decode(text: str | bytes, where: str) -> Any:
+    """Decodes JSON from a file; its errors say which."""
+    try:
+        return _core.decode_json(text, trusted=False)
+    except HornbeamError as e:
+        raise type(e)(f"'{where}': {e}") from e
+
+
+def _similar(wanted: str, names: Iterable[str]) -> list[str]:
+    """The names that share most of their parts: comparing 10,000 letter by letter would take half a second."""
+    parts = set(_PART.split(wanted))
+    return heapq.nlargest(300, names, key=lambda name: len(parts.intersection(_PART.split(name))))
 
 
 @functools.cache
@@ -525,7 +533,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         ValueError: When it is malformed or names a file elsewhere.
     """
     try:
-        index = _core.decode_json(path.read_bytes(), trusted=False)
+        index = _decode(path.read_bytes(), str(path))
         values = list(index["weight_map"].values())
         names = [n for value in values for n in (value if isinstance(value, list) else [value])]
     except (KeyError, TypeError, AttributeError) as e:
