@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -369,6 +370,28 @@ def test_mapped_views(model: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(file["b"], np.arange(4.0))
 
 
+def test_a_tensor_becomes_an_array_as_numpy_asks(tmp_path: Path) -> None:
+    path = save_safe(SAFE, tmp_path / "m.safetensors")
+    for mmap in (False, True):
+        with hornbeam.open(path, mmap=mmap) as file:
+            tensor: Any = file.tensors["bytes"]
+            assert np.array(tensor).flags.writeable
+            assert np.asarray(tensor, np.float32).dtype == np.float32
+            if mmap:
+                assert np.shares_memory(np.array(tensor, copy=False), file["bytes"])
+            else:
+                with pytest.raises(ValueError, match="without a copy"):
+                    np.array(tensor, copy=False)
+
+
+def test_a_dropped_file_is_closed(tmp_path: Path) -> None:
+    file = hornbeam.open(save_safe(SAFE, tmp_path / "m.safetensors"))
+    assert len(list(file.tensors.values())) == len(SAFE)
+    gone = weakref.ref(file)
+    del file
+    assert gone() is None
+
+
 def test_compressed_archives(model: Any, tmp_path: Path) -> None:
     stored, deflated = tmp_path / "m.keras", tmp_path / "z.keras"
     model.save(stored)
@@ -556,7 +579,7 @@ def test_limits_are_those_of_keras() -> None:
 
 
 def test_what_is_no_model_file(tmp_path: Path) -> None:
-    def refused(name: str, content: bytes, error: type[Exception], match: str = "") -> None:
+    def refused(name: str, content: bytes, error: type[Exception], match: str | None = None) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         for mmap in (False, True):

@@ -147,8 +147,12 @@ class Tensor:
         return picked.copy() if isinstance(picked, np.ndarray) and 2 * picked.nbytes <= values.nbytes else picked
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False and not self.mapped:
+            raise ValueError("a tensor that is not mapped cannot be read without a copy")
         array = self.read()
-        return array if dtype is None else array.astype(dtype, copy=False)
+        if dtype is not None:
+            array = array.astype(dtype, copy=False)
+        return array.copy() if copy and self.mapped else array
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _tensor, (self._file, self.name)
@@ -217,14 +221,12 @@ class File(Mapping[str, np.ndarray]):
     Attributes:
         path: Its absolute path.
         format: `"keras"`, `"h5"`, `"shards"`, `"directory"` or `"safetensors"`.
-        tensors: A mapping from names to unread `Tensor` objects: shape, dtype, attributes, slices.
     """
 
     __hash__ = object.__hash__
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = False) -> None:
         self.path: str = os.path.abspath(os.fsdecode(path))
-        self.tensors: Mapping[str, Tensor] = _Tensors(self)
         self._mmap = mmap
         self._archive: _core.File | None = None
         self._texts: dict[str, bytes] = {}  # JSON files of a directory
@@ -330,6 +332,11 @@ class File(Mapping[str, np.ndarray]):
 
     def __eq__(self, other: object) -> bool:
         return self is other  # arrays do not compare to one answer
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """A mapping from names to unread `Tensor` objects: shape, dtype, attributes, slices."""
+        return _Tensors(self)  # not kept: a cycle would keep the file open until the garbage collector runs
 
     @property
     def nbytes(self) -> int:

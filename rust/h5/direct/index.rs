@@ -13,13 +13,14 @@ use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{Found, Index, Storage};
 use crate::io::ReadAt;
+use crate::io::fetch::Slot;
 use crate::limits;
 use crate::tree::Attribute;
 
-/// Bytes read at once where metadata and payload alternate, as in files of h5py.
-const PAGE: u64 = 4096;
+/// Bytes read at once where metadata and payload alternate: what the HDF5 library allocates for metadata at a time.
+const PAGE: u64 = 2048;
 /// Pages kept while a file is indexed: 1 MiB.
-const CACHED_PAGES: usize = 256;
+const CACHED_PAGES: usize = 512;
 /// Bytes of metadata read in one go where it comes first, as in ours.
 const MAX_PREFIX: u64 = 64 << 20;
 
@@ -107,7 +108,7 @@ fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
 struct Pages<'a> {
     image: &'a dyn ReadAt,
     slice: Option<&'a [u8]>,
-    prefix: Vec<u8>,
+    prefix: Option<Slot>, // in huge pages: a first touch takes longer than the copy
     cache: RefCell<Cache>,
 }
 
@@ -140,13 +141,12 @@ impl Cache {
 
 impl<'a> Pages<'a> {
     fn new(image: &'a dyn ReadAt) -> Self {
-        Self { image, slice: image.as_slice(), prefix: Vec::new(), cache: RefCell::default() }
+        Self { image, slice: image.as_slice(), prefix: None, cache: RefCell::default() }
     }
 
     fn prefix(&mut self, n: u64) -> Result<()> {
         if self.slice.is_none() {
-            self.prefix = vec![0; n.min(self.image.len()) as usize];
-            self.image.read_at(&mut self.prefix, 0)?;
+            self.prefix = Some(Slot::read_from(self.image, 0, n.min(self.image.len()) as usize, &|| Ok(()))?);
         }
         Ok(())
     }
@@ -155,7 +155,7 @@ impl<'a> Pages<'a> {
     fn get(&self, offset: u64, n: usize) -> Result<Cow<'_, [u8]>> {
         let end = offset.checked_add(n as u64).filter(|&end| end <= self.image.len());
         let end = end.ok_or_else(|| malformed("an address points outside the file"))?;
-        for memory in [self.slice.unwrap_or_default(), &self.prefix] {
+        for memory in [self.slice, self.prefix.as_ref().map(Slot::bytes)].into_iter().flatten() {
             if let Some(bytes) = memory.get(offset as usize..end as usize) {
                 return Ok(Cow::Borrowed(bytes));
             }
