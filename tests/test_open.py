@@ -211,6 +211,7 @@ def chunked(tmp_path: Path) -> Path:
         f.create_dataset("zipped", data=RNG.integers(0, 9, (40, 30)), chunks=(16, 16), compression="gzip", shuffle=True)
         f.create_dataset("big", data=np.arange(7, dtype=">f8"))
         f.create_dataset("filled", (3, 2), np.int32, fillvalue=5)
+        f.create_dataset("unwritten", (3, 2), np.int32)
         f.create_dataset("größe/😀", data=np.float16(2))
         f.attrs["title"] = "täglich"
     return path
