@@ -333,7 +333,7 @@ pub trait Build {
     /// Sets a key of a dict; was it new?
     fn insert(&mut self, dict: &mut Self::Dict, key: Self::Key, value: Self::Value) -> Result<bool, Self::Error>;
     /// A complete dict.
-    fn finish(&mut self, dict: Self::Dict) -> Self::Value;
+    fn finish(&mut self, dict: Self::Dict) -> Result<Self::Value, Self::Error>;
 }
 
 /// A container whose end has not been read.
@@ -371,7 +371,7 @@ pub fn decode<B: Build + ?Sized>(text: &str, limits: &Limits, build: &mut B) -> 
                     (false, Some(b'}')) => {
                         p.at += 1;
                         let dict = build.dict();
-                        build.finish(dict)
+                        build.finish(dict)?
                     }
                     (true, _) => {
                         frames.push(Frame::List(items.len()));
@@ -412,7 +412,7 @@ pub fn decode<B: Build + ?Sized>(text: &str, limits: &Limits, build: &mut B) -> 
                         break;
                     }
                     p.expect(b'}', "Expecting ',' delimiter")?;
-                    value = build.finish(dict);
+                    value = build.finish(dict)?;
                 }
             }
         }
@@ -723,8 +723,8 @@ impl Build for Values {
         entries.push((key, value));
         Ok(true)
     }
-    fn finish(&mut self, dict: Self::Dict) -> Value {
-        Value::Dict(dict.0)
+    fn finish(&mut self, dict: Self::Dict) -> Result<Value, Error> {
+        Ok(Value::Dict(dict.0))
     }
 }
 

@@ -73,7 +73,35 @@ const TABLE: [(DType, &str, usize, Class); 14] = [
     (C128, "complex128", 16, Class::Complex(&F64)),
 ];
 
+/// `(name in safetensors, dtype, NumPy name of what is opaque)`; types of less than a byte are not there.
+const SAFETENSORS: [(&str, DType, Option<&str>); 19] = [
+    ("BOOL", Bool, None),
+    ("U8", U8, None),
+    ("I8", I8, None),
+    ("F8_E5M2", Opaque(1), Some("float8_e5m2")),
+    ("F8_E4M3", Opaque(1), Some("float8_e4m3fn")),
+    ("F8_E8M0", Opaque(1), Some("float8_e8m0fnu")),
+    ("F8_E4M3FNUZ", Opaque(1), Some("float8_e4m3fnuz")),
+    ("F8_E5M2FNUZ", Opaque(1), Some("float8_e5m2fnuz")),
+    ("I16", I16, None),
+    ("U16", U16, None),
+    ("F16", F16, None),
+    ("BF16", Opaque(2), Some("bfloat16")),
+    ("I32", I32, None),
+    ("U32", U32, None),
+    ("F32", F32, None),
+    ("C64", C64, None),
+    ("F64", F64, None),
+    ("I64", I64, None),
+    ("U64", U64, None),
+];
+
 impl DType {
+    /// From the name in a safetensors file, with the NumPy name where HDF5 knows only opaque bytes.
+    pub fn from_safetensors(name: &str) -> Option<(Self, Option<&'static str>)> {
+        SAFETENSORS.iter().find(|row| row.0 == name).map(|row| (row.1, row.2))
+    }
+
     /// Every dtype with a name of its own.
     pub fn named() -> impl Iterator<Item = Self> {
         TABLE.iter().map(|row| row.0)

@@ -15,7 +15,7 @@ pub enum Kind {
     Archive,
     /// The bytes of a member do not match their CRC-32.
     Crc,
-    /// The HDF5 image is malformed.
+    /// The weights image, HDF5 or safetensors, is malformed.
     Hdf5,
     /// A JSON text is malformed; the byte offset says where.
     Json(usize),

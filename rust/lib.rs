@@ -25,5 +25,6 @@ pub mod limits;
 pub mod load;
 #[cfg(feature = "python")]
 mod py;
+pub mod safetensors;
 pub mod save;
 pub mod tree;

@@ -26,6 +26,9 @@ pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
 /// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
 pub const DATASET_MAX_EXPANSION: u64 = 1000;
 
+/// Bytes of the header of a safetensors file: the reference implementation's own limit.
+pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 100_000_000;
+
 /// Bytes of a JSON text read from a file.
 pub const MAX_JSON_BYTES: u64 = 1 << 30;
 /// Nesting of a JSON text read from a file; real models stay below 60.

@@ -10,6 +10,7 @@ use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
 use crate::io::buffer::Block;
 use crate::io::fetch::{Extent, Fetch, Interrupt, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
+use crate::safetensors::Safetensors;
 
 /// Which engine indexes an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub enum Choice {
     Direct,
     /// libhdf5 only.
     LibHdf5,
+    /// No HDF5 at all, but safetensors.
+    Safetensors,
 }
 
 impl Choice {
@@ -31,6 +34,7 @@ impl Choice {
         match self {
             Self::Auto | Self::Direct => Ok(Box::new(Direct)),
             Self::LibHdf5 => libhdf5(),
+            Self::Safetensors => Ok(Box::new(Safetensors)),
         }
     }
 }
@@ -128,6 +132,44 @@ impl Weights {
     /// Whether a CRC-32 of the whole image is known.
     pub fn has_crc(&self) -> bool {
         self.crc.is_some()
+    }
+
+    /// Where dataset `i` starts in the file; `None` where it is no run of bytes of a file.
+    pub fn offset(&self, i: usize) -> Option<u64> {
+        match self.index.datasets[i].storage {
+            Storage::Contiguous(offset) if self.source.as_slice().is_none() => Some(self.image.offset + offset),
+            _ => None,
+        }
+    }
+
+    /// Bytes `start..end` of dataset `i`, read by the calling thread and not checked. What is no run of bytes of the
+    /// file is read whole.
+    ///
+    /// # Errors
+    /// `Invalid` when the dataset has no such bytes, `Io`, those of the engine, or what `interrupt` returns.
+    pub fn read_part(&self, i: usize, start: u64, end: u64, interrupt: Interrupt<'_>) -> Result<Slot> {
+        let dataset = &self.index.datasets[i];
+        let read = || {
+            if start > end || end > dataset.nbytes {
+                return Err(Error::new(Kind::Invalid, "the tensor has no such bytes")
+                    .with_found(format_args!("at most {}", dataset.nbytes), format_args!("{start} to {end}")));
+            }
+            let len = (end - start) as usize;
+            match &dataset.storage {
+                Storage::Contiguous(at) => {
+                    Slot::read_from(&*self.source, self.image.offset + at + start, len, interrupt)
+                }
+                Storage::Empty => Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }),
+                _ => {
+                    let whole = self.read(dataset)?;
+                    if len == whole.len {
+                        return Ok(whole);
+                    }
+                    Ok(Slot::copy_of(&whole.bytes()[start as usize..end as usize], Block::new(len)))
+                }
+            }
+        };
+        read().map_err(|e| e.with_entry(&dataset.path))
     }
 
     /// Starts to read the datasets at `wanted` (indices into the index). With `verify`, all of the image passes its

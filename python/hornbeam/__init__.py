@@ -18,13 +18,16 @@ from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
     from hornbeam import callbacks, export, models, saving
+    from hornbeam._open import File, Tensor, open
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "File",
     "HornbeamError",
     "IncompleteLoadError",
     "LoadReport",
     "Stats",
+    "Tensor",
     "UnsupportedError",
     "callbacks",
     "errors",
@@ -33,6 +36,7 @@ __all__ = [
     "installed",
     "last_report",
     "models",
+    "open",
     "options",
     "saving",
     "stats",
@@ -58,6 +62,8 @@ def __getattr__(name: str) -> Any:
     # These import Keras, so they are imported when they are used.
     if name in ("saving", "models", "callbacks", "export"):
         return importlib.import_module(f"hornbeam.{name}")
+    if name in ("open", "File", "Tensor"):  # needs NumPy
+        return getattr(importlib.import_module("hornbeam._open"), name)
     raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")
 
 

@@ -179,7 +179,7 @@ class File:
     def check_expansion(self, name: str, floor: int, max_expansion: int) -> None:
         """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores."""
     def weights(self, *, engine: str = "auto") -> Weights:
-        """Indexes the weights."""
+        """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 
 @final
 class Weights:
@@ -195,6 +195,15 @@ class Weights:
         """`(path, attributes)` of every group but the root."""
     def datasets(self) -> list[_Dataset]:
         """`(path, dtype, shape, attributes)` of every dataset."""
+    @property
+    def attributes(self) -> _Attributes:
+        """Attributes of the root; the metadata of a safetensors file."""
+    def names(self) -> list[str]:
+        """The paths of `datasets()`."""
+    def dataset(self, i: int) -> tuple[str, list[int], int, _Attributes, int | None]:
+        """`(dtype, shape, bytes, attributes, offset)` of one dataset; no offset where it is no run of bytes."""
+    def read(self, i: int, start: int, stop: int) -> Block:
+        """Bytes `start` to `stop` of a dataset, without a thread and unchecked. Chunked ones are read whole."""
     def fetch(self, wanted: Sequence[int], *, verify: bool = True, read_ahead: int) -> Reading:
         """Starts a thread that reads datasets, by their positions in `datasets()`, in the order of the file.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from keras.src.saving import saving_lib
 from keras.src.utils import dtype_utils
 
 from hornbeam import _core, _save, _state
+from hornbeam._open import read_index
 from hornbeam._store import RecordStore
-from hornbeam.errors import ConfigError, UnsafeFileError
 
 
 def _index_path(text: str, *, saving: bool) -> Path:
@@ -116,19 +115,5 @@ def open_shards(text: str) -> list[tuple[str, _core.File]]:
         FileNotFoundError: When a shard is missing.
     """
     path = _index_path(text, saving=False)
-    try:
-        index = _core.decode_json(path.read_bytes(), trusted=False)
-        values = list(index["weight_map"].values())
-        names = [n for value in values for n in (value if isinstance(value, list) else [value])]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(f"'{path}' is not an index of sharded weights: it has no weight_map") from e
-    base = path.stem.replace(".weights", "")
-    first = f"{base}_00000.weights.h5"  # holds the groups without values
-    if path.with_name(first).exists():
-        names.insert(0, first)
-    opened = []
-    for name in dict.fromkeys(names):
-        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name:
-            raise UnsafeFileError(f"'{path}' names a shard outside its directory: {name!r}")
-        opened.append((name, _core.open(str(path.with_name(name)), archive=False)))
-    return opened
+    _, names = read_index(path)
+    return [(name, _core.open(str(path.with_name(name)), archive=False)) for name in names]

@@ -37,7 +37,7 @@ class ChecksumError(ArchiveError):
 
 
 class WeightsFileError(HornbeamError, OSError):
-    """The HDF5 image is malformed."""
+    """The HDF5 or safetensors image is malformed."""
 
 
 class ConfigError(HornbeamError, ValueError):

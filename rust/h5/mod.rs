@@ -59,6 +59,8 @@ pub struct Found {
 /// Everything an image holds, in the order its groups list it (names ascending by byte).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
+    /// String attributes of the root.
+    pub attributes: Vec<Attribute>,
     /// Every group but the root, parents first, with its string attributes.
     pub groups: Vec<(String, Vec<Attribute>)>,
     /// Every dataset.

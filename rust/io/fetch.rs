@@ -54,6 +54,23 @@ impl Slot {
         Self { start: 0, len: bytes.len(), block: Arc::new(block) }
     }
 
+    /// A slot of its own with `len` bytes of `source`, read by the calling thread.
+    ///
+    /// # Errors
+    /// `Io`, or what `interrupt` returns.
+    pub fn read_from(source: &dyn ReadAt, offset: u64, len: usize, interrupt: Interrupt<'_>) -> Result<Self> {
+        const PART: usize = 16 << 20; // milliseconds
+        let block = Block::new(len);
+        // SAFETY: the block is not shared yet.
+        for (i, part) in unsafe { block.slot(0, len) }.chunks_mut(PART).enumerate() {
+            if i > 0 {
+                interrupt()?;
+            }
+            source.read_at(part, offset + (i * PART) as u64)?;
+        }
+        Ok(Self { block: Arc::new(block), start: 0, len })
+    }
+
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         assert!(self.start + self.len <= self.block.len());

@@ -314,8 +314,8 @@ impl<'py> Build for Objects<'py> {
         dict.set_item(key, value)?;
         Ok(!self.unique || dict.len() > before)
     }
-    fn finish(&mut self, dict: Self::Dict) -> Self::Value {
-        dict.into_any()
+    fn finish(&mut self, dict: Self::Dict) -> Result<Self::Value, Self::Error> {
+        Ok(dict.into_any())
     }
 }
 

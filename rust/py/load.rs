@@ -1,5 +1,6 @@
 //! `open`, `File`, `Weights`, `Reading`: a file, the image in it, a read in progress.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ pub(super) fn choice(engine: &str) -> PyResult<Choice> {
         "auto" => Ok(Choice::Auto),
         "direct" => Ok(Choice::Direct),
         "libhdf5" => Ok(Choice::LibHdf5),
+        "safetensors" => Ok(Choice::Safetensors),
         other => Err(PyValueError::new_err(format!("engine must be 'auto', 'direct' or 'libhdf5', not '{other}'"))),
     }
 }
@@ -52,6 +54,11 @@ fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
         Some(path) => e.with_path(path),
         None => e,
     })
+}
+
+#[cold]
+fn nowhere() -> PyErr {
+    PyValueError::new_err("no dataset has this position")
 }
 
 impl File {
@@ -126,11 +133,38 @@ impl Weights {
         self.weights.index().datasets.iter().map(row).collect()
     }
 
+    /// String attributes of the root.
+    #[getter]
+    fn attributes(&self) -> Vec<Attribute> {
+        self.weights.index().attributes.clone()
+    }
+
+    /// The paths of `datasets()`.
+    fn names(&self) -> Vec<&str> {
+        self.weights.index().datasets.iter().map(|d| &*d.path).collect()
+    }
+
+    /// `(dtype, shape, bytes, attributes, offset in the file)` of one dataset.
+    #[allow(clippy::type_complexity)] // one row of a table
+    fn dataset(&self, i: usize) -> PyResult<(Cow<'static, str>, &[u64], u64, &[Attribute], Option<u64>)> {
+        let d = self.weights.index().datasets.get(i).ok_or_else(nowhere)?;
+        Ok((d.dtype.name(), &d.shape, d.nbytes, &d.attributes, self.weights.offset(i)))
+    }
+
+    /// Some bytes of a dataset.
+    fn read(&self, py: Python<'_>, i: usize, start: u64, stop: u64) -> PyResult<Block> {
+        if i >= self.weights.index().datasets.len() {
+            return Err(nowhere());
+        }
+        let read = || placed(self.weights.read_part(i, start, stop, &interrupt), self.path.as_ref());
+        run(py, read).map(Block::new)
+    }
+
     /// Starts to read datasets by their position in `datasets()`.
     #[pyo3(signature = (wanted, *, verify = true, read_ahead))]
     fn fetch(&self, py: Python<'_>, wanted: Vec<usize>, verify: bool, read_ahead: u64) -> PyResult<Reading> {
         if wanted.iter().any(|&i| i >= self.weights.index().datasets.len()) {
-            return Err(PyValueError::new_err("no dataset has this position"));
+            return Err(nowhere());
         }
         let reading = run(py, || placed(self.weights.fetch(&wanted, verify, read_ahead), self.path.as_ref()))?;
         Ok(Reading { reading: Some(reading), path: self.path.clone() })

@@ -13,18 +13,21 @@ use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{Found, Index, Storage};
 use crate::io::ReadAt;
+use crate::io::fetch::Slot;
 use crate::limits;
 use crate::tree::Attribute;
 
-/// Bytes read at once where metadata and payload alternate, as in files of h5py.
-const PAGE: u64 = 4096;
+/// Bytes read at once where metadata and payload alternate: what the HDF5 library allocates for metadata at a time.
+const PAGE: u64 = 2048;
+/// Pages kept while a file is indexed: 1 MiB.
+const CACHED_PAGES: usize = 512;
 /// Bytes of metadata read in one go where it comes first, as in ours.
 const MAX_PREFIX: u64 = 64 << 20;
 
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
     let (root, pages) = open(image)?;
     let mut reader = Reader {
-        pages,
+        pages: &pages,
         found: Index::default(),
         depth: 0,
         groups: HashSet::new(),
@@ -38,6 +41,12 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
 #[cold]
 fn malformed(what: &str) -> Error {
     Error::new(Kind::Hdf5, format!("malformed HDF5: {what}")).with_advice("The file is damaged; use another copy.")
+}
+
+#[cold]
+fn wrong_signature(expected: &[u8], found: &[u8]) -> Error {
+    malformed("a structure has the wrong signature")
+        .with_found(String::from_utf8_lossy(expected), String::from_utf8_lossy(found).escape_default())
 }
 
 #[cold]
@@ -95,23 +104,49 @@ fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
     Ok((root, pages))
 }
 
-/// The image in pages, each read once; or all of it, where it is in memory.
+/// The image in pages; or all of it, where it is in memory.
 struct Pages<'a> {
     image: &'a dyn ReadAt,
     slice: Option<&'a [u8]>,
-    prefix: Vec<u8>,
-    pages: RefCell<HashMap<u64, Box<[u8]>>>,
+    prefix: Option<Slot>, // in huge pages: a first touch takes longer than the copy
+    cache: RefCell<Cache>,
+}
+
+/// The pages read last, each in the one place that its number gives it: a file is walked nearly in order, so a page
+/// seldom comes back, and little memory stays in the processor's cache.
+#[derive(Default)]
+struct Cache {
+    numbers: Vec<u64>,
+    memory: Vec<u8>,
+}
+
+impl Cache {
+    /// Page `number`, read if it is not there.
+    fn page(&mut self, image: &dyn ReadAt, number: u64) -> Result<&[u8]> {
+        if self.memory.is_empty() {
+            self.memory = vec![0; CACHED_PAGES * PAGE as usize];
+            self.numbers = vec![u64::MAX; CACHED_PAGES];
+        }
+        let place = number as usize % CACHED_PAGES;
+        let start = number * PAGE;
+        let page = &mut self.memory[place * PAGE as usize..][..PAGE.min(image.len() - start) as usize];
+        if self.numbers[place] != number {
+            self.numbers[place] = u64::MAX; // half of it may be overwritten
+            image.read_at(page, start)?;
+            self.numbers[place] = number;
+        }
+        Ok(page)
+    }
 }
 
 impl<'a> Pages<'a> {
     fn new(image: &'a dyn ReadAt) -> Self {
-        Self { image, slice: image.as_slice(), prefix: Vec::new(), pages: RefCell::default() }
+        Self { image, slice: image.as_slice(), prefix: None, cache: RefCell::default() }
     }
 
     fn prefix(&mut self, n: u64) -> Result<()> {
         if self.slice.is_none() {
-            self.prefix = vec![0; n.min(self.image.len()) as usize];
-            self.image.read_at(&mut self.prefix, 0)?;
+            self.prefix = Some(Slot::read_from(self.image, 0, n.min(self.image.len()) as usize, &|| Ok(()))?);
         }
         Ok(())
     }
@@ -120,25 +155,16 @@ impl<'a> Pages<'a> {
     fn get(&self, offset: u64, n: usize) -> Result<Cow<'_, [u8]>> {
         let end = offset.checked_add(n as u64).filter(|&end| end <= self.image.len());
         let end = end.ok_or_else(|| malformed("an address points outside the file"))?;
-        for memory in [self.slice.unwrap_or_default(), &self.prefix] {
+        for memory in [self.slice, self.prefix.as_ref().map(Slot::bytes)].into_iter().flatten() {
             if let Some(bytes) = memory.get(offset as usize..end as usize) {
                 return Ok(Cow::Borrowed(bytes));
             }
         }
         let mut out = Vec::with_capacity(n);
-        let mut pages = self.pages.borrow_mut();
+        let mut cache = self.cache.borrow_mut();
         let mut at = offset;
         while at < end {
-            let number = at / PAGE;
-            let page = match pages.entry(number) {
-                std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
-                std::collections::hash_map::Entry::Vacant(e) => {
-                    let start = number * PAGE;
-                    let mut page = vec![0; PAGE.min(self.image.len() - start) as usize];
-                    self.image.read_at(&mut page, start)?;
-                    e.insert(page.into())
-                }
-            };
+            let page = cache.page(self.image, at / PAGE)?;
             let from = (at % PAGE) as usize;
             let take = (page.len() - from).min((end - at) as usize);
             out.extend_from_slice(&page[from..from + take]);
@@ -184,11 +210,7 @@ impl<'a> Fields<'a> {
 
     fn signature(self, at: usize, expected: [u8; 4]) -> Result<()> {
         let found = self.bytes(at, 4)?;
-        if found == expected {
-            return Ok(());
-        }
-        Err(malformed("a structure has the wrong signature")
-            .with_found(String::from_utf8_lossy(&expected), String::from_utf8_lossy(found).escape_default()))
+        if found == expected { Ok(()) } else { Err(wrong_signature(&expected, found)) }
     }
 }
 
@@ -213,7 +235,7 @@ struct Type {
 }
 
 struct Reader<'a> {
-    pages: Pages<'a>,
+    pages: &'a Pages<'a>,
     found: Index,
     depth: usize,
     groups: HashSet<u64>,
@@ -240,7 +262,9 @@ impl Reader<'_> {
         if self.depth > limits::MAX_DEPTH {
             return Err(Error::new(Kind::Limit, "groups are nested too deeply").with_entry(&self.path));
         }
-        if !self.path.is_empty() {
+        if self.path.is_empty() {
+            self.found.attributes = header.attributes;
+        } else {
             self.found.groups.push((self.path.clone(), header.attributes));
         }
         let mut links = header.links;
@@ -358,9 +382,10 @@ impl Reader<'_> {
 
     /// All messages of the object header at `address` (§IV.A.1).
     fn header(&mut self, address: u64) -> Result<Header> {
-        let prefix = self.pages.get(address, 16)?.into_owned();
+        let pages = self.pages;
+        let prefix = pages.get(address, 16)?;
         let f = Fields(&prefix);
-        let v2 = f.signature(0, *b"OHDR").is_ok();
+        let v2 = prefix.starts_with(b"OHDR");
         let mut message_head = 8; // bytes before a message's data
         let first = if v2 {
             let flags = f.u8(5)?;
@@ -392,7 +417,7 @@ impl Reader<'_> {
             if chunks[..next - 1].contains(&(start, size)) {
                 return Err(malformed("an object header continues into itself"));
             }
-            let chunk = self.pages.get(start, size as usize)?.into_owned();
+            let chunk = pages.get(start, size as usize)?;
             let mut at = 0;
             while at + message_head <= chunk.len() {
                 let f = Fields(&chunk[at..]);
@@ -505,7 +530,7 @@ impl Reader<'_> {
 
     /// The first `n` bytes of an object of the global heap (§III.E).
     fn heap_object(&mut self, collection: u64, object: u32, n: usize) -> Result<Vec<u8>> {
-        let pages = &self.pages;
+        let pages = self.pages;
         let objects = match self.heaps.entry(collection) {
             std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
             std::collections::hash_map::Entry::Vacant(e) => {

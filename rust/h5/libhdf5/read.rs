@@ -39,6 +39,7 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
         let root = lib.object(lib.open_group(file, "/")?)?;
         let mut walk = Walk { lib, file, len: image.len(), out: Index::default(), seen: HashSet::new(), room: ROOM };
         walk.seen.insert(root.token);
+        walk.out.attributes = walk.attributes(&root)?;
         walk.group(*root.id, "", 1)?;
         Ok(walk.out)
     })

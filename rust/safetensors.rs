@@ -1,0 +1,264 @@
+//! A `.safetensors` file → the index that an HDF5 image gives, so that everything behind it works for both.
+//!
+//! The file is 8 bytes (the header's length), the header (a JSON object: name → `dtype`, `shape`, `data_offsets`, and
+//! `__metadata__` with strings), the values. As strict as the reference implementation: the values follow one another
+//! without holes, and nothing is left over.
+#![forbid(unsafe_code)]
+
+use crate::config::{self, Build, Scalar, Text};
+use crate::dtype::DType;
+use crate::error::{Error, Kind, Result};
+use crate::h5::{Engine, Found, Index, Layout, Storage};
+use crate::io::ReadAt;
+use crate::limits;
+use crate::tree::{Attribute, Tree};
+
+/// The reader of safetensors; it writes none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Safetensors;
+
+impl Engine for Safetensors {
+    fn name(&self) -> &'static str {
+        "safetensors"
+    }
+
+    fn lay_out(&self, _tree: &Tree) -> Result<Layout> {
+        Err(Error::new(Kind::Unsupported, "safetensors files are read only"))
+    }
+
+    fn index(&self, image: &dyn ReadAt) -> Result<Index> {
+        index(image)
+    }
+
+    fn read(&self, _image: &dyn ReadAt, _paths: &[&str], _out: &mut [&mut [u8]]) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "safetensors hold contiguous tensors only"))
+    }
+}
+
+#[cold]
+fn malformed(what: &str) -> Error {
+    Error::new(Kind::Hdf5, format!("malformed safetensors: {what}"))
+        .with_advice("The file is damaged or of another format; use another copy.")
+}
+
+fn index(image: &dyn ReadAt) -> Result<Index> {
+    let mut size = [0; 8];
+    if image.len() < size.len() as u64 {
+        return Err(malformed("it is too short").with_found("8 bytes at least", image.len()));
+    }
+    image.read_at(&mut size, 0)?;
+    let size = u64::from_le_bytes(size);
+    if size > limits::MAX_SAFETENSORS_HEADER_BYTES {
+        return Err(Error::new(Kind::Limit, "the header of the safetensors file is too large")
+            .with_found(format_args!("at most {} bytes", limits::MAX_SAFETENSORS_HEADER_BYTES), size));
+    }
+    let start = size + 8;
+    if start > image.len() {
+        return Err(truncated(start, image.len()));
+    }
+    let mut text = vec![0; size as usize];
+    image.read_at(&mut text, 8)?;
+    if !text.starts_with(b"{") {
+        return Err(malformed("its header is no JSON object"));
+    }
+    let text = String::from_utf8(text).map_err(|_| malformed("its header is not UTF-8"))?;
+    let limits = config::Limits { bytes: limits::MAX_SAFETENSORS_HEADER_BYTES, depth: 3, unique_keys: true };
+    let header = config::decode(&text, &limits, &mut Header::default()).map_err(|e| match e.kind() {
+        Kind::Json(_) => malformed(&format!("its header: {e}")),
+        _ => e,
+    })?;
+    let Node::Dict(header) = header else { return Err(malformed("its header is no JSON object")) };
+    let mut index = Index::default();
+    let mut ends = Vec::new();
+    for (name, node) in header.into_entries() {
+        if name == "__metadata__" {
+            index.attributes = metadata(node).ok_or_else(|| malformed("its __metadata__ is no object of strings"))?;
+            continue;
+        }
+        let (found, end) = tensor(&name, node).map_err(|e| e.with_entry(&name))?;
+        ends.push((found, end));
+    }
+    if ends.len() > limits::MAX_OBJECTS {
+        return Err(Error::new(Kind::Limit, "too many tensors")
+            .with_found(format_args!("at most {}", limits::MAX_OBJECTS), ends.len()));
+    }
+    contiguous(&mut ends, start, image.len())?;
+    index.datasets = ends.into_iter().map(|(found, _)| found).collect();
+    index.datasets.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    twice(index.datasets.iter().map(|d| &*d.path))?;
+    twice(index.attributes.iter().map(|a| &*a.0))?;
+    Ok(index)
+}
+
+#[cold]
+fn truncated(wanted: u64, found: u64) -> Error {
+    Error::new(Kind::Hdf5, "the safetensors file is truncated")
+        .with_found(format_args!("{wanted} bytes"), format_args!("{found} bytes"))
+        .with_advice("It was cut short or is still being written; copy or save it again.")
+}
+
+/// Refuses sorted names of which one comes twice.
+fn twice<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+    match names.clone().zip(names.skip(1)).find(|(a, b)| a == b) {
+        Some((name, _)) => Err(malformed("a name comes twice").with_entry(name)),
+        None => Ok(()),
+    }
+}
+
+/// Turns offsets from the start of the values into offsets in the file, if the values fill it from there to its end.
+fn contiguous(tensors: &mut [(Found, u64)], start: u64, len: u64) -> Result<()> {
+    let begin = |found: &Found| if let Storage::Contiguous(at) = found.storage { at } else { 0 };
+    tensors.sort_unstable_by_key(|(found, end)| (begin(found), *end));
+    let mut at = 0;
+    for (found, end) in tensors.iter_mut() {
+        let begin = begin(found);
+        if begin != at {
+            return Err(malformed("values overlap, or there is a hole between them")
+                .with_found(format_args!("a start at {at}"), begin)
+                .with_entry(&found.path));
+        }
+        at = *end;
+        found.storage =
+            if found.nbytes == 0 { Storage::Empty } else { Storage::Contiguous(begin.saturating_add(start)) };
+    }
+    match start.checked_add(at) {
+        Some(wanted) if wanted == len => Ok(()),
+        Some(wanted) if wanted < len => Err(malformed("bytes are left over").with_found(wanted, len)),
+        wanted => Err(truncated(wanted.unwrap_or(u64::MAX), len)),
+    }
+}
+
+/// The tensor that an entry of the header describes, at its offset from the start of the values, and its end.
+fn tensor(name: &str, node: Node) -> Result<(Found, u64)> {
+    if name.len() > limits::MAX_PATH_BYTES {
+        return Err(Error::new(Kind::Limit, "a name is too long").with_found(limits::MAX_PATH_BYTES, name.len()));
+    }
+    let Node::Dict(dict) = node else { return Err(malformed("a tensor is no object")) };
+    let [Some(Node::Text(dtype)), Some(Node::Sizes(shape)), Some(Node::Sizes(offsets))] = dict.fields else {
+        return Err(malformed("a tensor lacks its dtype, shape or data_offsets"));
+    };
+    let (dtype, tag) = DType::from_safetensors(&dtype).ok_or_else(|| {
+        Error::new(Kind::Unsupported, "a dtype that cannot be read").with_found("one of whole bytes", dtype)
+    })?;
+    let &[begin, end] = &offsets[..] else { return Err(malformed("data_offsets are not two")) };
+    let stored = end.checked_sub(begin).ok_or_else(|| malformed("data_offsets end before they begin"))?;
+    let nbytes = dtype.nbytes(&shape).ok_or_else(|| malformed("a tensor's size overflows"))?;
+    if nbytes != stored {
+        return Err(malformed("a tensor's size does not match its data_offsets")
+            .with_found(format_args!("{nbytes} bytes"), format_args!("{stored}")));
+    }
+    let attributes = tag.map(|tag| ("dtype".to_owned(), tag.to_owned())).into_iter().collect();
+    let storage = Storage::Contiguous(begin);
+    Ok((Found { path: name.to_owned(), dtype, shape, nbytes, storage, attributes }, end))
+}
+
+fn metadata(node: Node) -> Option<Vec<Attribute>> {
+    let Node::Dict(dict) = node else { return None };
+    let text = |(key, value)| if let Node::Text(value) = value { Some((key, value)) } else { None };
+    let mut all: Vec<Attribute> = dict.into_entries().map(text).collect::<Option<_>>()?;
+    all.sort_unstable();
+    Some(all)
+}
+
+/// A value of the header.
+enum Node {
+    Text(String),
+    Size(u64),
+    Sizes(Vec<u64>),
+    Dict(Box<Dict>),
+    Other,
+}
+
+/// The fields of a tensor; their names need no memory.
+const FIELDS: [&str; 3] = ["dtype", "shape", "data_offsets"];
+
+#[derive(Default)]
+struct Dict {
+    fields: [Option<Node>; FIELDS.len()],
+    others: Vec<(String, Node)>,
+}
+
+impl Dict {
+    /// All of them, where the names mean nothing.
+    fn into_entries(self) -> impl Iterator<Item = (String, Node)> {
+        let fields = FIELDS.into_iter().zip(self.fields).filter_map(|(name, node)| Some((name.to_owned(), node?)));
+        fields.chain(self.others)
+    }
+}
+
+enum Key {
+    Field(usize),
+    Other(String),
+}
+
+/// Builds the header; memory stays in proportion to its text.
+#[derive(Default)]
+struct Header {
+    pending: usize, // values that are in no list or dict yet
+}
+
+impl Header {
+    fn value(&mut self, node: Node) -> Result<Node> {
+        self.pending += 1;
+        if self.pending > limits::MAX_RANK {
+            return Err(Error::new(Kind::Limit, "a list in the safetensors header is too long")
+                .with_found(format_args!("at most {} values", limits::MAX_RANK), "more"));
+        }
+        Ok(node)
+    }
+}
+
+fn text(text: Text) -> Result<String> {
+    match text {
+        Text::Utf8(s) => Ok(s.to_owned()),
+        Text::Utf16(_) => Err(malformed("a string in its header is not Unicode")),
+    }
+}
+
+impl Build for Header {
+    type Value = Node;
+    type Key = Key;
+    type Dict = Box<Dict>;
+    type Error = Error;
+
+    fn scalar(&mut self, scalar: Scalar) -> Result<Node> {
+        let node = match scalar {
+            Scalar::Int(n) => u64::try_from(n).map_or(Node::Other, Node::Size),
+            Scalar::IntText(digits) => digits.parse().map_or(Node::Other, Node::Size),
+            Scalar::Text(t) => Node::Text(text(t)?),
+            Scalar::Null | Scalar::Bool(_) | Scalar::Float(_) => Node::Other,
+        };
+        self.value(node)
+    }
+
+    fn list(&mut self, items: std::vec::Drain<Node>) -> Result<Node> {
+        self.pending -= items.len();
+        let sizes = items.map(|node| if let Node::Size(n) = node { Some(n) } else { None });
+        let node = sizes.collect::<Option<_>>().map_or(Node::Other, Node::Sizes);
+        self.value(node)
+    }
+
+    fn dict(&mut self) -> Box<Dict> {
+        Box::default()
+    }
+
+    fn key(&mut self, key: Text) -> Result<Key> {
+        let field = FIELDS.iter().position(|&name| key == Text::Utf8(name));
+        field.map_or_else(|| text(key).map(Key::Other), |i| Ok(Key::Field(i)))
+    }
+
+    fn insert(&mut self, dict: &mut Box<Dict>, key: Key, value: Node) -> Result<bool> {
+        self.pending -= 1;
+        match key {
+            Key::Field(i) => Ok(dict.fields[i].replace(value).is_none()),
+            Key::Other(name) => {
+                dict.others.push((name, value)); // that it is new is checked when all are there
+                Ok(true)
+            }
+        }
+    }
+
+    fn finish(&mut self, dict: Box<Dict>) -> Result<Node> {
+        self.value(Node::Dict(dict))
+    }
+}
