@@ -38,7 +38,7 @@ _key_patch = _keras._Patch()
 class _Lazy:
     """Mixed into the class of a variable while it has no value."""
 
-    _pending: tuple[Any, Any]  # initialiser, and what `_tensors.creation_scope` noted
+    _pending: tuple[Any, Any]  # initialiser, and what `_tensors.note_creation` noted
 
     @property
     def _value(self) -> Any:
@@ -106,15 +106,23 @@ def _settle(variable: Any) -> tuple[Any, Any]:
 def _give(variable: Any, value: Any) -> None:
     """The variable's first value."""
     _, creation = _settle(variable)
-    with _tensors.creation_scope(creation, variable):
-        variable._initialize(value)
+
+    def make() -> None:
+        made = None
+        if creation.name_scope is not None and tuple(value.shape) == tuple(variable._shape):
+            made = _shortcuts.make_variable(variable, value, creation.name_scope)
+        if made is None:
+            variable._initialize(value)
+        else:
+            variable._value = made
+
+    _tensors.create(creation, variable, make)
 
 
 def _initialize(variable: Any) -> None:
     """What stock Keras does at once."""
     initializer, creation = _settle(variable)
-    with _tensors.creation_scope(creation, variable):
-        _variable_patch.original(variable, initializer)
+    _tensors.create(creation, variable, lambda: _variable_patch.original(variable, initializer))
 
 
 def _can_wait(variable: Any, initializer: Any) -> bool:

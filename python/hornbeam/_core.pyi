@@ -217,6 +217,13 @@ class Weights:
 class Reading:
     """A read in progress. Dropping it stops it."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it reads ahead."""
+    @property
+    def done(self) -> int:
+        """Bytes of those that were read."""
+
     def take(self, i: int) -> Block | None:
         """Waits for a dataset; `None` if it was taken before."""
     def complete(self, *, drop_rest: bool = False) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _build, _core, _journal, _keras, _report, _state, _tensors
+from hornbeam import _build, _core, _journal, _keras, _progress, _report, _state, _tensors
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -157,6 +157,7 @@ def _load_model(
         image = Image(weights, weights_name, wanted=wanted, read_ahead=_read_ahead())
         store = LoadStore([image])
         stack.callback(store.close)
+        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
         report.stage("open")
         model = _from_config(config, custom_objects, compile, safe_mode)
         report.stage("build")
@@ -201,6 +202,8 @@ def load_weights_only(
             own = {path: v for path, v in selection.structure.values.items() if path not in selection.source}
             store = LoadStore(images, selection.source, own)
         stack.callback(store.close)
+        total = sum(image.nbytes for image in images)
+        stack.enter_context(_progress.watch("load", text, total, lambda: sum(image.done for image in images)))
         report.stage("open")
         store.complete(drop_rest=False)
         report.stage("read")

@@ -87,8 +87,6 @@ class Tensor:
             self.dtype = _extended(dtype, tag)
         else:
             self.dtype = _tensors.numpy_dtype(dtype, tag)
-        if self.dtype.itemsize * math.prod(self.shape) != self.nbytes:
-            raise WeightsFileError(f"'{name}' is called {self.dtype}, but its values are {dtype} in '{file.path}'")
 
     @property
     def ndim(self) -> int:

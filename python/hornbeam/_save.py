@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _core, _keras, _state, _tensors
+from hornbeam import _core, _keras, _progress, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 
 Stock = Callable[..., Any]
@@ -99,7 +99,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
                 atomic=False,
                 durable=options.durable,
             )
-            info = save.finish([], _puller(store))
+            info = _finish(save, plan, store, os.fspath(dirpath))
             for name, data in members:
                 _core.write_file(str(root / name), data, atomic=False, durable=options.durable)
             for name, path in assets.files():
@@ -139,7 +139,7 @@ def save_weights_only(
             return None
         plan = _plan(store)
         save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
-        info = save.finish([], _puller(store))
+        info = _finish(save, plan, store, text)
         log_in_place(info["in_place"], text)
     _count_save(plan, store, info["bytes"])
     return None
@@ -225,12 +225,20 @@ def _write(
         atomic=options.atomic,
         durable=options.durable,
     )
-    members: list[tuple[str, Any]] = [*(early or _finishing(save, lambda: _members(model)))]
-    members += [(name, Path(path)) for name, path in assets.files()]
-    info = save.finish(members, _puller(store))
+    path = target if isinstance(target, str) else None
+    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
+        members: list[tuple[str, Any]] = [*(early or _finishing(save, lambda: _members(model)))]
+        members += [(name, Path(path)) for name, path in assets.files()]
+        info = save.finish(members, _puller(store))
     if isinstance(target, str):
         log_in_place(info["in_place"], target)
     return info
+
+
+def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
+    """Waits for a bare weights image."""
+    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
+        return save.finish([], _puller(store))
 
 
 def _write_memory(

@@ -28,7 +28,6 @@ class Request:
         skip: Patterns of what is not.
         name_map: Name in the file → name in the model.
         by_name: Match layers by their names instead of their places.
-        progress: Told of the progress.
     """
 
     strict: bool = False
@@ -36,7 +35,6 @@ class Request:
     skip: tuple[str, ...] = ()
     name_map: NameMap | None = None
     by_name: bool = False
-    progress: Any = None
 
     @property
     def partial(self) -> bool:

@@ -3,12 +3,12 @@
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
-- `attributes`: a number, string or `None` set on a layer is not looked at by Keras' and TensorFlow's trackers, which
-  track none of these.
+- `attributes`: what is set on a layer and is no variable, layer, metric, seed generator or container goes past Keras'
+  and TensorFlow's trackers, which track nothing else.
 - `signatures`: `inspect.signature` of a function is taken once, not for every layer of a class.
-- `handles`: TensorFlow compiles a kernel for every name of a variable; here the name in the kernel is the same for all.
-  (The variable itself keeps its name. Errors about uninitialised variables show the other.) It replaces a function of
-  TensorFlow's private modules, so it is off by default.
+- `variables`: a TensorFlow variable that gets its value from the file is put together directly, with one kernel for all
+  variables of a shape, where TensorFlow compiles one for every name. It needs TensorFlow's private functions, so it is
+  off by default. (The variable keeps its name; errors of kernels about uninitialised ones show another.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -31,8 +32,6 @@ _local = threading.local()
 _attribute_patch = _keras._Patch()
 _layer_inspect_patch = _keras._Patch()
 _operation_inspect_patch = _keras._Patch()
-_handle_patch = _keras._Patch()
-_PLAIN = frozenset([int, float, str, bool, type(None)])
 
 
 class _Scope:
@@ -41,6 +40,7 @@ class _Scope:
     def __init__(self, shortcuts: frozenset[str]) -> None:
         self.shortcuts = shortcuts
         self.plain: dict[type, bool] = {}
+        self.tracked: dict[type, bool] = {}
         self.signatures: dict[Any, inspect.Signature] = {}
         self.specs: dict[Any, inspect.FullArgSpec] = {}
 
@@ -54,7 +54,7 @@ def _set_attribute(self: Any, name: str, value: Any) -> None:
     scope = _scope()
     if (
         scope is not None
-        and type(value) in _PLAIN
+        and not _is_tracked(scope, type(value))
         and "_tracker" in self.__dict__
         and not hasattr(type(self), name)  # a property, or a default that the trackers compare with
         and _is_plain(scope, type(self))
@@ -62,6 +62,28 @@ def _set_attribute(self: Any, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
     else:
         _attribute_patch.original(self, name, value)
+
+
+def _is_tracked(scope: _Scope, kind: type) -> bool:
+    """Whether values of a class mean something to a tracker."""
+    known = scope.tracked.get(kind)
+    if known is None:
+        known = scope.tracked[kind] = issubclass(kind, _tracked_classes())
+    return known
+
+
+@functools.cache
+def _tracked_classes() -> tuple[type, ...]:
+    from keras.src.utils import tracking
+
+    classes = [keras.Variable, keras.layers.Layer, keras.metrics.Metric, keras.random.SeedGenerator]
+    classes += [tuple, list, dict, set, tracking.Tracker]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.trackable.data_structures import NoDependency
+
+        classes += [tf.__internal__.tracking.Trackable, NoDependency]
+    return tuple(classes)
 
 
 def _is_plain(scope: _Scope, cls: type) -> bool:
@@ -72,7 +94,8 @@ def _is_plain(scope: _Scope, cls: type) -> bool:
         setters = [base for base in beyond if "__setattr__" in vars(base)]
         hook = getattr(cls, "_setattr_hook", None)
         ours = all(base.__module__.split(".")[0] in ("keras", "tensorflow", "builtins") for base in setters)
-        known = ours and (hook is None or hook.__module__.startswith("keras."))
+        tracker = getattr(cls, "_initialize_tracker", None)
+        known = ours and all(f is None or f.__module__.startswith("keras.") for f in (hook, tracker))
         scope.plain[cls] = known
     return known
 
@@ -103,12 +126,53 @@ class _Inspect:
         return getattr(inspect, name)
 
 
-def _make_handle(*args: Any, **kwargs: Any) -> Any:
-    """`gen_resource_variable_ops.var_handle_op`."""
+def make_variable(variable: Any, value: Any, name_scope: str) -> Any | None:
+    """The TensorFlow variable that `tf.Variable(value, ...)` would make for a Keras variable; `None` if that must.
+
+    Args:
+        variable: The Keras variable.
+        value: An eager tensor of its dtype and shape.
+        name_scope: TensorFlow's current name scope.
+    """
     scope = _scope()
-    if scope is not None and "handles" in scope.shortcuts and "debug_name" in kwargs:
-        kwargs["debug_name"] = "hornbeam"
-    return _handle_patch.original(*args, **kwargs)
+    if scope is None or "variables" not in scope.shortcuts:
+        return None
+    return _put_together(variable, value, name_scope)
+
+
+def _put_together(variable: Any, value: Any, name_scope: str) -> Any:
+    from tensorflow.python.eager import context
+    from tensorflow.python.framework import ops
+    from tensorflow.python.ops import gen_resource_variable_ops as generated
+    from tensorflow.python.ops import handle_data_util, resource_variable_ops
+
+    # As ResourceVariable._init_from_args in eager mode.
+    name = f"{name_scope}/{variable.name}" if name_scope else variable.name
+    shape, dtype = value.shape, value.dtype
+    shared = context.anonymous_name()
+    handle = generated.var_handle_op(shape=shape, dtype=dtype, shared_name=shared, debug_name="hornbeam", container="")
+    data = handle_data_util.create_handle_data(shape, dtype)
+    resource_variable_ops._set_handle_shapes_and_types(handle, data, False)
+    generated.assign_variable_op(handle, value)
+    made = resource_variable_ops.ResourceVariable.__new__(resource_variable_ops.ResourceVariable)
+    handle._parent_trackable = weakref.ref(made)
+    handle._name = f"{name}:0"
+    handle._unique_id = f"{name}_{ops.uid()}"
+    made._in_graph_mode = False
+    resource_variable_ops.BaseResourceVariable.__init__(
+        made,
+        trainable=variable.trainable,
+        shape=shape,
+        dtype=dtype,
+        handle=handle,
+        synchronization=variable._map_synchronization(variable.synchronization),
+        aggregation=variable._map_aggregation(variable.aggregation),
+        name=name,
+        unique_id=handle._unique_id,
+        handle_name=name,
+        in_graph_mode=False,
+    )
+    return made
 
 
 @contextlib.contextmanager
@@ -121,8 +185,8 @@ def scope() -> Iterator[None]:
         if "signatures" in wanted:
             stack.enter_context(_layer_inspect_patch(layer_module, "inspect", _Inspect()))
             stack.enter_context(_operation_inspect_patch(operation_module, "inspect", _Inspect()))
-        if "handles" in wanted and _handles_work():
-            stack.enter_context(_handles())
+        if "variables" in wanted and not _variables_work():
+            wanted -= {"variables"}
         before = _scope()
         _local.scope = _Scope(wanted)
         try:
@@ -135,52 +199,71 @@ def _attributes() -> contextlib.AbstractContextManager[None]:
     return _attribute_patch(keras.layers.Layer, "__setattr__", _set_attribute)
 
 
-def _handles() -> contextlib.AbstractContextManager[None]:
-    from tensorflow.python.ops import gen_resource_variable_ops
-
-    return _handle_patch(gen_resource_variable_ops, "var_handle_op", _make_handle)
-
-
-def _with_and_without(shortcut: str, patch: Callable[[], Any], work: Callable[[], Any]) -> bool:
-    """Whether `work` gives the same with and without a shortcut."""
-    expected = work()
-    before = _scope()
-    _local.scope = _Scope(frozenset([shortcut]))
-    try:
-        with patch():
-            same = work() == expected
-    finally:
-        _local.scope = before
-    if not same:
+def _same(shortcut: str, ours: Any, real: Any) -> bool:
+    if ours != real:
         _state.logger.warning("the shortcut %r does not work with this Keras, and is not taken", shortcut)
-    return bool(same)
+    return bool(ours == real)
 
 
 @functools.cache
 def _attributes_work() -> bool:
     def work() -> Any:
         layer = keras.layers.Layer(name="hornbeam_tries")
-        values = [1, 1.5, "a", True, None, (1, 2), [3], {"a": 4}]
+        values = [
+            1,
+            1.5,
+            "a",
+            True,
+            None,
+            (1, 2),
+            [3],
+            {"a": 4},
+            len,
+            keras.initializers.Zeros(),
+            keras.DTypePolicy("int8"),
+        ]
+        values += [keras.layers.Layer(name="inner"), keras.Variable(1.0), keras.random.SeedGenerator(1), int]
         for i, value in enumerate(values):
             setattr(layer, f"tried_{i}", value)
             setattr(layer, f"tried_{i}", value)
-        found = [(name, type(value), value) for name, value in vars(layer).items() if name.startswith("tried_")]
+        found = [(name, type(value)) for name, value in vars(layer).items() if name.startswith("tried_")]
         return found, sorted(vars(layer)), {name: len(ids) for name, ids in layer._tracker.stored_ids.items()}
 
-    return _with_and_without("attributes", _attributes, work)
+    real, before = work(), _scope()
+    _local.scope = _Scope(frozenset(["attributes"]))
+    try:
+        with _attributes():
+            return _same("attributes", work(), real)
+    finally:
+        _local.scope = before
 
 
 @functools.cache
-def _handles_work() -> bool:
+def _variables_work() -> bool:
+    """Whether what is put together equals the real thing, attribute by attribute, and is updated alike."""
     if not _tensors.shares():
         return False
     import tensorflow as tf
 
-    def work() -> Any:
-        made = [tf.Variable([i, i], dtype="float32", name=f"hornbeam_tries_{i}") for i in range(3)]
-        for variable in made:
-            variable.assign_add([1.0, 2.0])
-        ids = {v.handle._id for v in made} | {v._unique_id for v in made}
-        return [(v.name, v.dtype, v.shape, v.device, v.numpy().tolist()) for v in made], len(ids)
+    def describe(made: Any) -> Any:
+        made.assign_add([[1.0, 2.0]])
+        handle = made.handle
+        odd = {"_handle", "_unique_id", "_handle_name", "_graph_key"}
+        return (
+            {key: str(value) for key, value in vars(made).items() if key not in odd},
+            (type(made), made.name, made.dtype, made.shape, made.device, made.trainable, made.numpy().tolist()),
+            (handle.dtype, handle.shape, handle.device, handle._name, handle._parent_trackable() is made),
+            (handle._handle_data, made._graph_key, made._unique_id.rpartition("_")[0], made._handle_name),
+            tf.function(lambda: made + 1.0)().numpy().tolist(),
+        )
 
-    return _with_and_without("handles", _handles, work)
+    try:
+        variable = keras.Variable([[1.0, 2.0]], name="hornbeam_tries")
+        real = describe(variable._value)
+        value = tf.constant([[1.0, 2.0]])
+        with tf.init_scope():
+            ours = describe(_put_together(variable, value, ""))
+        return _same("variables", ours, real)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        _state.logger.warning("the shortcut 'variables' does not work with this TensorFlow: %s", error)
+        return False

@@ -26,6 +26,7 @@ class Options:
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
         shortcuts: Which of `_shortcuts.py` a load may take.
+        progress: `None` (a bar on a terminal, after two seconds), `True`, `False`, or called with a `Progress`.
     """
 
     strict: bool = False
@@ -34,6 +35,7 @@ class Options:
     durable: bool = False
     verify: bool = False
     shortcuts: frozenset[str] = frozenset(["attributes", "signatures"])
+    progress: Callable[[Any], Any] | bool | None = None
 
 
 class _Local(threading.local):
@@ -57,6 +59,7 @@ def options(
     durable: bool | None = None,
     verify: bool | None = None,
     shortcuts: Iterable[str] | None = None,
+    progress: Callable[[Any], Any] | bool | None = None,
 ) -> Iterator[Options]:
     """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
 
@@ -66,8 +69,10 @@ def options(
         atomic: Replace files by renaming (the default) or write over them.
         durable: Wait for stable storage.
         verify: Check the CRC also where only a part of a file is loaded.
+        progress: `True` shows a bar after two seconds, `False` shows nothing, and a callable gets a
+            `hornbeam.Progress` some ten times a second, in a thread of its own. Otherwise there is a bar on a terminal.
         shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"` and `"signatures"`, which are
-            on otherwise, and `"handles"`. `docs/performance.md` says what each is worth.
+            on otherwise, and `"variables"`. `docs/performance.md` says what each is worth.
 
     Yields:
         The options in force inside.
@@ -75,12 +80,19 @@ def options(
     Raises:
         ValueError: For an unknown engine or shortcut.
     """
-    given: dict[str, Any] = {"strict": strict, "engine": engine, "atomic": atomic, "durable": durable, "verify": verify}
+    given: dict[str, Any] = {
+        "strict": strict,
+        "engine": engine,
+        "atomic": atomic,
+        "durable": durable,
+        "verify": verify,
+        "progress": progress,
+    }
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
-    unknown = set(shortcuts or ()) - {"attributes", "signatures", "handles"}
+    unknown = set(shortcuts or ()) - {"attributes", "signatures", "variables"}
     if unknown:
-        raise ValueError(f"shortcuts must be among 'attributes', 'signatures' and 'handles'. Received: {shortcuts}")
+        raise ValueError(f"shortcuts must be among 'attributes', 'signatures' and 'variables'. Received: {shortcuts}")
     given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
     before = _local.options
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -267,6 +267,16 @@ class Image:
         self.tensors = 0
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that are read ahead."""
+        return self.reading.nbytes if self.reading is not None else 0
+
+    @property
+    def done(self) -> int:
+        """Bytes that were."""
+        return self.reading.done if self.reading is not None else 0
+
+    @property
     def crc(self) -> str:
         """What `complete` has shown."""
         if not self.weights.has_crc:

@@ -6,11 +6,10 @@ where it can or has to be fetched from a device (torch, NumPy, accelerators): th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -326,24 +325,23 @@ def _device_scope() -> str:
     return context.context().device_name or ""
 
 
-@contextlib.contextmanager
-def creation_scope(creation: Creation, variable: Any) -> Iterator[None]:
-    """As where `creation` was noted; afterwards the variable has the key promised then."""
+def create(creation: Creation, variable: Any, make: Callable[[], None]) -> None:
+    """Runs `make` as where `creation` was noted; afterwards the variable has the key promised then."""
     if _backend() == "jax":
         import jax
 
         with jax.ensure_compile_time_eval():
-            yield
+            make()
         return
     if creation.name_scope is None:
-        yield
+        make()
         return
     import tensorflow as tf
 
     if tf.executing_eagerly() and tf.get_current_name_scope() == creation.name_scope:
-        yield
+        make()
     else:
         with tf.init_scope(), tf.name_scope(creation.name_scope + "/" if creation.name_scope else ""):
-            yield
+            make()
     made = variable.__dict__["_value"]
     made._unique_id = made.handle._unique_id = creation.key
