@@ -23,6 +23,18 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// The engine that lays out images whose datasets are compressed.
+    ///
+    /// # Errors
+    /// `Unsupported` for the direct one, and when this build has no libhdf5.
+    pub fn compressor(self) -> Result<Box<dyn Engine>> {
+        match self {
+            Self::Auto | Self::LibHdf5 => libhdf5(),
+            Self::Direct => Err(Error::new(Kind::Unsupported, "the direct engine does not compress")
+                .with_advice("Choose the engine \"auto\" or \"libhdf5\".")),
+        }
+    }
+
     /// The engine that lays images out.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ use crate::archive::write::Content;
 use crate::commit::{self, Options};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
+use crate::h5::Compression;
 use crate::io::emit::{Progress, Sink, Tensors};
 use crate::io::fetch::POLL;
 use crate::save::{self, Prepared, Target};
@@ -29,14 +30,19 @@ use super::load::choice;
 pub(super) struct Plan(Arc<save::Plan>);
 
 #[pyfunction]
-#[pyo3(signature = (groups, datasets, *, engine = "auto"))]
+#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1 << 20))]
 pub(super) fn plan(
     py: Python<'_>,
     groups: Vec<(String, Vec<Attribute>)>,
     datasets: Vec<(String, String, Vec<u64>, Vec<Attribute>)>,
     engine: &str,
+    compression: Option<u32>,
+    shuffle: bool,
+    chunk_bytes: u64,
 ) -> PyResult<Plan> {
     let choice = choice(engine)?;
+    let compression = compression.map(|level| Compression::new(level, shuffle, chunk_bytes)).transpose();
+    let compression = compression.map_err(to_py)?;
     let laid_out = run(py, || {
         let mut tree = Tree::new();
         for (path, attributes) in groups {
@@ -49,7 +55,10 @@ pub(super) fn plan(
             })?;
             tree.add_dataset(&path, known, &shape, attributes)?;
         }
-        save::Plan::new(tree, &*choice.writer()?)
+        match compression {
+            Some(how) => Ok(save::Plan::compressed(tree, choice.compressor()?, how)),
+            None => save::Plan::new(tree, &*choice.writer()?),
+        }
     });
     Ok(Plan(Arc::new(laid_out?)))
 }
@@ -66,7 +75,7 @@ impl Plan {
         self.0.tree().nbytes()
     }
 
-    fn weights_end(&self, archive: bool) -> u64 {
+    fn weights_end(&self, archive: bool) -> Option<u64> {
         self.0.weights_end(archive)
     }
 
