@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::WEIGHTS;
-use crate::archive::read::{Members, Method};
+use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result};
-use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
+use crate::h5::{Engine, Index, Storage, direct::Direct};
 use crate::io::buffer::Block;
 use crate::io::fetch::{Extent, Fetch, Interrupt, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
@@ -77,6 +77,7 @@ pub struct Weights {
     source: Arc<dyn ReadAt>,
     image: Extent,
     crc: Option<u32>,
+    checked: bool, // the CRC was compared before the index was read
     index: Index,
     engine: Box<dyn Engine>,
 }
@@ -102,29 +103,36 @@ impl Weights {
         let opened = match member.method {
             Method::Stored => {
                 let image = Extent { offset: member.offset, len: member.size };
-                Self::open_image(Arc::clone(source), image, Some(member.crc), choice).or_else(|e| {
-                    // What cannot be understood has most likely changed after it was written, and then that is the news.
-                    member.check(&**source)?;
-                    Err(e)
-                })
+                Self::open_image(Arc::clone(source), image, Some(member), choice)
             }
             Method::Deflated => Self::open(Arc::new(member.read(&**source)?), choice),
         };
         opened.map_err(|e| e.with_member(WEIGHTS))
     }
 
-    fn open_image(source: Arc<dyn ReadAt>, image: Extent, crc: Option<u32>, choice: Choice) -> Result<Self> {
+    /// `member` is what the image is of an archive, if it is of one.
+    fn open_image(source: Arc<dyn ReadAt>, image: Extent, member: Option<&Member>, choice: Choice) -> Result<Self> {
         let window = Window::new(&*source, image.offset, image.len);
+        let check = || member.map_or(Ok(()), |m| m.check(&*source));
         let mut engine = choice.writer()?;
-        let mut index = engine.index(&window);
-        if choice == Choice::Auto
-            && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
-            && let Ok(other) = libhdf5()
-        {
-            engine = other;
-            index = engine.index(&window);
+        let mut checked = engine.name() != Direct.name();
+        if checked {
+            check()?; // the C library sees no byte that a checksum could tell to be wrong
         }
-        Ok(Self { index: index?, source, image, crc, engine })
+        let mut index = engine.index(&window);
+        if !checked && index.is_err() {
+            // What cannot be understood has most likely changed after it was written, and then that is the news.
+            check()?;
+            checked = true;
+            if choice == Choice::Auto
+                && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
+                && let Ok(other) = libhdf5()
+            {
+                engine = other;
+                index = engine.index(&window);
+            }
+        }
+        Ok(Self { index: index?, source, image, crc: member.map(|m| m.crc), checked, engine })
     }
 
     /// Groups and datasets.
@@ -149,37 +157,51 @@ impl Weights {
     /// Those of [`Fetch::start`].
     pub fn fetch(self: &Arc<Self>, wanted: &[usize], verify: bool, read_ahead: u64) -> Result<Reading> {
         let mut positions = vec![None; self.index.datasets.len()];
+        let datasets = &self.index.datasets;
         let mut tensors = Vec::new();
         for &i in wanted {
-            if let (Storage::Contiguous(offset), None) = (&self.index.datasets[i].storage, positions[i]) {
+            if let (Storage::Contiguous(offset), None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len());
-                tensors.push(Extent { offset: *offset, len: self.index.datasets[i].nbytes });
+                tensors.push(Extent { offset: *offset, len: datasets[i].nbytes });
             }
         }
+        let mut chunked = Vec::new();
+        for &i in wanted {
+            if let (Storage::Engine, None) = (&datasets[i].storage, positions[i]) {
+                positions[i] = Some(tensors.len() + chunked.len());
+                chunked.push(i);
+            }
+        }
+        let decoded = chunked.iter().map(|&i| datasets[i].nbytes).collect();
+        let weights = Arc::clone(self);
+        let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
+            let window = Window::new(source, weights.image.offset, weights.image.len);
+            let paths: Vec<_> = numbers.iter().map(|&n| &weights.index.datasets[chunked[n]].path[..]).collect();
+            weights.engine.read(&window, &paths, out)
+        };
         let request = Request {
             source: Arc::clone(&self.source),
             image: self.image,
             tensors,
-            crc: self.crc.filter(|_| verify),
+            decoded,
+            decode: Box::new(decode),
+            crc: self.crc.filter(|_| verify && !self.checked),
             read_ahead,
         };
         Ok(Reading { fetch: Fetch::start(request)?, positions, weights: Arc::clone(self) })
     }
 
-    /// A dataset that is no run of bytes of the file.
-    fn read(&self, dataset: &Found) -> Result<Slot> {
-        let len = dataset.nbytes as usize;
-        let mut bytes = Vec::new();
+    /// A dataset that takes no reading.
+    fn at_hand(&self, i: usize) -> Result<Slot> {
+        let dataset = &self.index.datasets[i];
+        let block = Block::new(dataset.nbytes as usize); // zero
         match &dataset.storage {
-            Storage::Compact(compact) => bytes.clone_from(compact),
-            Storage::Empty => return Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }), // zero, untouched
+            Storage::Compact(bytes) => Ok(Slot::copy_of(bytes, block)),
+            Storage::Empty => Ok(Slot { start: 0, len: block.len(), block: Arc::new(block) }),
             Storage::Contiguous(_) | Storage::Engine => {
-                bytes.resize(len, 0);
-                let window = Window::new(&*self.source, self.image.offset, self.image.len);
-                self.engine.read(&window, &[&dataset.path], &mut [&mut bytes])?;
+                Err(Error::new(Kind::Invalid, "this dataset was not asked for"))
             }
         }
-        Ok(Slot::copy_of(&bytes, Block::new(len)))
     }
 }
 
@@ -198,7 +220,7 @@ impl Reading {
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
         match self.positions[i] {
             Some(position) => self.fetch.take(position, interrupt),
-            None => self.weights.read(&self.weights.index.datasets[i]).map(Some),
+            None => self.weights.at_hand(i).map(Some),
         }
     }
 

@@ -5,11 +5,12 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
-use flate2::{Compress, FlushCompress, Status};
+use flate2::{Compress, FlushCompress};
 
 use super::emit::{Image, Progress, Sink, Tensors, sized};
 use crate::error::{Error, Kind, Result};
@@ -32,8 +33,14 @@ const SURELY_NO_BOMB: u64 = 256 << 10;
 const SEGMENT: usize = 64 << 10;
 /// Bytes of a segment that are tried first.
 const SAMPLE: usize = 8 << 10;
+/// How they are tried.
+const PROBE_LEVEL: u32 = 2;
 /// From this level on everything is deflated.
 const THOROUGH: u32 = 7;
+/// RFC 1950: deflate, window of 32 KiB.
+const ZLIB_HEADER: [u8; 2] = [0x78, 0x01];
+/// RFC 1951: what one stored block holds.
+const STORED_BLOCK: usize = 0xffff;
 
 /// Threads that are worth having for `jobs` pieces of work.
 pub(crate) fn threads(jobs: usize) -> usize {
@@ -140,7 +147,7 @@ fn cells(dataset: &Dataset, chunk: &[u64]) -> u64 {
 fn for_each_chunk(
     dataset: &Dataset,
     chunk: &[u64],
-    mut f: impl FnMut(&[u64], std::ops::Range<usize>, usize) -> Result<()>,
+    mut f: impl FnMut(&[u64], Range<usize>, usize) -> Result<()>,
 ) -> Result<()> {
     let shape = &dataset.shape;
     // Before this dimension a chunk is one element high, behind it as long as the tensor.
@@ -218,17 +225,15 @@ impl<W: FnMut(&Job) -> Result<()>> Line<W> {
 struct Worker {
     how: Compression,
     zlib: Compress,
-    storing: bool, // whether `zlib` stores just now
-    shuffled: Vec<u8>,
     probe: Compress,
     probed: Vec<u8>,
+    shuffled: Vec<u8>,
 }
 
 impl Worker {
     fn new(how: Compression) -> Self {
-        let zlib = Compress::new(flate2::Compression::new(how.level), true);
-        let probe = Compress::new(flate2::Compression::fast(), false);
-        Self { how, zlib, storing: false, shuffled: Vec::new(), probe, probed: Vec::with_capacity(SAMPLE) }
+        let deflate = |level| Compress::new(flate2::Compression::new(level), false);
+        Self { how, zlib: deflate(how.level), probe: deflate(PROBE_LEVEL), probed: Vec::new(), shuffled: Vec::new() }
     }
 
     fn run(mut self, jobs: &Mutex<Receiver<Job>>, back: &Sender<Job>) {
@@ -252,7 +257,7 @@ impl Worker {
             &job.raw
         };
         job.skipped = 0;
-        if self.deflate(data, &mut job.packed).is_none() {
+        if !self.deflate(data, &mut job.packed) {
             job.packed.clear();
             job.packed.extend_from_slice(data);
             job.skipped = 1 << u32::from(self.how.shuffle); // deflate comes after shuffle
@@ -260,44 +265,41 @@ impl Worker {
         self.shuffled = shuffled;
     }
 
-    /// Deflates `data` into fewer bytes, or not at all. Runs that would not shrink are stored within the stream: three
-    /// of the four bytes of a weight look random, and to find that out takes longer than to compress the fourth.
-    fn deflate(&mut self, data: &[u8], out: &mut Vec<u8>) -> Option<()> {
-        out.clear();
-        out.reserve_exact(data.len());
-        let mut runs: Vec<(&[u8], bool)> = Vec::new(); // with whether to store it
-        let (mut start, mut end) = (0, 0);
-        for segment in data.chunks(SEGMENT) {
-            let store = !self.shrinks(segment);
+    /// Makes a zlib stream (RFC 1950) of `data`; says whether it is shorter. Runs that would not shrink are stored in
+    /// it: three of the four bytes of a weight look random, and to find that out anew takes longer than to compress the
+    /// fourth.
+    fn deflate(&mut self, data: &[u8], out: &mut Vec<u8>) -> bool {
+        let mut runs: Vec<(Range<usize>, bool)> = Vec::new(); // with whether it shrinks
+        for (i, segment) in data.chunks(SEGMENT).enumerate() {
+            let (start, shrinks) = (i * SEGMENT, self.shrinks(segment));
             match runs.last_mut() {
-                Some((run, stored)) if *stored == store => *run = &data[start..end + segment.len()],
-                _ => {
-                    start = end;
-                    runs.push((segment, store));
+                Some((run, same)) if *same == shrinks => run.end += segment.len(),
+                _ => runs.push((start..start + segment.len(), shrinks)),
+            }
+        }
+        if !runs.iter().any(|run| run.1) {
+            return false;
+        }
+        out.clear();
+        out.extend(ZLIB_HEADER);
+        for (run, shrinks) in runs {
+            let (run, last) = (&data[run.clone()], run.end == data.len());
+            if shrinks {
+                let flush = if last { FlushCompress::Finish } else { FlushCompress::Sync };
+                deflate(&mut self.zlib, run, flush, out);
+            } else {
+                let blocks = run.len().div_ceil(STORED_BLOCK);
+                for (i, block) in run.chunks(STORED_BLOCK).enumerate() {
+                    let len = block.len() as u16;
+                    out.push(u8::from(last && i + 1 == blocks));
+                    out.extend(len.to_le_bytes());
+                    out.extend((!len).to_le_bytes());
+                    out.extend_from_slice(block);
                 }
             }
-            end += segment.len();
         }
-        if runs.iter().all(|run| run.1) {
-            return None;
-        }
-        self.zlib.reset();
-        for (i, &(run, store)) in runs.iter().enumerate() {
-            if store != self.storing {
-                // Nothing is pending: the stream was just reset or flushed.
-                self.zlib.set_level(flate2::Compression::new(if store { 0 } else { self.how.level })).ok()?;
-                self.storing = store;
-            }
-            let last = i + 1 == runs.len();
-            let (from, before) = (self.zlib.total_in(), out.len());
-            let flush = if last { FlushCompress::Finish } else { FlushCompress::Sync };
-            let status = self.zlib.compress_vec(run, out, flush).ok()?;
-            let taken = self.zlib.total_in() - from == run.len() as u64 && out.len() > before;
-            if !taken || (last && status != Status::StreamEnd) || out.len() >= data.len() {
-                return None; // no room
-            }
-        }
-        Some(())
+        out.extend(adler32(data).to_be_bytes());
+        out.len() < data.len()
     }
 
     /// Whether a segment is worth deflating, by a sample from its middle.
@@ -310,10 +312,41 @@ impl Worker {
         }
         let sample = &segment[(segment.len() - SAMPLE) / 2..][..SAMPLE];
         self.probed.clear();
-        self.probe.reset();
-        let status = self.probe.compress_vec(sample, &mut self.probed, FlushCompress::Finish);
-        matches!(status, Ok(Status::StreamEnd)) && self.probed.len() < SAMPLE - SAMPLE / 32
+        deflate(&mut self.probe, sample, FlushCompress::Finish, &mut self.probed);
+        self.probed.len() < SAMPLE - SAMPLE / 32
     }
+}
+
+/// Appends `data`, deflated from a fresh start, to `out`.
+fn deflate(zlib: &mut Compress, data: &[u8], flush: FlushCompress, out: &mut Vec<u8>) {
+    // More room than deflate ever takes: with less, zlib-rs 0.6.8 can panic.
+    out.reserve(data.len() + data.len() / 7 + 256);
+    zlib.reset();
+    let done = zlib.compress_vec(data, out, flush);
+    assert!(done.is_ok() && zlib.total_in() == data.len() as u64, "there is room");
+}
+
+/// The checksum of a zlib stream.
+fn adler32(data: &[u8]) -> u32 {
+    const MODULUS: u32 = 65_521;
+    const LANES: usize = 32;
+    let (mut a, mut b) = (1u32, 0u32);
+    for part in data.chunks(4096) {
+        // So short that nothing overflows before the remainders are taken.
+        let (blocks, rest) = part.as_chunks::<LANES>();
+        for block in blocks {
+            let sum: u32 = block.iter().map(|&d| u32::from(d)).sum();
+            let weighted: u32 = block.iter().zip((1..=LANES as u32).rev()).map(|(&d, w)| u32::from(d) * w).sum();
+            b += LANES as u32 * a + weighted;
+            a += sum;
+        }
+        for &d in rest {
+            a += u32::from(d);
+            b += a;
+        }
+        (a, b) = (a % MODULUS, b % MODULUS);
+    }
+    b << 16 | a
 }
 
 #[cfg(test)]
@@ -359,6 +392,52 @@ mod tests {
         }
         for small in [dataset(&[], DType::F32), dataset(&[4095], DType::F32), dataset(&[1 << 20, 0], DType::F32)] {
             assert_eq!(chunk_shape(&small, 1 << 20), None);
+        }
+    }
+
+    /// Every way through a chunk, checked by the inflater that reads it: random, runs of both kinds, zeros, odd sizes.
+    #[test]
+    fn chunks_inflate_to_what_they_were() {
+        let mut state = 7u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        };
+        let noise: Vec<u8> = (0..300_001).map(|_| random()).collect();
+        let text: Vec<u8> = noise.iter().map(|b| b % 5).collect();
+        let mixtures = [
+            noise.clone(),
+            text.clone(),
+            vec![0; 300_000],
+            [&text[..100_000], &noise[..150_000], &text[..30_000]].concat(),
+            [&noise[..100_000], &text[..150_000], &noise[..70_000]].concat(),
+            [&noise[..5], &text[..9000]].concat(),
+        ];
+        for level in 0..=9 {
+            for shuffle in [false, true] {
+                let how = Compression { level, shuffle, chunk_bytes: 1 << 20 };
+                let mut worker = Worker::new(how);
+                for raw in &mixtures {
+                    let mut job = Job { raw: raw.clone(), element: 4, ..Job::default() };
+                    worker.compress(&mut job);
+                    let skipped = job.skipped == 1 << u32::from(shuffle);
+                    let mut inflated = Vec::with_capacity(raw.len() + 1);
+                    if skipped {
+                        inflated.extend_from_slice(&job.packed);
+                    } else {
+                        let mut zlib = flate2::Decompress::new(true);
+                        let status = zlib.decompress_vec(&job.packed, &mut inflated, flate2::FlushDecompress::Finish);
+                        assert_eq!(status.unwrap(), flate2::Status::StreamEnd);
+                        assert_eq!(zlib.total_in(), job.packed.len() as u64);
+                    }
+                    let mut back = inflated.clone();
+                    if shuffle {
+                        crate::h5::filters::unshuffle(&inflated, 4, &mut back);
+                    }
+                    assert!(back == *raw, "level {level}, {} bytes", raw.len());
+                    assert_eq!(skipped, level == 0 || *raw == noise, "level {level}, {} bytes", raw.len());
+                }
+            }
         }
     }
 
