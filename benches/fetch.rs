@@ -23,7 +23,15 @@ fn run(c: &mut Criterion) {
             b.iter_with_large_drop(|| {
                 let image = Extent { offset: 0, len: LEN };
                 let (source, tensors) = (Arc::clone(&source), tensors.clone());
-                let request = Request { source, image, tensors, crc: Some(crc), read_ahead: u64::MAX };
+                let request = Request {
+                    read_ahead: u64::MAX,
+                    crc: Some(crc),
+                    decoded: vec![],
+                    decode: Box::new(|_, _, _| Ok(())),
+                    source,
+                    image,
+                    tensors,
+                };
                 let fetch = Fetch::start(request).expect("they are disjoint");
                 fetch.complete(&|| Ok(())).expect("the CRC is right");
                 fetch

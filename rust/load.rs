@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::WEIGHTS;
-use crate::archive::read::{Members, Method};
+use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result};
-use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
+use crate::h5::{Engine, Index, Storage, direct::Direct};
 use crate::io::buffer::Block;
 use crate::io::fetch::{Extent, Fetch, Interrupt, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
@@ -26,6 +26,18 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// The engine that lays out images whose datasets are compressed.
+    ///
+    /// # Errors
+    /// `Unsupported` for the direct one, and when this build has no libhdf5.
+    pub fn compressor(self) -> Result<Box<dyn Engine>> {
+        match self {
+            Self::Auto | Self::LibHdf5 => libhdf5(),
+            Self::Direct | Self::Safetensors => Err(Error::new(Kind::Unsupported, "this engine does not compress")
+                .with_advice("Choose the engine \"auto\" or \"libhdf5\".")),
+        }
+    }
+
     /// The engine that lays images out.
     ///
     /// # Errors
@@ -69,6 +81,7 @@ pub struct Weights {
     source: Arc<dyn ReadAt>,
     image: Extent,
     crc: Option<u32>,
+    checked: bool, // the CRC was compared before the index was read
     index: Index,
     engine: Box<dyn Engine>,
 }
@@ -94,29 +107,39 @@ impl Weights {
         let opened = match member.method {
             Method::Stored => {
                 let image = Extent { offset: member.offset, len: member.size };
-                Self::open_image(Arc::clone(source), image, Some(member.crc), choice).or_else(|e| {
-                    // What cannot be understood has most likely changed after it was written, and then that is the news.
-                    member.check(&**source)?;
-                    Err(e)
-                })
+                Self::open_image(Arc::clone(source), image, Some(member), choice)
             }
-            Method::Deflated => Self::open(Arc::new(member.read(&**source)?), choice),
+            Method::Deflated => {
+                let whole = Self::open(Arc::new(member.read(&**source)?), choice); // which compares its CRC
+                whole.map(|w| Self { crc: Some(member.crc), checked: true, ..w })
+            }
         };
         opened.map_err(|e| e.with_member(WEIGHTS))
     }
 
-    fn open_image(source: Arc<dyn ReadAt>, image: Extent, crc: Option<u32>, choice: Choice) -> Result<Self> {
+    /// `member` is what the image is of an archive, if it is of one.
+    fn open_image(source: Arc<dyn ReadAt>, image: Extent, member: Option<&Member>, choice: Choice) -> Result<Self> {
         let window = Window::new(&*source, image.offset, image.len);
+        let check = || member.map_or(Ok(()), |m| m.check(&*source));
         let mut engine = choice.writer()?;
-        let mut index = engine.index(&window);
-        if choice == Choice::Auto
-            && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
-            && let Ok(other) = libhdf5()
-        {
-            engine = other;
-            index = engine.index(&window);
+        let mut checked = engine.name() != Direct.name();
+        if checked {
+            check()?; // the C library sees no byte that a checksum could tell to be wrong
         }
-        Ok(Self { index: index?, source, image, crc, engine })
+        let mut index = engine.index(&window);
+        if !checked && index.is_err() {
+            // What cannot be understood has most likely changed after it was written, and then that is the news.
+            check()?;
+            checked = true;
+            if choice == Choice::Auto
+                && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
+                && let Ok(other) = libhdf5()
+            {
+                engine = other;
+                index = engine.index(&window);
+            }
+        }
+        Ok(Self { index: index?, source, image, crc: member.map(|m| m.crc), checked, engine })
     }
 
     /// Groups and datasets.
@@ -160,12 +183,12 @@ impl Weights {
                     Slot::read_from(&*self.source, self.image.offset + at + start, len, interrupt)
                 }
                 Storage::Empty => Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }),
-                _ => {
-                    let whole = self.read(dataset)?;
-                    if len == whole.len {
-                        return Ok(whole);
-                    }
-                    Ok(Slot::copy_of(&whole.bytes()[start as usize..end as usize], Block::new(len)))
+                Storage::Compact(bytes) => Ok(Slot::copy_of(&bytes[start as usize..end as usize], Block::new(len))),
+                Storage::Engine => {
+                    let mut bytes = vec![0; dataset.nbytes as usize];
+                    let window = Window::new(&*self.source, self.image.offset, self.image.len);
+                    self.engine.read(&window, &[&dataset.path], &mut [&mut bytes])?;
+                    Ok(Slot::copy_of(&bytes[start as usize..end as usize], Block::new(len)))
                 }
             }
         };
@@ -179,48 +202,74 @@ impl Weights {
     /// Those of [`Fetch::start`].
     pub fn fetch(self: &Arc<Self>, wanted: &[usize], verify: bool, read_ahead: u64) -> Result<Reading> {
         let mut positions = vec![None; self.index.datasets.len()];
+        let datasets = &self.index.datasets;
         let mut tensors = Vec::new();
         for &i in wanted {
-            if let (Storage::Contiguous(offset), None) = (&self.index.datasets[i].storage, positions[i]) {
+            if let (Storage::Contiguous(offset), None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len());
-                tensors.push(Extent { offset: *offset, len: self.index.datasets[i].nbytes });
+                tensors.push(Extent { offset: *offset, len: datasets[i].nbytes });
             }
         }
+        let mut chunked = Vec::new();
+        for &i in wanted {
+            if let (Storage::Engine, None) = (&datasets[i].storage, positions[i]) {
+                positions[i] = Some(tensors.len() + chunked.len());
+                chunked.push(i);
+            }
+        }
+        let decoded = chunked.iter().map(|&i| datasets[i].nbytes).collect();
+        let weights = Arc::clone(self);
+        let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
+            let window = Window::new(source, weights.image.offset, weights.image.len);
+            let paths: Vec<_> = numbers.iter().map(|&n| &weights.index.datasets[chunked[n]].path[..]).collect();
+            weights.engine.read(&window, &paths, out)
+        };
         let request = Request {
             source: Arc::clone(&self.source),
             image: self.image,
             tensors,
-            crc: self.crc.filter(|_| verify),
+            decoded,
+            decode: Box::new(decode),
+            crc: self.crc.filter(|_| verify && !self.checked),
             read_ahead,
         };
-        Ok(Reading { fetch: Fetch::start(request)?, positions, weights: Arc::clone(self) })
+        let nbytes = request.tensors.iter().map(|t| t.len).chain(request.decoded.iter().copied()).sum();
+        Ok(Reading { fetch: Fetch::start(request)?, positions, nbytes, weights: Arc::clone(self) })
     }
 
-    /// A dataset that is no run of bytes of the file.
-    fn read(&self, dataset: &Found) -> Result<Slot> {
-        let len = dataset.nbytes as usize;
-        let mut bytes = Vec::new();
+    /// A dataset that takes no reading.
+    fn at_hand(&self, i: usize) -> Result<Slot> {
+        let dataset = &self.index.datasets[i];
+        let block = Block::new(dataset.nbytes as usize); // zero
         match &dataset.storage {
-            Storage::Compact(compact) => bytes.clone_from(compact),
-            Storage::Empty => return Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }), // zero, untouched
+            Storage::Compact(bytes) => Ok(Slot::copy_of(bytes, block)),
+            Storage::Empty => Ok(Slot { start: 0, len: block.len(), block: Arc::new(block) }),
             Storage::Contiguous(_) | Storage::Engine => {
-                bytes.resize(len, 0);
-                let window = Window::new(&*self.source, self.image.offset, self.image.len);
-                self.engine.read(&window, &[&dataset.path], &mut [&mut bytes])?;
+                Err(Error::new(Kind::Invalid, "this dataset was not asked for"))
             }
         }
-        Ok(Slot::copy_of(&bytes, Block::new(len)))
     }
 }
 
 /// A read of some datasets in progress.
 pub struct Reading {
     fetch: Fetch,
+    nbytes: u64,
     positions: Vec<Option<usize>>,
     weights: Arc<Weights>,
 }
 
 impl Reading {
+    /// Bytes of the tensors that are read ahead.
+    pub fn nbytes(&self) -> u64 {
+        self.nbytes
+    }
+
+    /// Bytes of those that were read so far.
+    pub fn done(&self) -> u64 {
+        self.fetch.read()
+    }
+
     /// Waits for dataset `i` and takes it; `None` if it was taken before.
     ///
     /// # Errors
@@ -228,7 +277,7 @@ impl Reading {
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
         match self.positions[i] {
             Some(position) => self.fetch.take(position, interrupt),
-            None => self.weights.read(&self.weights.index.datasets[i]).map(Some),
+            None => self.weights.at_hand(i).map(Some),
         }
     }
 

@@ -5,16 +5,24 @@ use std::path::PathBuf;
 use crate::archive::write::{Archive, Content, lead_in};
 use crate::commit::{self, Pending};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Engine, Layout};
+use crate::h5::{Compression, Engine, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
+use crate::io::pack::pack;
 use crate::tree::Tree;
 
 /// What will be written and where, before a payload byte moves.
-#[derive(Debug)]
 pub struct Plan {
     tree: Tree,
-    layout: Layout,
+    places: Places,
     engine: &'static str,
+}
+
+/// How the datasets get their places.
+enum Places {
+    /// They have them.
+    Known(Layout),
+    /// As they are compressed.
+    Open(Box<dyn Engine>, Compression),
 }
 
 impl Plan {
@@ -24,7 +32,12 @@ impl Plan {
     /// Those of the engine.
     pub fn new(tree: Tree, engine: &dyn Engine) -> Result<Self> {
         let layout = engine.lay_out(&tree)?;
-        Ok(Self { tree, layout, engine: engine.name() })
+        Ok(Self { tree, places: Places::Known(layout), engine: engine.name() })
+    }
+
+    /// Has `engine` lay out `tree` while it is written, with the larger datasets compressed.
+    pub fn compressed(tree: Tree, engine: Box<dyn Engine>, how: Compression) -> Self {
+        Self { tree, engine: engine.name(), places: Places::Open(engine, how) }
     }
 
     /// What was laid out.
@@ -37,9 +50,39 @@ impl Plan {
         self.engine
     }
 
-    /// Bytes up to the end of the weights, in a file of its own or at the start of an archive.
-    pub fn weights_end(&self, archive: bool) -> u64 {
-        self.layout.len + if archive { lead_in(self.layout.len) } else { 0 }
+    /// Bytes up to the end of the weights, in a file of its own or at the start of an archive; unknown for what is
+    /// still to be compressed.
+    pub fn weights_end(&self, archive: bool) -> Option<u64> {
+        let Places::Known(layout) = &self.places else { return None };
+        Some(layout.len + if archive { lead_in(layout.len) } else { 0 })
+    }
+
+    /// Bytes that the image does not exceed.
+    fn most(&self) -> u64 {
+        match &self.places {
+            Places::Known(layout) => layout.len,
+            // Far too much: chunks grow by their padding and their index, and a megabyte is a block of metadata.
+            Places::Open(..) => {
+                let objects = (self.tree.groups().len() + self.tree.datasets().len()) as u64;
+                2 * self.tree.nbytes() + objects * 8192 + (4 << 20)
+            }
+        }
+    }
+
+    /// Writes the image to `base` of the sink; returns its bytes and its CRC-32.
+    fn emit(
+        &self,
+        tensors: &mut dyn Tensors,
+        base: u64,
+        sink: &mut dyn Sink,
+        progress: &Progress,
+    ) -> Result<(u64, u32)> {
+        match &self.places {
+            Places::Known(layout) => {
+                Ok((layout.len, emit(layout, self.tree.datasets(), tensors, base, sink, progress)?))
+            }
+            Places::Open(engine, how) => pack(&**engine, &self.tree, *how, tensors, base, sink, progress),
+        }
     }
 }
 
@@ -110,7 +153,7 @@ pub fn write(
         Target::Path(path, options) => {
             let pending = Pending::create(&path, options)?;
             let mut file = pending.file();
-            let filled = file.reserve(plan.weights_end(members.is_some()));
+            let filled = file.reserve(plan.weights_end(members.is_some()).unwrap_or(0));
             let filled = filled.and_then(|()| fill(plan, &mut file, 0, tensors, members, progress));
             let (bytes, crc) = filled.map_err(|e| full(e, pending.in_place().is_some()).with_path(&path))?;
             Ok(Prepared { written: Written { bytes, crc, in_place: None }, pending: Some(pending) })
@@ -141,14 +184,16 @@ fn fill(
     members: Option<Members<'_>>,
     progress: &Progress,
 ) -> Result<(u64, u32)> {
-    let (layout, datasets) = (&plan.layout, plan.tree.datasets());
     let Some(members) = members else {
-        let crc = emit(layout, datasets, tensors, base, sink, progress)?;
-        return Ok((base + layout.len, crc));
+        let (len, crc) = plan.emit(tensors, base, sink, progress)?;
+        return Ok((base + len, crc));
     };
     let mut archive = Archive::new(base, sink);
-    let payload = archive.open_weights(layout.len, sink)?;
-    let crc = emit(layout, datasets, tensors, payload, sink, progress)?;
+    let payload = archive.open_weights(plan.most(), sink)?;
+    let (len, crc) = plan.emit(tensors, payload, sink, progress)?;
+    if len != plan.most() {
+        archive.resize_weights(len, sink)?;
+    }
     archive.close_weights(crc, sink)?;
     for (name, content) in members()? {
         archive.add(&name, &content, sink)?;

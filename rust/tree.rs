@@ -144,11 +144,11 @@ impl Tree {
         match self.nodes.entry(Arc::clone(&shared)) {
             Entry::Vacant(free) => {
                 free.insert(node);
-            },
+            }
             Entry::Occupied(mut taken) => match (taken.get(), node) {
                 (Node::Implied, Node::Group) => {
                     taken.insert(node);
-                },
+                }
                 (Node::Dataset, _) => return bad("name is already taken by a dataset"),
                 _ => return bad("name is already taken by a group"),
             },

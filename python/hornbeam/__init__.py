@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hornbeam import errors
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
+from hornbeam._progress import Progress
 from hornbeam._report import LoadReport, last_report
 from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
@@ -26,6 +27,7 @@ __all__ = [
     "HornbeamError",
     "IncompleteLoadError",
     "LoadReport",
+    "Progress",
     "Stats",
     "Tensor",
     "UnsupportedError",

@@ -67,8 +67,19 @@ def plan(
     datasets: Sequence[tuple[str, str, Sequence[int], _Attributes]],
     *,
     engine: str = "auto",
+    compression: int | None = None,
+    shuffle: bool = True,
+    chunk_bytes: int = ...,
 ) -> Plan:
     """Lays out a weights image: `(path, attributes)` of groups, `(path, dtype, shape, attributes)` of datasets.
+
+    Args:
+        groups: The groups that have attributes, or are empty.
+        datasets: The datasets, in the order they are written.
+        engine: Who lays it out.
+        compression: Level of deflate, 0 to 9; then datasets of 16 KiB and more are written in chunks, by libhdf5.
+        shuffle: Transpose the bytes of the elements first.
+        chunk_bytes: Bytes of a chunk, at most, before compression.
 
     Raises:
         HornbeamError: For paths and dtypes that a weights file cannot hold.
@@ -84,8 +95,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-    def weights_end(self, archive: bool) -> int:
-        """Bytes up to the end of the weights, in a file of their own or at the start of an archive."""
+    def weights_end(self, archive: bool) -> int | None:
+        """Bytes up to the end of the weights, in a file of their own or at the start of an archive.
+
+        `None` where they are known only when everything was compressed.
+        """
     def start(
         self,
         target: _Path | _Writable | _Buffer,

@@ -166,7 +166,15 @@ def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> I
 def _plan(store: RecordStore) -> _core.Plan:
     groups = list(store.groups.items())
     datasets = [(path, d.dtype, d.shape, d.tag) for path, d in store.datasets.items()]
-    return _core.plan(groups, datasets, engine=_state.current().engine)
+    options = _state.current()
+    return _core.plan(
+        groups,
+        datasets,
+        engine=options.engine,
+        compression=options.compression,
+        shuffle=options.shuffle,
+        chunk_bytes=options.chunk_bytes,
+    )
 
 
 def _buffers(store: RecordStore) -> list[np.ndarray | None]:
@@ -249,17 +257,23 @@ def _write_memory(
     file: io.BytesIO,
     options: _state.Options,
 ) -> dict[str, Any]:
-    """To a BytesIO: grown once, then filled in place; what follows the weights is appended."""
+    """To a BytesIO: grown once and filled in place, if the size is known; what follows the weights is appended."""
     base = file.tell()
     before = file.getvalue() if base < file.seek(0, io.SEEK_END) else None  # what a failed save must leave
-    end = base + plan.weights_end(True)
+    length = plan.weights_end(True)
     try:
-        file.seek(end - 1)
-        file.write(b"\0")
-        with file.getbuffer() as memory, memory[base:end] as target:
-            info = _write(model, plan, store, assets, target, base=base, options=options)
-        file.seek(end)
-        file.write(info["tail"])
+        file.seek(base)
+        if length is None:
+            info = _write(model, plan, store, assets, file, base=base, options=options)
+            file.seek(base + info["bytes"])
+        else:
+            end = base + length
+            file.seek(end - 1)
+            file.write(b"\0")
+            with file.getbuffer() as memory, memory[base:end] as target:
+                info = _write(model, plan, store, assets, target, base=base, options=options)
+            file.seek(end)
+            file.write(info["tail"])
     except BaseException:
         file.seek(base)
         file.truncate()

@@ -26,6 +26,9 @@ class Options:
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
         shortcuts: Which of `_shortcuts.py` a load may take.
+        compression: Level of deflate that saves use, 0 to 9, or `None`.
+        shuffle: Whether the bytes of the elements are transposed before they are compressed.
+        chunk_bytes: Most bytes of a chunk, before compression.
         progress: `None` (a bar on a terminal, after two seconds), `True`, `False`, or called with a `Progress`.
     """
 
@@ -36,6 +39,9 @@ class Options:
     verify: bool = False
     shortcuts: frozenset[str] = frozenset(["attributes", "signatures"])
     progress: Callable[[Any], Any] | bool | None = None
+    compression: int | None = None
+    shuffle: bool = True
+    chunk_bytes: int = 1 << 20
 
 
 class _Local(threading.local):
@@ -60,6 +66,9 @@ def options(
     verify: bool | None = None,
     shortcuts: Iterable[str] | None = None,
     progress: Callable[[Any], Any] | bool | None = None,
+    compression: str | int | None = None,
+    shuffle: bool | None = None,
+    chunk_bytes: int | None = None,
 ) -> Iterator[Options]:
     """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
 
@@ -69,6 +78,10 @@ def options(
         atomic: Replace files by renaming (the default) or write over them.
         durable: Wait for stable storage.
         verify: Check the CRC also where only a part of a file is loaded.
+        compression: Saves compress tensors of 16 KiB and more with deflate: a level from 0 to 9, or `"gzip"` for 4, as
+            h5py has it; `"none"` for not.
+        shuffle: Transpose the bytes of the elements first, which makes numbers compress better. Otherwise they are.
+        chunk_bytes: Bytes of a chunk, at most, before compression; 1 MiB otherwise.
         progress: `True` shows a bar after two seconds, `False` shows nothing, and a callable gets a
             `hornbeam.Progress` some ten times a second, in a thread of its own. Otherwise there is a bar on a terminal.
         shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"` and `"signatures"`, which are
@@ -78,7 +91,7 @@ def options(
         The options in force inside.
 
     Raises:
-        ValueError: For an unknown engine or shortcut.
+        ValueError: For what is none of these.
     """
     given: dict[str, Any] = {
         "strict": strict,
@@ -87,7 +100,11 @@ def options(
         "durable": durable,
         "verify": verify,
         "progress": progress,
+        "shuffle": shuffle,
+        "chunk_bytes": chunk_bytes,
     }
+    if chunk_bytes is not None and not 1 << 10 <= chunk_bytes <= 1 << 30:
+        raise ValueError(f"chunk_bytes must be between 1 KiB and 1 GiB. Received: {chunk_bytes}")
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
     unknown = set(shortcuts or ()) - {"attributes", "signatures", "variables"}
@@ -96,11 +113,20 @@ def options(
     given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
     before = _local.options
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if compression is not None:
+        changes["compression"] = _level(compression)
     _local.options = dataclasses.replace(before, **changes)
     try:
         yield _local.options
     finally:
         _local.options = before
+
+
+def _level(compression: str | int) -> int | None:
+    levels: dict[str | int, int | None] = {"none": None, "gzip": 4, **{level: level for level in range(10)}}
+    if isinstance(compression, bool) or compression not in levels:
+        raise ValueError(f"compression must be 'gzip', 'none' or a level from 0 to 9. Received: {compression!r}")
+    return levels[compression]
 
 
 @dataclasses.dataclass

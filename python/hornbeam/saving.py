@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -11,11 +11,14 @@ import keras.saving as _stock
 
 from hornbeam._keras import scope
 from hornbeam._load import requested
+from hornbeam._progress import Progress
 from hornbeam._report import LoadReport, last_report, remember
 from hornbeam._select import NameMap, Request
+from hornbeam._state import options
 from hornbeam.errors import UnsupportedError
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
+Progressed = Callable[[Progress], Any] | bool | None
 
 
 def save_model(
@@ -23,6 +26,11 @@ def save_model(
     filepath: str | PathLike[str],
     overwrite: bool = True,
     zipped: bool | None = None,
+    *,
+    compression: str | int | None = None,
+    shuffle: bool | None = None,
+    chunk_bytes: int | None = None,
+    progress: Progressed = None,
     **kwargs: Any,
 ) -> None:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
@@ -34,13 +42,18 @@ def save_model(
         filepath: Where to; ends in `.keras`.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
+        compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
+        shuffle: Transpose the bytes of the elements before they are compressed.
+        chunk_bytes: Bytes of a chunk, at most.
+        progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_model`.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
         OSError: When the target cannot be written.
     """
-    with scope():
+    how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    with scope(), how:
         _stock.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
 
@@ -51,6 +64,7 @@ def load_model(
     safe_mode: bool = True,
     *,
     strict: bool = False,
+    progress: Progressed = None,
 ) -> keras.Model:
     """Loads a model saved by `save_model` or by stock Keras.
 
@@ -61,6 +75,7 @@ def load_model(
         safe_mode: Refuse to run code that the file holds.
         strict: Raise unless every variable, optimizer state included, gets its value from the file, and everything in
             the file is used. `hornbeam.last_report()` says what a load did.
+        progress: `True`, `False`, or called with a `Progress` while it lasts.
 
     Returns:
         The model, with its optimizer's state if it was compiled.
@@ -69,7 +84,7 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
-    with scope(), requested(Request(strict=strict)):
+    with scope(), options(progress=progress), requested(Request(strict=strict)):
         return _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
 
 
@@ -78,6 +93,11 @@ def save_weights(
     filepath: str | PathLike[str],
     overwrite: bool = True,
     max_shard_size: float | None = None,
+    *,
+    compression: str | int | None = None,
+    shuffle: bool | None = None,
+    chunk_bytes: int | None = None,
+    progress: Progressed = None,
     **kwargs: Any,
 ) -> None:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
@@ -86,14 +106,19 @@ def save_weights(
         model: The model; it must be built.
         filepath: Ends in `.weights.h5`, or `.weights.json` for shards.
         overwrite: Replace an existing file without asking.
-        max_shard_size: Size of a shard in GB (1024³ bytes); without it there are no shards.
+        max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
+        compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
+        shuffle: Transpose the bytes of the elements before they are compressed.
+        chunk_bytes: Bytes of a chunk, at most.
+        progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_weights`.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
         OSError: When the target cannot be written.
     """
-    with scope():
+    how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    with scope(), how:
         _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
 
 
@@ -107,6 +132,7 @@ def load_weights(
     skip: str | Sequence[str] = (),
     name_map: NameMap | None = None,
     by_name: bool | None = None,
+    progress: Progressed = None,
     **kwargs: Any,
 ) -> LoadReport:
     """Loads weights from a `.weights.h5`, `.weights.json`, `.keras` or legacy `.h5` file.
@@ -127,6 +153,7 @@ def load_weights(
         name_map: Name in the file → name in the model, as a mapping (other names stay as they are) or a function that
             returns `None` for what is left out.
         by_name: Match layers by their names instead of their places; what is not in the file keeps its value.
+        progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.load_weights`.
 
     Returns:
@@ -150,7 +177,7 @@ def load_weights(
         if request != Request():
             raise UnsupportedError(f"Only `by_name` works with files of this kind. Received: {filepath}")
         kwargs["by_name"] = by_name
-    with scope(), requested(request):
+    with scope(), options(progress=progress), requested(request):
         before = last_report()
         _stock.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()

@@ -16,6 +16,8 @@ const PADDING_EXTRA: u16 = 0xd935;
 const DOS_DATE: u16 = 0x21;
 /// Offset of the CRC in a local header.
 const CRC_AT: u64 = 14;
+/// Offset of the two sizes.
+const SIZES_AT: u64 = 18;
 /// Flag bit 3: CRC and sizes follow the data (§4.4.4).
 const STREAMED: u16 = 1 << 3;
 /// Flag bit 11: the name is UTF-8.
@@ -38,7 +40,7 @@ pub struct Archive {
     streamed: bool,
     directory: Vec<u8>,
     count: u64,
-    weights: Option<u64>,
+    weights: Option<(u64, bool)>, // bytes as far as known, and whether the header has room for 64 bits
 }
 
 struct Member<'a> {
@@ -71,9 +73,30 @@ impl Archive {
         extra.resize(extra.len() + (payload - used) as usize, 0);
         let member = Member { name: WEIGHTS, crc: 0, size, offset, flags, mode: 0o600 };
         sink.write_at(&local_header(&member, &extra), offset)?;
-        self.weights = Some(size);
+        self.weights = Some((size, size >= ZIP64_LIMIT));
         self.end = payload;
         Ok(payload)
+    }
+
+    /// Says how long the weights became, after `open_weights` with a size they do not exceed.
+    ///
+    /// # Errors
+    /// Those of the sink; `Invalid` when they exceed it.
+    ///
+    /// # Panics
+    /// When [`Archive::open_weights`] was not called before.
+    pub fn resize_weights(&mut self, size: u64, sink: &mut dyn Sink) -> Result<()> {
+        let (most, zip64) = self.weights.expect("the weights were opened");
+        if size > most {
+            return Err(Error::new(Kind::Invalid, "the weights are longer than they can be").with_found(most, size));
+        }
+        self.weights = Some((size, zip64));
+        if zip64 {
+            let sizes = [size.to_le_bytes(), size.to_le_bytes()].concat();
+            sink.write_at(&sizes, self.base + (30 + WEIGHTS.len() + 4) as u64)
+        } else {
+            sink.write_at(&[(size as u32).to_le_bytes(); 2].concat(), self.base + SIZES_AT)
+        }
     }
 
     /// Completes the weights with the CRC-32 of their payload.
@@ -84,7 +107,7 @@ impl Archive {
     /// # Panics
     /// When [`Archive::open_weights`] was not called before.
     pub fn close_weights(&mut self, crc: u32, sink: &mut dyn Sink) -> Result<()> {
-        let size = self.weights.take().expect("the weights were opened");
+        let (size, _) = self.weights.take().expect("the weights were opened");
         let offset = self.base; // they come first
         self.end += size;
         let mut flags = 0;

@@ -1,14 +1,16 @@
 //! A weights image: what a `.weights.h5` file is, and the two engines that lay one out and index one.
 //!
 //! An *engine* never moves payload: on the way out it places every dataset ([`Layout`]), on the way in it finds them
-//! ([`Index`]). The bytes are written by `io/emit.rs` and read by `io/fetch.rs`, whatever the engine.
+//! ([`Index`]). The bytes are written by `io/emit.rs` and `io/pack.rs` and read by `io/fetch.rs`, whatever the engine;
+//! only what is no plain run of bytes is read by the engine.
 
 pub mod direct;
+pub mod filters;
 #[cfg(feature = "libhdf5")]
 pub mod libhdf5;
 
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::io::ReadAt;
 use crate::tree::{Attribute, Tree};
 
@@ -24,6 +26,51 @@ pub struct Layout {
     pub offsets: Vec<Option<u64>>,
     /// Bytes of the whole image; what neither metadata nor datasets cover is zero.
     pub len: u64,
+}
+
+/// How datasets are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    pub(crate) level: u32,
+    pub(crate) shuffle: bool,
+    pub(crate) chunk_bytes: u64,
+}
+
+impl Compression {
+    /// Deflate at `level`, 0 (store) to 9, in chunks of at most `chunk_bytes`, 1 KiB to 1 GiB. With `shuffle` the bytes
+    /// of the elements are transposed first, which makes numbers compress better.
+    ///
+    /// # Errors
+    /// `Invalid` for other numbers.
+    pub fn new(level: u32, shuffle: bool, chunk_bytes: u64) -> Result<Self> {
+        if level > 9 {
+            return Err(Error::new(Kind::Invalid, "no such compression level").with_found("0 to 9", level));
+        }
+        if !(1 << 10..=1 << 30).contains(&chunk_bytes) {
+            return Err(Error::new(Kind::Invalid, "chunks cannot be of this size")
+                .with_found("1 KiB to 1 GiB", format_args!("{chunk_bytes} bytes")));
+        }
+        Ok(Self { level, shuffle, chunk_bytes })
+    }
+}
+
+/// A layout whose chunks are placed one by one, when they are compressed.
+pub trait Chunked {
+    /// Where the datasets without chunks go. The metadata is still to come, into what is left free or behind it.
+    fn layout(&self) -> &Layout;
+
+    /// The offset of the chunk of dataset `i` that starts at these indices, which will be written as `bytes`; bit `n`
+    /// of `skipped` says that the `n`-th filter is not to be undone.
+    ///
+    /// # Errors
+    /// `Hdf5` when the engine has no place for it.
+    fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64>;
+
+    /// The complete layout; its metadata lies where nothing was written.
+    ///
+    /// # Errors
+    /// `Hdf5`.
+    fn finish(self: Box<Self>) -> Result<Layout>;
 }
 
 /// Where the values of a dataset are.
@@ -77,6 +124,14 @@ pub trait Engine: Send + Sync {
     /// # Errors
     /// `Invalid` for what the format cannot hold.
     fn lay_out(&self, tree: &Tree) -> Result<Layout>;
+
+    /// Places the datasets of `tree` that have no chunks; `chunks` has the shape of the others'.
+    ///
+    /// # Errors
+    /// `Unsupported` where the engine does not compress, else as [`Engine::lay_out`].
+    fn lay_out_chunked(&self, _: &Tree, _chunks: &[Option<Vec<u64>>], _: Compression) -> Result<Box<dyn Chunked>> {
+        Err(Error::new(Kind::Unsupported, format!("the {} engine does not compress", self.name())))
+    }
 
     /// Finds every group and dataset of the image that is all of `image`.
     ///

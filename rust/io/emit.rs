@@ -100,45 +100,88 @@ pub fn emit(
     sink: &mut dyn Sink,
     progress: &Progress,
 ) -> Result<u32> {
-    enum Run<'a> {
-        Metadata(&'a [u8]),
-        Tensor(usize),
-    }
-    let mut runs: Vec<(u64, Run<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Run::Metadata(m))).collect();
-    runs.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Run::Tensor(i)))));
-    runs.sort_by_key(|run| run.0); // stable, and sorted already for the direct engine
-    let mut out =
-        Stage { sink, base, written: 0, stage: Vec::with_capacity(BLOCK), crc: crc32fast::Hasher::new(), progress };
-    for (at, run) in runs {
-        out.zeros_up_to(at)?;
-        match run {
-            Run::Metadata(bytes) => out.put(bytes)?,
-            Run::Tensor(i) => {
-                let (bytes, d) = (tensors.tensor(i)?, &datasets[i]);
-                if bytes.len() as u64 != d.nbytes {
-                    return Err(Error::new(Kind::Invalid, "a tensor changed its size while it was saved")
-                        .with_found(format_args!("{} bytes", d.nbytes), format_args!("{} bytes", bytes.len()))
-                        .with_entry(&d.path));
-                }
-                out.put(bytes)?;
-            }
-        }
-    }
-    out.zeros_up_to(layout.len)?;
-    out.flush()?;
-    Ok(out.crc.finalize())
+    let mut image = Image::new(base, sink, progress);
+    image.put_layout(layout, datasets, tensors)?;
+    image.finish(layout.len)
 }
 
-struct Stage<'a> {
+/// An image that is being written: in order, but for patches of what was left zero. Knows its CRC-32.
+pub struct Image<'a> {
     sink: &'a mut dyn Sink,
     base: u64,
     written: u64, // of the image, without what is staged
     stage: Vec<u8>,
     crc: crc32fast::Hasher,
+    patches: Vec<(u64, u32)>, // where each ends, and how it changes the checksum of the bytes up to there
     progress: &'a Progress,
 }
 
-impl Stage<'_> {
+impl<'a> Image<'a> {
+    /// An image that begins at `base` of `sink`.
+    pub fn new(base: u64, sink: &'a mut dyn Sink, progress: &'a Progress) -> Self {
+        let (stage, crc, patches) = (Vec::with_capacity(BLOCK), crc32fast::Hasher::new(), Vec::new());
+        Self { sink, base, written: 0, stage, crc, patches, progress }
+    }
+
+    /// Writes everything that a layout places, zeros between.
+    ///
+    /// # Errors
+    /// As [`emit`].
+    pub fn put_layout(&mut self, layout: &Layout, datasets: &[Dataset], tensors: &mut dyn Tensors) -> Result<()> {
+        enum Run<'a> {
+            Metadata(&'a [u8]),
+            Tensor(usize),
+        }
+        let mut runs: Vec<(u64, Run<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Run::Metadata(m))).collect();
+        runs.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Run::Tensor(i)))));
+        runs.sort_by_key(|run| run.0); // stable, and sorted already for the direct engine
+        for (at, run) in runs {
+            self.zeros_up_to(at)?;
+            match run {
+                Run::Metadata(bytes) => self.put(bytes)?,
+                Run::Tensor(i) => self.put(sized(tensors.tensor(i)?, &datasets[i])?)?,
+            }
+        }
+        self.zeros_up_to(layout.len)
+    }
+
+    /// Writes `bytes` at `at`: behind everything so far, or over zeros, where the sink can be patched.
+    ///
+    /// # Errors
+    /// Those of the sink; `Cancelled`.
+    pub fn put_at(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        if at >= self.position() {
+            self.zeros_up_to(at)?;
+            return self.put(bytes);
+        }
+        let end = at + bytes.len() as u64;
+        if end > self.position() {
+            self.zeros_up_to(end)?;
+        }
+        self.flush()?;
+        self.sink.write_at(bytes, self.base + at)?;
+        let zeros = vec![0; bytes.len()];
+        self.patches.push((end, crc32fast::hash(bytes) ^ crc32fast::hash(&zeros)));
+        Ok(())
+    }
+
+    /// Writes what is left of `len` bytes; returns the CRC-32 of all of them.
+    ///
+    /// # Errors
+    /// Those of the sink; `Cancelled`.
+    pub fn finish(mut self, len: u64) -> Result<u32> {
+        self.zeros_up_to(len)?;
+        self.flush()?;
+        // A checksum is linear: that of the image is that of the image without a patch, exclusive or that of the patch
+        // alone, moved over the bytes behind it.
+        let moved = |&(end, crc): &(u64, u32)| {
+            let mut crc = crc32fast::Hasher::new_with_initial(crc);
+            crc.combine(&crc32fast::Hasher::new_with_initial_len(0, len - end));
+            crc.finalize()
+        };
+        Ok(self.patches.iter().map(moved).fold(self.crc.finalize(), |crc, patch| crc ^ patch))
+    }
+
     fn position(&self) -> u64 {
         self.written + self.stage.len() as u64
     }
@@ -193,4 +236,14 @@ impl Stage<'_> {
         self.progress.written.store(self.written, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// The bytes, which must be as many as the dataset has.
+pub(super) fn sized<'a>(bytes: &'a [u8], dataset: &Dataset) -> Result<&'a [u8]> {
+    if bytes.len() as u64 == dataset.nbytes {
+        return Ok(bytes);
+    }
+    Err(Error::new(Kind::Invalid, "a tensor changed its size while it was saved")
+        .with_found(format_args!("{} bytes", dataset.nbytes), format_args!("{} bytes", bytes.len()))
+        .with_entry(&dataset.path))
 }

@@ -1,7 +1,8 @@
 //! Extents → aligned memory, in file order, in a background thread, with the CRC on the way.
 //!
 //! The reader runs ahead of whoever takes the tensors by a bounded number of bytes, unless a later tensor is asked
-//! for. Every byte of the image passes the CRC, also those between tensors.
+//! for. Every byte of the image passes the CRC, also those between tensors. What is no plain run of bytes is decoded by
+//! whoever knows how, in the same thread.
 #![allow(unsafe_code)] // writes into blocks that are not shared until they are complete
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,9 @@ use crate::h5::ALIGNMENT;
 /// Bytes per read of what is small or skipped; larger tensors are read in such steps too, so that the CRC finds them
 /// in cache.
 const STEP: usize = 256 << 10;
+
+/// Bytes that are decoded together: enough for all threads to be busy to the end.
+const BATCH: u64 = 32 << 20;
 
 /// How often a waiting caller is asked whether to go on.
 pub const POLL: Duration = Duration::from_millis(100);
@@ -79,6 +83,9 @@ impl Slot {
     }
 }
 
+/// Fills the memory of some tensors that are not plain runs of bytes, by their numbers, from the given file.
+pub type Decode = Box<dyn Fn(&dyn ReadAt, &[usize], &mut [&mut [u8]]) -> Result<()> + Send>;
+
 /// What is read, and what is known about it beforehand.
 pub struct Request {
     /// The file.
@@ -87,6 +94,10 @@ pub struct Request {
     pub image: Extent,
     /// The tensors, each with its bytes in the image; disjoint, in any order.
     pub tensors: Vec<Extent>,
+    /// The bytes of those that must be decoded, which are numbered behind `tensors`.
+    pub decoded: Vec<u64>,
+    /// How they are.
+    pub decode: Decode,
     /// Expected CRC-32 of the whole image. Without it, only the tensors are read.
     pub crc: Option<u32>,
     /// Bytes that may be read ahead of what was taken.
@@ -109,6 +120,7 @@ struct State {
     slots: Vec<Option<Slot>>,
     done: Vec<bool>,
     ahead: u64,
+    read: u64,             // bytes of tensors, taken or not
     wanted: Option<usize>, // the tensor somebody waits for
     keep_all: bool,        // read to the end, whatever the limit
     drain: bool,           // read to the end, keep nothing more
@@ -147,7 +159,7 @@ impl Fetch {
     /// `Hdf5` when tensors overlap or leave the image, `Io` when there is no thread to be had.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request)?;
-        let n = request.tensors.len();
+        let n = request.tensors.len() + request.decoded.len();
         let state = State { slots: vec![None; n], done: vec![false; n], ..State::default() };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let in_thread = Arc::clone(&shared);
@@ -160,6 +172,11 @@ impl Fetch {
         let thread = std::thread::Builder::new().name("hornbeam-fetch".into()).spawn(run);
         let thread = thread.map_err(|e| Error::new(Kind::Io(e), "cannot start the reader thread"))?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Bytes of tensors that were read so far.
+    pub fn read(&self) -> u64 {
+        self.shared.lock().read
     }
 
     /// Waits for tensor `i` and takes it; a second call for the same tensor gets `None`.
@@ -275,22 +292,10 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
     }
     let mut crc = request.crc.map(|_| crc32fast::Hasher::new());
     let mut reader = Reader { request, shared, stage: Vec::new(), staged: 0..0 };
+    let mut decoder = Decoder { request, shared };
     let mut arena: Option<(Arc<Block>, usize)> = None;
     for (position, &(extent, tensor)) in plan.iter().enumerate() {
-        let keep = {
-            let mut state = shared.lock();
-            loop {
-                if state.stop {
-                    return Err(stopped());
-                }
-                let asked = state.wanted.is_some_and(|i| !state.done[i] && order[i] >= position);
-                if state.keep_all || state.drain || asked || state.ahead < request.read_ahead {
-                    break;
-                }
-                state = shared.wait(state);
-            }
-            !state.drain
-        };
+        let keep = decoder.turn(|i| order.get(i).is_some_and(|&p| p >= position))? == Turn::Keep;
         match tensor.filter(|_| keep) {
             None if crc.is_none() => {}
             None => reader.each(extent, &mut |bytes| crc.iter_mut().for_each(|c| c.update(bytes)))?,
@@ -323,11 +328,13 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
                 state.slots[i] = Some(Slot { block, start, len });
                 state.done[i] = true;
                 state.ahead += extent.len;
+                state.read += extent.len;
                 drop(state);
                 shared.changed.notify_all();
             }
         }
     }
+    decoder.rest()?;
     match (crc.map(crc32fast::Hasher::finalize), request.crc) {
         (Some(found), Some(expected)) if found != expected => Err(Error::new(Kind::Crc, "Bad CRC-32 for the weights")
             .with_found(format_args!("{expected:08x}"), format_args!("{found:08x}"))
@@ -338,6 +345,113 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
 
 fn stopped() -> Error {
     Error::new(Kind::Cancelled, "the read was cancelled")
+}
+
+/// Whether to read on, and to keep it.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    Keep,
+    Drop,
+}
+
+/// Decodes what is asked for when it is asked for, and the rest at the end.
+struct Decoder<'a> {
+    request: &'a Request,
+    shared: &'a Shared,
+}
+
+impl Decoder<'_> {
+    /// Waits until there is room for more, or somebody waits for a tensor that is `ahead`.
+    fn turn(&mut self, ahead: impl Fn(usize) -> bool) -> Result<Turn> {
+        let mut state = self.shared.lock();
+        loop {
+            if state.stop {
+                return Err(stopped());
+            }
+            if state.drain {
+                return Ok(Turn::Drop);
+            }
+            let asked = state.wanted.filter(|&i| !state.done[i]);
+            if let Some(i) = asked.filter(|&i| i >= self.request.tensors.len()) {
+                drop(state);
+                self.decode(i)?;
+                state = self.shared.lock();
+            } else if state.keep_all || asked.is_some_and(&ahead) || state.ahead < self.request.read_ahead {
+                return Ok(Turn::Keep);
+            } else {
+                state = self.shared.wait(state);
+            }
+        }
+    }
+
+    fn rest(&mut self) -> Result<()> {
+        let all = self.request.tensors.len()..self.request.tensors.len() + self.request.decoded.len();
+        for i in all {
+            while !self.shared.lock().done[i] {
+                match self.turn(|_| false)? {
+                    Turn::Keep => self.decode(i)?,
+                    Turn::Drop => return Ok(()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes a tensor, and as many of the next ones as are worth it together.
+    fn decode(&mut self, first: usize) -> Result<()> {
+        let known = self.request.tensors.len();
+        let size = |i: usize| self.request.decoded[i - known];
+        let mut batch = vec![first];
+        {
+            let state = self.shared.lock();
+            let room = if state.keep_all { u64::MAX } else { self.request.read_ahead.saturating_sub(state.ahead) };
+            let mut rest = room.min(BATCH).saturating_sub(size(first));
+            for i in (first + 1..known + self.request.decoded.len()).filter(|&i| !state.done[i]) {
+                let Some(left) = rest.checked_sub(size(i)) else { break };
+                rest = left;
+                batch.push(i);
+            }
+        }
+        let blocks: Vec<_> = batch.iter().map(|&i| Arc::new(Block::new(size(i) as usize))).collect();
+        // SAFETY: each block has one slot, and is not shared yet.
+        let mut slots: Vec<_> = blocks.iter().map(|block| unsafe { block.slot(0, block.len()) }).collect();
+        let numbers: Vec<_> = batch.iter().map(|i| i - known).collect();
+        let source = UntilStopped { source: &*self.request.source, shared: self.shared };
+        (self.request.decode)(&source, &numbers, &mut slots)?;
+        let mut state = self.shared.lock();
+        for (i, block) in batch.into_iter().zip(blocks) {
+            state.ahead += block.len() as u64;
+            state.read += block.len() as u64;
+            state.slots[i] = Some(Slot { start: 0, len: block.len(), block });
+            state.done[i] = true;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+}
+
+/// The file, until nobody wants it any more.
+struct UntilStopped<'a> {
+    source: &'a dyn ReadAt,
+    shared: &'a Shared,
+}
+
+impl ReadAt for UntilStopped<'_> {
+    fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        if self.shared.lock().stop {
+            return Err(stopped());
+        }
+        self.source.read_at(buf, offset)
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        self.source.as_slice().filter(|_| !self.shared.lock().stop)
+    }
 }
 
 /// Reads what is small in large steps, until it is told to stop.

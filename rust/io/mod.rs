@@ -1,8 +1,9 @@
-//! Bytes in and out: [`emit`] gathers, checks and writes; [`fetch`] reads, checks and hands over; [`buffer`] is memory.
+//! Bytes in and out: [`emit`] gathers, checks and writes, [`pack`] compresses; [`fetch`] reads, checks and hands over; [`buffer`] is memory.
 
 pub mod buffer;
 pub mod emit;
 pub mod fetch;
+pub mod pack;
 
 use std::fs::File;
 

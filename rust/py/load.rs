@@ -194,6 +194,16 @@ impl Drop for Reading {
 
 #[pymethods]
 impl Reading {
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.reading().nbytes()
+    }
+
+    #[getter]
+    fn done(&self) -> u64 {
+        self.reading().done()
+    }
+
     /// Waits for a dataset and takes it; `None` if it was taken before.
     fn take(&self, py: Python<'_>, i: usize) -> PyResult<Option<Block>> {
         let slot = run(py, || placed(self.reading().take(i, &interrupt), self.path.as_ref()))?;

@@ -18,6 +18,7 @@ use crate::archive::write::Content;
 use crate::commit::{self, Options};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
+use crate::h5::Compression;
 use crate::io::emit::{Progress, Sink, Tensors};
 use crate::io::fetch::POLL;
 use crate::save::{self, Prepared, Target};
@@ -30,14 +31,19 @@ use super::load::choice;
 pub(super) struct Plan(Arc<save::Plan>);
 
 #[pyfunction]
-#[pyo3(signature = (groups, datasets, *, engine = "auto"))]
+#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1 << 20))]
 pub(super) fn plan(
     py: Python<'_>,
     groups: Vec<(PyBackedStr, Vec<Attribute>)>,
     datasets: Vec<(PyBackedStr, PyBackedStr, Vec<u64>, Vec<Attribute>)>,
     engine: &str,
+    compression: Option<u32>,
+    shuffle: bool,
+    chunk_bytes: u64,
 ) -> PyResult<Plan> {
     let choice = choice(engine)?;
+    let compression = compression.map(|level| Compression::new(level, shuffle, chunk_bytes)).transpose();
+    let compression = compression.map_err(to_py)?;
     let record = || -> Result<Tree> {
         let mut tree = Tree::new();
         for (path, attributes) in groups {
@@ -53,7 +59,10 @@ pub(super) fn plan(
         Ok(tree)
     };
     let tree = record().map_err(to_py)?; // attached: it releases the names
-    let laid_out = run(py, || save::Plan::new(tree, &*choice.writer()?));
+    let laid_out = run(py, || match compression {
+        Some(how) => Ok(save::Plan::compressed(tree, choice.compressor()?, how)),
+        None => save::Plan::new(tree, &*choice.writer()?),
+    });
     Ok(Plan(Arc::new(laid_out?)))
 }
 
@@ -69,7 +78,7 @@ impl Plan {
         self.0.tree().nbytes()
     }
 
-    fn weights_end(&self, archive: bool) -> u64 {
+    fn weights_end(&self, archive: bool) -> Option<u64> {
         self.0.weights_end(archive)
     }
 

@@ -1,4 +1,4 @@
-//! Chunked datasets: the library says where the chunks are; they are read and decoded outside its lock, in two threads.
+//! Chunked datasets: the library says where the chunks are; they are read and decoded outside its lock, in threads.
 
 use std::sync::Mutex;
 
@@ -8,9 +8,11 @@ use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32, H5Z_FILTER_
 
 use super::ffi::{Chunk, Library};
 use crate::error::{Error, Kind, Result};
+use crate::h5::filters::unshuffle;
 use crate::io::ReadAt;
+use crate::io::pack::threads;
 
-/// Below this many bytes a second thread costs more than it brings.
+/// For fewer bytes than this a thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 20;
 /// HDF5's own limit on the bytes of a chunk.
 const MAX_CHUNK_BYTES: u64 = u32::MAX as u64;
@@ -118,10 +120,10 @@ struct Band<'a> {
 pub(super) fn decode(image: &dyn ReadAt, mut jobs: Vec<(&str, Grid, &mut [u8])>) -> Result<()> {
     let total: usize = jobs.iter().map(|(_, _, out)| out.len()).sum();
     let bands: Vec<_> = jobs.iter_mut().flat_map(|(path, grid, out)| grid.bands(path, out)).collect();
-    let several = total > WORTH_A_THREAD && bands.len() > 1;
+    let threads = threads(bands.len().min(total / WORTH_A_THREAD));
     let queue = Mutex::new(bands.into_iter());
     let work = || {
-        let mut scratch = Scratch { data: Vec::new(), other: Vec::new(), zlib: Decompress::new(true) };
+        let mut scratch = Scratch::new();
         let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         while let Some(band) = next() {
             let path = band.path;
@@ -129,25 +131,26 @@ pub(super) fn decode(image: &dyn ReadAt, mut jobs: Vec<(&str, Grid, &mut [u8])>)
         }
         Ok(())
     };
-    if !several {
-        return work();
-    }
     std::thread::scope(|scope| {
-        let second = scope.spawn(work);
-        let first = work();
-        let second = second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        first.and(second)
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let join = |t: std::thread::ScopedJoinHandle<_>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
+        others.into_iter().map(join).fold(work(), Result::and)
     })
 }
 
 /// Buffers of one thread.
 struct Scratch {
+    stored: Vec<u8>,
     data: Vec<u8>,
     other: Vec<u8>,
     zlib: Decompress,
 }
 
 impl Scratch {
+    fn new() -> Self {
+        Self { stored: Vec::new(), data: Vec::new(), other: Vec::new(), zlib: Decompress::new(true) }
+    }
+
     fn band(&mut self, image: &dyn ReadAt, band: Band) -> Result<()> {
         let Band { grid, chunks, out, .. } = band;
         let cells: usize = (1..grid.shape.len()).map(|d| grid.shape[d].div_ceil(grid.chunk[d])).product();
@@ -158,73 +161,112 @@ impl Scratch {
             }
         }
         for chunk in chunks {
-            self.load(image, grid, chunk)?;
-            scatter(grid, chunk, &self.data, out);
+            self.load(image, grid, chunk, out)?;
         }
         swap(out, grid.swap);
         Ok(())
     }
 
-    /// Reads a chunk and undoes its filters; the result is in `self.data`.
-    fn load(&mut self, image: &dyn ReadAt, grid: &Grid, chunk: &Chunk) -> Result<()> {
+    /// Reads a chunk, undoes its filters and puts it into its place in the band.
+    fn load(&mut self, image: &dyn ReadAt, grid: &Grid, chunk: &Chunk, out: &mut [u8]) -> Result<()> {
         if chunk.address.checked_add(chunk.size).is_none_or(|end| end > image.len()) {
             return Err(malformed("chunk lies outside of the file"));
         }
         let edge = (0..grid.shape.len()).any(|d| chunk.start[d] as usize + grid.chunk[d] > grid.shape[d]);
         let skipped = if grid.raw_edges && edge { u32::MAX } else { chunk.skipped };
         let expected = grid.chunk_bytes();
-        self.data.resize(chunk.size as usize, 0);
-        image.read_at(&mut self.data, chunk.address)?;
+        let place = Place::new(grid, chunk);
+        let size = chunk.size as usize;
+        let mut data = if let Some(all) = image.as_slice() {
+            &all[chunk.address as usize..][..size]
+        } else {
+            self.stored.resize(size, 0);
+            image.read_at(&mut self.stored, chunk.address)?;
+            &self.stored
+        };
         for (i, filter) in grid.filters.iter().enumerate().rev() {
             if skipped >> i & 1 == 1 {
                 continue;
             }
             match filter {
-                Filter::Fletcher32 => check_fletcher32(&mut self.data)?,
-                // What is inflated may still carry a checksum.
-                Filter::Deflate => {
-                    inflate(&mut self.zlib, &self.data, &mut self.other, expected + 4 * grid.filters.len())?;
+                Filter::Fletcher32 => {
+                    data = check_fletcher32(data)?;
+                    continue;
                 }
-                Filter::Shuffle(n) => unshuffle(&self.data, *n, &mut self.other),
+                // What is inflated may still carry a checksum.
+                Filter::Deflate => inflate(&mut self.zlib, data, &mut self.other, expected + 4 * grid.filters.len())?,
+                Filter::Shuffle(n) => {
+                    if let (0, Some(run), true) = (i, place.whole(), data.len() == expected) {
+                        unshuffle(data, *n, &mut out[run]); // the last step: no copy
+                        return Ok(());
+                    }
+                    self.other.resize(data.len(), 0);
+                    unshuffle(data, *n, &mut self.other);
+                }
             }
-            if !matches!(filter, Filter::Fletcher32) {
-                std::mem::swap(&mut self.data, &mut self.other);
-            }
+            std::mem::swap(&mut self.data, &mut self.other);
+            data = &self.data;
         }
-        if self.data.len() != expected {
-            return Err(malformed("chunk has a wrong size").with_found(expected, self.data.len()));
+        if data.len() != expected {
+            return Err(malformed("chunk has a wrong size").with_found(expected, data.len()));
         }
+        place.scatter(data, out);
         Ok(())
     }
 }
 
-/// Copies a chunk to its place in a band, cut off at the edges of the dataset.
-fn scatter(grid: &Grid, chunk: &Chunk, data: &[u8], out: &mut [u8]) {
-    let rank = grid.shape.len();
-    let start = |d: usize| if d == 0 { 0 } else { chunk.start[d] as usize }; // within the band
-    let extent = |d: usize| grid.chunk[d].min(grid.shape[d] - chunk.start[d] as usize);
-    let strides = |dims: &[usize]| {
-        let mut strides = vec![grid.element; rank];
-        for d in (1..rank).rev() {
-            strides[d - 1] = strides[d] * dims[d];
+/// Where a chunk goes in its band, cut off at the edges of the dataset.
+struct Place<'a> {
+    grid: &'a Grid,
+    chunk: &'a Chunk,
+    from: Vec<usize>, // strides in the chunk
+    to: Vec<usize>,   // and in the dataset
+    inner: usize,     // the dimensions from here on are one run of bytes
+    base: usize,
+}
+
+impl<'a> Place<'a> {
+    fn new(grid: &'a Grid, chunk: &'a Chunk) -> Self {
+        let rank = grid.shape.len();
+        let start = |d: usize| if d == 0 { 0 } else { chunk.start[d] as usize }; // within the band
+        let strides = |dims: &[usize]| {
+            let mut strides = vec![grid.element; rank];
+            for d in (1..rank).rev() {
+                strides[d - 1] = strides[d] * dims[d];
+            }
+            strides
+        };
+        let (from, to) = (strides(&grid.chunk), strides(&grid.shape));
+        let mut inner = rank - 1;
+        while inner > 0 && grid.chunk[inner] == grid.shape[inner] {
+            inner -= 1;
         }
-        strides
-    };
-    let (from, to) = (strides(&grid.chunk), strides(&grid.shape));
-    let mut inner = rank - 1; // the dimensions from here on are one run of bytes
-    while inner > 0 && grid.chunk[inner] == grid.shape[inner] {
-        inner -= 1;
+        let base = (0..rank).map(|d| start(d) * to[d]).sum();
+        Self { grid, chunk, from, to, inner, base }
     }
-    let run = extent(inner) * from[inner];
-    let base: usize = (0..rank).map(|d| start(d) * to[d]).sum();
-    let mut at = vec![0; inner];
-    loop {
-        let source: usize = at.iter().zip(&from).map(|(i, s)| i * s).sum();
-        let target = base + at.iter().zip(&to).map(|(i, s)| i * s).sum::<usize>();
-        out[target..target + run].copy_from_slice(&data[source..source + run]);
-        let Some(d) = (0..inner).rev().find(|&d| at[d] + 1 < extent(d)) else { return };
-        at[d] += 1;
-        at[d + 1..].fill(0);
+
+    fn extent(&self, d: usize) -> usize {
+        self.grid.chunk[d].min(self.grid.shape[d] - self.chunk.start[d] as usize)
+    }
+
+    /// The bytes of the band that are this chunk, if it is one run and nothing of it is cut off.
+    fn whole(&self) -> Option<std::ops::Range<usize>> {
+        let inner = self.inner;
+        let one = (0..inner).all(|d| self.grid.chunk[d] == 1) && self.extent(inner) == self.grid.chunk[inner];
+        one.then(|| self.base..self.base + self.grid.chunk[inner] * self.from[inner])
+    }
+
+    fn scatter(&self, data: &[u8], out: &mut [u8]) {
+        let run = self.extent(self.inner) * self.from[self.inner];
+        let mut at = vec![0; self.inner];
+        loop {
+            let source: usize = at.iter().zip(&self.from).map(|(i, s)| i * s).sum();
+            let target = self.base + at.iter().zip(&self.to).map(|(i, s)| i * s).sum::<usize>();
+            out[target..target + run].copy_from_slice(&data[source..source + run]);
+            let Some(d) = (0..self.inner).rev().find(|&d| at[d] + 1 < self.extent(d)) else { return };
+            at[d] += 1;
+            at[d + 1..].fill(0);
+        }
     }
 }
 
@@ -241,25 +283,10 @@ fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) 
     }
 }
 
-/// Undoes the byte transposition of elements of `n` bytes.
-fn unshuffle(data: &[u8], n: usize, out: &mut Vec<u8>) {
-    out.clear();
-    out.extend_from_slice(data);
-    let count = data.len() / n.max(1);
-    if n < 2 || count < 2 {
-        return;
-    }
-    for (i, plane) in data[..count * n].chunks_exact(count).enumerate() {
-        for (to, &byte) in out[i..].iter_mut().step_by(n).zip(plane) {
-            *to = byte;
-        }
-    }
-}
-
-/// Checks and removes the checksum at the end.
-fn check_fletcher32(data: &mut Vec<u8>) -> Result<()> {
+/// What stands before the checksum at the end, which must match.
+fn check_fletcher32(data: &[u8]) -> Result<&[u8]> {
     let Some((body, stored)) = data.split_last_chunk::<4>() else { return Err(malformed("chunk has no checksum")) };
-    let (len, stored) = (body.len(), u32::from_le_bytes(*stored));
+    let stored = u32::from_le_bytes(*stored);
     let fold = |sum: u32| (sum & 0xffff) + (sum >> 16);
     let (mut a, mut b) = (0u32, 0u32);
     for block in body.chunks(720) {
@@ -274,8 +301,7 @@ fn check_fletcher32(data: &mut Vec<u8>) -> Result<()> {
     if sum != stored && (sum.swap_bytes().rotate_left(16)) != stored {
         return Err(malformed("chunk does not match its checksum"));
     }
-    data.truncate(len);
-    Ok(())
+    Ok(body)
 }
 
 /// Reverses every `n` bytes: big-endian to little-endian.
@@ -330,9 +356,6 @@ mod tests {
     #[test]
     fn filters_check_what_they_undo() {
         let mut out = Vec::new();
-        unshuffle(&[1, 4, 2, 5, 3, 6, 9], 3, &mut out);
-        assert_eq!(out, [1, 2, 3, 4, 5, 6, 9]);
-
         let sum = |d: &[u8]| {
             d.chunks(2).fold((0u32, 0u32), |(a, b), p| {
                 let a = (a + (u32::from(p[0]) << 8 | u32::from(p[1]))) % 65535;
@@ -342,10 +365,9 @@ mod tests {
         let (a, b) = sum(b"abcdef");
         let mut data = b"abcdef".to_vec();
         data.extend((b << 16 | a).to_le_bytes());
-        check_fletcher32(&mut data).unwrap();
-        assert_eq!(data, b"abcdef");
-        data.extend([0; 4]);
-        check_fletcher32(&mut data).unwrap_err();
+        assert_eq!(check_fletcher32(&data).unwrap(), b"abcdef");
+        data[0] ^= 1;
+        check_fletcher32(&data).unwrap_err();
 
         let packed = {
             use std::io::Write;

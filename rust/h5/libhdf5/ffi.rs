@@ -15,7 +15,7 @@ use sys::h5::{
     H5_ITER_CONT, H5_index_t, H5_iter_order_t, H5dont_atexit, H5free_memory, H5open, haddr_t, herr_t, hsize_t,
 };
 use sys::h5a::{H5Acreate2, H5Aget_space, H5Aget_type, H5Aiterate2, H5Aopen, H5Aread, H5Awrite};
-use sys::h5d::{H5D_fill_value_t, H5Dchunk_iter, H5Dcreate2, H5Dread};
+use sys::h5d::{H5D_fill_value_t, H5Dchunk_iter, H5Dcreate2, H5Dread, H5Dwrite_chunk};
 use sys::h5e::{H5E_DEFAULT, H5E_direction_t, H5E_error2_t, H5Eset_auto2, H5Ewalk2};
 use sys::h5f::{H5F_ACC_RDONLY, H5F_ACC_TRUNC, H5Fcreate, H5Fopen};
 use sys::h5g::{H5Gcreate2, H5Gopen2};
@@ -25,7 +25,7 @@ use sys::h5o::{
 };
 use sys::h5p::{
     H5Pfill_value_defined, H5Pget_chunk, H5Pget_chunk_opts, H5Pget_fill_value, H5Pget_filter2, H5Pget_sizes,
-    H5Pset_driver,
+    H5Pset_chunk, H5Pset_driver,
 };
 use sys::h5s::{H5S_class_t, H5Screate_simple, H5Sget_simple_extent_dims, H5Sget_simple_extent_npoints};
 use sys::h5t::{
@@ -128,6 +128,66 @@ impl Drop for Id<'_> {
     }
 }
 
+impl Id<'_> {
+    /// Leaves it open until its file is closed.
+    pub(super) fn leave_open(self) -> hid_t {
+        let id = self.0;
+        std::mem::forget(self);
+        id
+    }
+}
+
+/// A file that is being written, and stays open while the lock is not held.
+pub(super) struct OpenFile {
+    id: hid_t,
+    disk: Box<Disk<'static>>, // stays where it is, and longer than the file is open
+}
+
+impl OpenFile {
+    /// Creates a file in memory; `f` says how, and puts into it what it returns.
+    pub(super) fn create<T>(
+        how: impl FnOnce(&Library) -> Result<Id<'_>>,
+        f: impl FnOnce(&Library, hid_t) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let disk = Box::<Disk<'static>>::default();
+        let id = library(|lib| Ok(lib.open(&disk, &how(lib)?, true)?.leave_open()))?;
+        let file = Self { id, disk };
+        let made = file.with(f)?;
+        Ok((file, made))
+    }
+
+    /// Runs `f` with the library locked.
+    pub(super) fn with<T>(&self, f: impl FnOnce(&Library, hid_t) -> Result<T>) -> Result<T> {
+        library(|lib| f(lib, self.id)).map_err(|e| self.disk.take_error().unwrap_or(e))
+    }
+
+    pub(super) fn disk(&self) -> &Disk<'static> {
+        &self.disk
+    }
+
+    /// Writes out what the library still holds, and closes the file.
+    pub(super) fn close(mut self) -> Result<Disk<'static>> {
+        let closed = self.with(|lib, file| lib.H5Fclose(file));
+        self.id = 0;
+        match closed {
+            Ok(_) => Ok(std::mem::take(&mut *self.disk)),
+            Err(e) => {
+                std::mem::forget(self); // the library may still use the disk
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Closes the file, and with it what is open in it, before its disk goes.
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if self.id > 0 && library(|lib| lib.H5Fclose(self.id)).is_err() {
+            std::mem::forget(std::mem::take(&mut self.disk)); // the library may still use it
+        }
+    }
+}
+
 /// The error for a failed call, with the innermost message of the library.
 #[cold]
 fn failure(call: &str) -> Error {
@@ -178,6 +238,9 @@ wrap! {
     h5p::H5Pset_libver_bounds(fapl: hid_t, low: sys::h5f::H5F_libver_t, high: sys::h5f::H5F_libver_t) -> usize;
     h5p::H5Pset_alignment(fapl: hid_t, threshold: u64, alignment: u64) -> usize;
     h5p::H5Pset_meta_block_size(fapl: hid_t, bytes: u64) -> usize;
+    h5p::H5Pset_cache(fapl: hid_t, unused: c_int, slots: usize, bytes: usize, preemption: f64) -> usize;
+    h5p::H5Pset_shuffle(dcpl: hid_t) -> usize;
+    h5p::H5Pset_deflate(dcpl: hid_t, level: c_uint) -> usize;
     h5p::H5Pset_layout(dcpl: hid_t, layout: sys::h5d::H5D_layout_t) -> usize;
     h5p::H5Pset_alloc_time(dcpl: hid_t, when: sys::h5d::H5D_alloc_time_t) -> usize;
     h5p::H5Pset_fill_time(dcpl: hid_t, when: sys::h5d::H5D_fill_time_t) -> usize;
@@ -208,6 +271,7 @@ wrap! {
     h5t::H5Tget_member_type(dtype: hid_t, member: c_uint) -> Id;
     h5t::H5Tget_member_offset(dtype: hid_t, member: c_uint) -> usize;
     h5t::H5Tget_super(dtype: hid_t) -> Id;
+    h5d::H5Dclose(dataset: hid_t) -> usize;
     h5d::H5Dget_space(dataset: hid_t) -> Id;
     h5d::H5Dget_type(dataset: hid_t) -> Id;
     h5d::H5Dget_create_plist(dataset: hid_t) -> Id;
@@ -307,6 +371,31 @@ impl Library {
         let name = c_string(name)?;
         // SAFETY: as above.
         owned(unsafe { H5Dcreate2(at, name.as_ptr(), dtype, space, lists[0], lists[1], 0) }, "H5Dcreate2")
+    }
+
+    pub(super) fn set_chunk(&self, dcpl: hid_t, shape: &[u64]) -> Result<()> {
+        let rank = c_int::try_from(shape.len()).unwrap_or(c_int::MAX); // the library refuses more than 32
+        // SAFETY: lock held; the library reads `shape.len()` dimensions.
+        check(unsafe { H5Pset_chunk(dcpl, rank, shape.as_ptr()) }.into(), "H5Pset_chunk").map(drop)
+    }
+
+    /// Has the library find a place for a chunk, filtered but for what `skipped` says, of a dataset on `disk`.
+    pub(super) fn place_chunk(
+        &self,
+        disk: &Disk,
+        dataset: hid_t,
+        start: &[u64],
+        skipped: u32,
+        bytes: &[u8],
+    ) -> Result<u64> {
+        let mut at = [0; sys::h5s::H5S_MAX_RANK as usize]; // as many as the library can read
+        at.iter_mut().zip(start).for_each(|(to, &i)| *to = i);
+        disk.place(bytes, || {
+            // SAFETY: lock held; the library reads an index for each dimension, and `bytes.len()` bytes.
+            let status =
+                unsafe { H5Dwrite_chunk(dataset, 0, skipped, at.as_ptr(), bytes.len(), bytes.as_ptr().cast()) };
+            check(status.into(), "H5Dwrite_chunk").map(drop)
+        })
     }
 
     /// `dtype` must be the variable-length string type.

@@ -13,7 +13,7 @@ mod read;
 mod write;
 
 use crate::error::Result;
-use crate::h5::{Engine, Index, Layout};
+use crate::h5::{Chunked, Compression, Engine, Index, Layout};
 use crate::io::ReadAt;
 use crate::tree::Tree;
 
@@ -28,6 +28,10 @@ impl Engine for LibHdf5 {
 
     fn lay_out(&self, tree: &Tree) -> Result<Layout> {
         write::lay_out(tree)
+    }
+
+    fn lay_out_chunked(&self, tree: &Tree, chunks: &[Option<Vec<u64>>], how: Compression) -> Result<Box<dyn Chunked>> {
+        Ok(Box::new(write::Placing::new(tree, chunks, how)?))
     }
 
     fn index(&self, image: &dyn ReadAt) -> Result<Index> {

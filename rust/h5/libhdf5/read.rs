@@ -25,6 +25,7 @@ fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, hid_t) -> Result<T
     let disk = Disk::over(image);
     let result = library(|lib| {
         let fapl = lib.H5Pcreate(*H5P_CLS_FILE_ACCESS)?;
+        lib.H5Pset_cache(*fapl, 0, 0, 0, 0.0)?; // chunks are read once
         let file = lib.open(&disk, &fapl, false)?;
         if lib.sizes(*file)? != (8, 8) {
             return Err(Error::new(Kind::Unsupported, "file has addresses of other than 8 bytes"));

@@ -1,4 +1,5 @@
-//! Tree → layout: the objects are created in memory exactly as h5py would create them in a file, without payload.
+//! Tree → layout: the objects are created in memory exactly as h5py would create them in a file, without payload. Chunks
+//! are placed by the library as well, and their bytes kept from it.
 
 use std::collections::{HashMap, HashSet, hash_map::Entry};
 
@@ -10,32 +11,106 @@ use sys::h5p::{H5P_CLS_DATASET_CREATE, H5P_CLS_FILE_ACCESS, H5P_CLS_GROUP_CREATE
 use sys::h5t::{self, H5T_class_t, H5T_cset_t};
 
 use super::driver::Disk;
-use super::ffi::{Id, Library, VarString, library};
+use super::ffi::{Id, Library, OpenFile, VarString};
 use crate::dtype::DType;
-use crate::error::Result;
-use crate::h5::{ALIGNMENT, Layout};
+use crate::error::{Error, Kind, Result};
+use crate::h5::{ALIGNMENT, Chunked, Compression, Layout};
 use crate::tree::{Attribute, Tree};
 
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {
-    let disk = Disk::default();
-    let offsets = library(|lib| {
-        let fapl = lib.H5Pcreate(*H5P_CLS_FILE_ACCESS)?;
-        lib.H5Pset_libver_bounds(*fapl, H5F_libver_t::H5F_LIBVER_EARLIEST, H5F_libver_t::H5F_LIBVER_V200)?;
-        lib.H5Pset_alignment(*fapl, ALIGNMENT, ALIGNMENT)?;
-        // About what the metadata needs, so that it stays together; what is left of the last block is given back.
-        let objects = (tree.groups().len() + tree.datasets().len()) as u64;
-        lib.H5Pset_meta_block_size(*fapl, (objects * 512).next_power_of_two().clamp(2 << 10, 1 << 20))?;
-        let file = lib.open(&disk, &fapl, true)?;
-        let offsets = Writer::new(lib, *file)?.write(tree)?;
-        lib.H5Fclose(*file)?; // for its status: dropping `file` then finds it closed
-        Ok(offsets)
-    })
-    .map_err(|e| disk.take_error().unwrap_or(e))?;
-    let mut extents: Vec<_> =
-        offsets.iter().zip(tree.datasets()).filter_map(|(o, d)| o.map(|o| (o, o + d.nbytes))).collect();
+    let (file, places) =
+        OpenFile::create(|lib| access(lib, tree), |lib, file| Writer::new(lib, file)?.write(tree, &[]))?;
+    let offsets: Vec<_> = places.iter().map(Place::offset).collect();
+    let extents = extents(tree, &offsets);
+    let (metadata, len) = metadata(file.close()?, extents);
+    Ok(Layout { metadata, offsets, len })
+}
+
+/// How the file is made.
+fn access<'l>(lib: &'l Library, tree: &Tree) -> Result<Id<'l>> {
+    let fapl = lib.H5Pcreate(*H5P_CLS_FILE_ACCESS)?;
+    lib.H5Pset_libver_bounds(*fapl, H5F_libver_t::H5F_LIBVER_EARLIEST, H5F_libver_t::H5F_LIBVER_V200)?;
+    lib.H5Pset_alignment(*fapl, ALIGNMENT, ALIGNMENT)?;
+    // About what the metadata needs, so that it stays together; what is left of the last block is given back.
+    let objects = (tree.groups().len() + tree.datasets().len()) as u64;
+    lib.H5Pset_meta_block_size(*fapl, (objects * 512).next_power_of_two().clamp(2 << 10, 1 << 20))?;
+    lib.H5Pset_cache(*fapl, 0, 0, 0, 0.0)?; // chunks never pass through the library
+    Ok(fapl)
+}
+
+/// Where the contiguous datasets are, `(from, to)`.
+fn extents(tree: &Tree, offsets: &[Option<u64>]) -> Vec<(u64, u64)> {
+    offsets.iter().zip(tree.datasets()).filter_map(|(o, d)| o.map(|o| (o, o + d.nbytes))).collect()
+}
+
+/// What the library wrote outside of the extents, and the length of the file.
+fn metadata(disk: Disk<'static>, mut extents: Vec<(u64, u64)>) -> (Vec<(u64, Vec<u8>)>, u64) {
     extents.sort_unstable();
     let (pages, len) = disk.into_pages();
-    Ok(Layout { metadata: outside(pages, &extents, len), offsets, len })
+    (outside(pages, &extents, len), len)
+}
+
+/// A file whose chunks are being placed.
+pub(super) struct Placing {
+    file: OpenFile,
+    places: Vec<Place>,
+    layout: Layout,
+    extents: Vec<(u64, u64)>,
+    last: usize, // the dataset that chunks are placed for
+}
+
+impl Placing {
+    pub(super) fn new(tree: &Tree, chunks: &[Option<Vec<u64>>], how: Compression) -> Result<Self> {
+        let (file, places) = OpenFile::create(
+            |lib| access(lib, tree),
+            |lib, file| Writer::new(lib, file)?.compressed(how)?.write(tree, chunks),
+        )?;
+        let offsets: Vec<_> = places.iter().map(Place::offset).collect();
+        let extents = extents(tree, &offsets);
+        let layout = Layout { metadata: Vec::new(), offsets, len: file.disk().len() };
+        Ok(Self { file, places, layout, extents, last: 0 })
+    }
+}
+
+impl Chunked for Placing {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64> {
+        let Place::Chunks(id) = self.places[i] else {
+            return Err(Error::new(Kind::Invalid, "this dataset has no chunks"));
+        };
+        let done = if self.last == i { None } else { Some(&self.places[self.last]) };
+        let at = self.file.with(|lib, _| {
+            if let Some(&Place::Chunks(id)) = done {
+                lib.H5Dclose(id)?;
+            }
+            lib.place_chunk(self.file.disk(), id, start, skipped, bytes)
+        })?;
+        self.last = i;
+        self.extents.push((at, at + bytes.len() as u64));
+        Ok(at)
+    }
+
+    fn finish(self: Box<Self>) -> Result<Layout> {
+        let (metadata, len) = metadata(self.file.close()?, self.extents);
+        Ok(Layout { metadata, offsets: self.layout.offsets, len })
+    }
+}
+
+/// Where the values of a dataset go.
+enum Place {
+    Nowhere,
+    At(u64),
+    /// Into chunks of this dataset, which is open.
+    Chunks(hid_t),
+}
+
+impl Place {
+    fn offset(&self) -> Option<u64> {
+        if let Self::At(offset) = self { Some(*offset) } else { None }
+    }
 }
 
 /// What of the pages lies outside of the (sorted) extents and before `len`, as runs.
@@ -80,6 +155,7 @@ struct Writer<'l, 't> {
     file: hid_t,
     group_list: Id<'l>,
     dataset_list: Id<'l>,
+    chunked_list: Option<Id<'l>>, // all but the shape of the chunks, which is set every time
     utf8_link: Id<'l>,
     string: VarString<'l>,
     scalar: Id<'l>,
@@ -101,25 +177,54 @@ impl<'l, 't> Writer<'l, 't> {
         lib.H5Pset_fill_time(*dataset_list, H5D_fill_time_t::H5D_FILL_TIME_NEVER)?;
         let utf8_link = lib.H5Pcreate(*H5P_CLS_LINK_CREATE)?;
         lib.H5Pset_char_encoding(*utf8_link, H5T_cset_t::H5T_CSET_UTF8)?;
+        let chunked_list = None;
         let (string, scalar) = (lib.var_string()?, lib.create_space(&[])?);
         let (types, spaces, made, open) = Default::default();
-        Ok(Self { lib, file, group_list, dataset_list, utf8_link, string, scalar, types, spaces, made, open })
+        Ok(Self {
+            lib,
+            file,
+            group_list,
+            dataset_list,
+            chunked_list,
+            utf8_link,
+            string,
+            scalar,
+            types,
+            spaces,
+            made,
+            open,
+        })
     }
 
-    /// Creates everything; returns where each dataset is.
-    fn write(mut self, tree: &'t Tree) -> Result<Vec<Option<u64>>> {
+    /// Filters as h5py sets them; a chunk that was not written does not exist.
+    fn compressed(mut self, how: Compression) -> Result<Self> {
+        let list = self.lib.H5Pcreate(*H5P_CLS_DATASET_CREATE)?;
+        self.lib.H5Pset_obj_track_times(*list, 0)?;
+        self.lib.H5Pset_layout(*list, H5D_layout_t::H5D_CHUNKED)?;
+        self.lib.H5Pset_fill_time(*list, H5D_fill_time_t::H5D_FILL_TIME_NEVER)?;
+        if how.shuffle {
+            self.lib.H5Pset_shuffle(*list)?;
+        }
+        self.lib.H5Pset_deflate(*list, how.level)?;
+        self.chunked_list = Some(list);
+        Ok(self)
+    }
+
+    /// Creates everything; returns where each dataset is. `chunks` has the shapes of chunks, if there are any.
+    fn write(mut self, tree: &'t Tree, chunks: &[Option<Vec<u64>>]) -> Result<Vec<Place>> {
         for group in tree.groups() {
             let id = self.group(&group.path).map_err(|e| e.with_entry(&group.path))?;
             self.attributes(id, &group.attributes).map_err(|e| e.with_entry(&group.path))?;
         }
-        let mut offsets = Vec::with_capacity(tree.datasets().len());
-        for dataset in tree.datasets() {
-            offsets.push(self.dataset(dataset).map_err(|e| e.with_entry(&dataset.path))?);
+        let mut places = Vec::with_capacity(tree.datasets().len());
+        for (i, dataset) in tree.datasets().iter().enumerate() {
+            let chunk = chunks.get(i).and_then(Option::as_deref);
+            places.push(self.dataset(dataset, chunk).map_err(|e| e.with_entry(&dataset.path))?);
         }
-        Ok(offsets)
+        Ok(places)
     }
 
-    fn dataset(&mut self, d: &'t crate::tree::Dataset) -> Result<Option<u64>> {
+    fn dataset(&mut self, d: &'t crate::tree::Dataset, chunk: Option<&[u64]>) -> Result<Place> {
         let lib = self.lib;
         let (parent, name) = d.path.rsplit_once('/').unwrap_or(("", &d.path));
         let group = self.group(parent)?;
@@ -130,9 +235,22 @@ impl<'l, 't> Writer<'l, 't> {
             new.insert(lib.create_space(&d.shape)?);
         }
         let (dtype, space) = (*self.types[&d.dtype], *self.spaces[&d.shape[..]]);
-        let id = lib.create_dataset(group, name, dtype, space, [self.link_list(name), *self.dataset_list])?;
+        let list = match (chunk, &self.chunked_list) {
+            (Some(shape), Some(list)) => {
+                lib.set_chunk(**list, shape)?;
+                **list
+            }
+            _ => *self.dataset_list,
+        };
+        let id = lib.create_dataset(group, name, dtype, space, [self.link_list(name), list])?;
         self.attributes(*id, &d.attributes)?;
-        Ok(if d.nbytes == 0 { None } else { Some(lib.H5Dget_offset(*id)? as u64) })
+        Ok(if d.nbytes == 0 {
+            Place::Nowhere
+        } else if chunk.is_some() {
+            Place::Chunks(id.leave_open())
+        } else {
+            Place::At(lib.H5Dget_offset(*id)? as u64)
+        })
     }
 
     /// The group at `path`, created if need be.
