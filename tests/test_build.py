@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 import hornbeam
-from helpers import values
+from helpers import saved, values
 from zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
@@ -49,13 +52,133 @@ def test_variables_are_the_same_things(name: str, tmp_path: Path) -> None:
     assert values(ours) == values(stock)
 
 
+SHORTCUTS = [(), ("attributes", "signatures"), ("attributes", "signatures", "variables")]
+
+
+@pytest.mark.parametrize("shortcuts", SHORTCUTS if BACKEND == "tensorflow" else SHORTCUTS[:2])
+@pytest.mark.parametrize("name", ZOO)
+def test_everything_about_a_model_is_the_same(name: str, shortcuts: tuple[str, ...], tmp_path: Path) -> None:
+    if shortcuts == () and name == "many_layers":
+        return  # slow, and the others show it
+    model, x, y = ZOO[name]()
+    model.save(tmp_path / "m.keras")
+    with hornbeam.options(shortcuts=shortcuts):
+        stock, ours = both(tmp_path / "m.keras")
+    for a, b in zip(_objects(stock), _objects(ours), strict=True):
+        assert type(b) is type(a)
+        assert {k: type(v) for k, v in vars(b).items()} == {k: type(v) for k, v in vars(a).items()}, a
+        plain = [k for k, v in vars(a).items() if isinstance(v, int | float | str | bool | None | tuple)]
+        for key in plain:
+            assert _comparable(vars(b)[key]) == _comparable(vars(a)[key]), (a, key)
+    assert _counted_off(str(_dependencies(ours))) == _counted_off(str(_dependencies(stock)))
+    assert values(ours) == values(stock)
+    if y is not None and stock.optimizer is not None:
+        for each in (stock, ours):
+            keras.utils.set_random_seed(3)
+            for _ in range(2):
+                each.train_on_batch(x, y)
+    assert values(ours) == values(stock)
+
+
+def _objects(model: Any) -> list[Any]:
+    found = [*model._flatten_layers(), *_all(model)] if hasattr(model, "_flatten_layers") else [model]
+    return [*found, *([model.optimizer] if getattr(model, "optimizer", None) is not None else [])]
+
+
+def _comparable(value: Any) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", _counted_off(str(value)))
+
+
+def _dependencies(model: Any) -> list[str]:
+    """The graph that `tf.train.Checkpoint` would save."""
+    if BACKEND != "tensorflow":
+        return []
+    from tensorflow.python.checkpoint.graph_view import ObjectGraphView
+
+    paths = ObjectGraphView(model).breadth_first_traversal()[1]
+    return [f"{type(item).__name__}: {'/'.join(p.name for p in path)}" for item, path in paths.items()]
+
+
+def _names() -> dict[str, int]:
+    from keras.src.backend.common import global_state
+
+    return dict(global_state.get_global_attribute("object_name_uids", {}))
+
+
+@pytest.mark.parametrize(
+    "name", {"functional", "recurrent", "attention", "subclassed", "preprocessing_with_assets"} & ZOO.keys()
+)
+def test_automatic_names_count_on_alike(name: str, tmp_path: Path) -> None:
+    model, _, _ = ZOO[name]()
+    model.save(tmp_path / "m.keras")
+    counted = []
+    for installed in (False, True):
+        before = _names()
+        with hornbeam.installed() if installed else contextlib.nullcontext():
+            keras.models.load_model(tmp_path / "m.keras")
+        after = _names()
+        counted.append({key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)})
+    assert counted[0] == counted[1]
+
+
+def _patch_points() -> list[tuple[Any, str]]:
+    """Everything of Keras that is replaced while a model is loaded."""
+    from keras.src.backend.common.variables import Variable
+    from keras.src.saving import saving_lib
+
+    points: list[tuple[Any, str]] = [
+        (keras.layers.Layer, "__setattr__"),
+        (Variable, "assign"),
+        (saving_lib, "_load_state"),
+        (saving_lib, "_walk_saveable"),
+        (keras.Variable, "_initialize_with_initializer"),
+    ]
+    if BACKEND == "tensorflow":
+        from keras.src.backend.tensorflow.optimizer import TFOptimizer
+
+        points += [(TFOptimizer, "add_variable_from_reference"), (TFOptimizer, "_var_key")]
+    return points
+
+
+@lazy
+@pytest.mark.parametrize("point", range(len(_patch_points())), ids=lambda i: _patch_points()[i][1])
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_error_at_any_patch_point_leaves_nothing_patched(
+    point: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, _ = ZOO["functional"]()
+    model.save(tmp_path / "m.keras")
+    with hornbeam.installed():
+        keras.models.load_model(tmp_path / "m.keras")  # tries the shortcuts
+    owner, name = _patch_points()[point]
+    original, calls = getattr(owner, name), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise ZeroDivisionError(name)
+        return original(*args, **kwargs)
+
+    before = [getattr(o, n) for o, n in _patch_points()]
+    before[point] = fails
+    monkeypatch.setattr(owner, name, fails)
+    with hornbeam.installed(), contextlib.suppress(ZeroDivisionError, TypeError, ValueError):
+        keras.models.load_model(tmp_path / "m.keras")
+    assert [getattr(o, n) for o, n in _patch_points()] == before
+    assert gc.isenabled()
+    monkeypatch.undo()
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        again = keras.models.load_model(tmp_path / "m.keras")
+    assert saved(again) == saved(model)
+
+
 def _all(model: Any) -> list[Any]:
-    return [*model.variables, *model.optimizer.variables]
+    optimizer = getattr(model, "optimizer", None)
+    return [*model.variables, *(optimizer.variables if optimizer is not None else ())]
 
 
 def _counted_off(name: str) -> str:
-    import re
-
     return re.sub(r"_\d+", "", name)
 
 

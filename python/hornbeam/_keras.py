@@ -6,6 +6,7 @@ are replaced by dispatchers, which are inert unless `install()` is in force or t
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -161,13 +162,27 @@ def _listing(cls: type) -> Any:
     return cls.__dir__
 
 
-_skip_cache: dict[str, frozenset[str]] = {}
+_skip_cache: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
 
 
 def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
-    if kind not in _skip_cache:
-        _skip_cache[kind] = frozenset(saving_lib.get_attr_skipset(kind))
-    return _skip_cache[kind]
+    """`saving_lib.get_attr_skipset`; the counters of automatic names go on as if its dummies were built every time."""
+    from keras.src.backend.common import global_state
+
+    fresh = collections.defaultdict[str, int](int)
+    counters = global_state.get_global_attribute("object_name_uids", fresh, set_to_default=True)
+    if kind in _skip_cache:
+        names, steps = _skip_cache[kind]
+        for name, step in steps.items():
+            counters[name] += step
+        return names
+    names = frozenset(saving_lib.get_attr_skipset(kind))
+    once = dict(counters)
+    saving_lib.get_attr_skipset(kind)
+    steps = {name: count - once.get(name, 0) for name, count in counters.items() if count != once.get(name, 0)}
+    counters.update(once)
+    _skip_cache[kind] = names, steps
+    return names
 
 
 class _Patch:

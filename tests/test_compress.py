@@ -1,0 +1,166 @@
+"""Compressed saves: the same values for Keras, h5py and us, in fewer bytes; damage found before anything is changed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras.src.saving import saving_lib
+
+import hornbeam
+from helpers import member, saved, state
+from hornbeam import saving
+from hornbeam.errors import HornbeamError
+from zoo import ZOO, chain, floats, train
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Any:
+    with hornbeam.options(strict=True):
+        hornbeam.stats(reset=True)
+        yield
+
+
+def compressible() -> Any:
+    """Large enough for chunks, of values that repeat."""
+    model, *_ = train(chain(layers.Dense(300), layers.Dense(200, dtype="float64"), shape=(400,)), *data(), "adam")
+    for variable in model.weights:
+        shape = variable.shape
+        variable.assign(np.resize(np.arange(37, dtype="float32"), shape))
+    return model
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    return floats(8, 400), floats(8, 200)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_survives(name: str, tmp_path: Path) -> None:
+    model, *_ = ZOO[name]()
+    path, plain = tmp_path / "m.keras", tmp_path / "plain.keras"
+    saving.save_model(model, path, compression=1, chunk_bytes=1024)
+    saving.save_model(model, plain)
+    assert zipfile.ZipFile(path).testzip() is None
+    expected = saved(keras.saving.load_model(plain))
+    assert saved(saving.load_model(path, strict=True)) == expected
+    assert saved(keras.saving.load_model(path)) == expected
+
+
+@pytest.mark.parametrize("compression", ["gzip", 0, 9])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_h5py_and_keras_read_it(compression: Any, shuffle: bool, tmp_path: Path) -> None:
+    model = compressible()
+    path = tmp_path / "m.weights.h5"
+    saving.save_weights(model, path, compression=compression, shuffle=shuffle, chunk_bytes=50_000)
+    assert hornbeam.stats().engines == {"libhdf5": 1}
+    with h5py.File(path, "r") as file:
+        kernel = file["layers/dense/vars/0"]
+        level = {"gzip": 4}.get(compression, compression)
+        assert (kernel.compression, kernel.compression_opts, kernel.shuffle) == ("gzip", level, shuffle)
+        assert np.prod(kernel.chunks) * 4 <= 50_000
+        np.testing.assert_array_equal(kernel[()], keras.ops.convert_to_numpy(model.layers[1].kernel))
+        assert file["layers/dense/vars/1"].chunks is None  # too small to be worth it
+    saving.save_weights(model, tmp_path / "plain.weights.h5")
+    smaller = path.stat().st_size < 0.9 * (tmp_path / "plain.weights.h5").stat().st_size
+    assert smaller == (compression != 0)
+    for load in (keras.Model.load_weights, saving.load_weights):
+        other = compressible()
+        for variable in other.weights:
+            variable.assign(variable * 0)
+        load(other, path)
+        assert saved(other) == saved(model)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+def test_training_goes_on_as_it_would(tmp_path: Path) -> None:
+    model = compressible()
+    saving.save_model(model, tmp_path / "m.keras", compression="gzip")
+    loaded = saving.load_model(tmp_path / "m.keras")
+    for each in (model, loaded):
+        each.fit(*data(), epochs=2, shuffle=False, verbose=0)
+    assert saved(loaded) == saved(model)
+
+
+def test_options_reach_every_save(tmp_path: Path) -> None:
+    model = compressible()
+    with hornbeam.installed(), hornbeam.options(compression="gzip"):
+        model.save(tmp_path / "m.keras")
+        model.save_weights(tmp_path / "m.weights.json", max_shard_size=6e-4)
+        keras.saving.save_model(model, tmp_path / "directory", zipped=False)
+        with hornbeam.options(compression="none"):
+            model.save(tmp_path / "plain.keras")
+    assert (tmp_path / "m.keras").stat().st_size < 0.9 * (tmp_path / "plain.keras").stat().st_size
+    for path in [tmp_path / "directory" / "model.weights.h5", *tmp_path.glob("*_*.weights.h5")]:
+        with h5py.File(path, "r") as file:
+            found: list[Any] = []
+            file.visititems(lambda _, item, found=found: found.append(getattr(item, "compression", None)))
+            assert "gzip" in found, path
+    other = compressible()
+    saving.load_weights(other, tmp_path / "m.weights.json")
+    assert saved(other) == saved(model)
+    assert saved(saving.load_model(tmp_path / "directory")) == saved(model)
+
+
+def test_memory_takes_it(tmp_path: Path) -> None:
+    model = compressible()
+    file = io.BytesIO(b"before" * 100)
+    file.seek(6)
+    with hornbeam.installed(), hornbeam.options(compression=6):
+        saving_lib.save_model(model, file)
+    end = file.tell()
+    assert len(file.getvalue()) == end
+    assert file.getvalue()[:6] == b"before"
+    assert saved(saving_lib.load_model(io.BytesIO(file.getvalue()[6:]))) == saved(model)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"compression": "lzf"}, {"compression": 10}, {"compression": True}, {"compression": 1, "chunk_bytes": 5}]
+)
+def test_wrong_arguments(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        saving.save_model(chain(layers.Dense(2)), tmp_path / "m.keras", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_direct_engine_does_not_compress(tmp_path: Path) -> None:
+    with hornbeam.options(engine="direct"), pytest.raises(HornbeamError, match="does not compress"):
+        saving.save_model(chain(layers.Dense(2)), tmp_path / "m.keras", compression="gzip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_chunk_leaves_the_model(tmp_path: Path) -> None:
+    model = compressible()
+    path = tmp_path / "m.weights.h5"
+    saving.save_weights(model, path, compression="gzip", chunk_bytes=30_000)
+    with h5py.File(path, "r") as file:
+        last = file["layers/dense_1/vars/0"].id
+        info = last.get_chunk_info(last.get_num_chunks() - 1)
+    content = bytearray(path.read_bytes())
+    content[info.byte_offset + info.size - 2] ^= 0x55  # its Adler-32
+    path.write_bytes(content)
+    model.layers[1].kernel.assign(floats(400, 300))
+    before = state(model)
+    with pytest.raises(HornbeamError, match="layers/dense_1/vars/0") as raised:
+        saving.load_weights(model, path)
+    assert str(path) in str(raised.value)
+    assert state(model) == before
+
+
+def test_the_checksum_is_compared_before_the_c_library_looks(tmp_path: Path) -> None:
+    model = compressible()
+    path = tmp_path / "m.keras"
+    saving.save_model(model, path, compression="gzip")
+    image = member(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(image) + len(image) // 2] ^= 1
+    path.write_bytes(content)
+    for engine in ("auto", "libhdf5"):
+        with hornbeam.options(engine=engine), pytest.raises(HornbeamError, match="CRC"):
+            saving.load_model(path)
