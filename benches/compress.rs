@@ -40,7 +40,7 @@ fn weights() -> Vec<u8> {
     let mut state = 1u64;
     let mut uniform = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+        f32::from((state >> 48) as u16) / 65_536.0 - 0.5
     };
     let mut normal = || (0..6).map(|_| uniform()).sum::<f32>() * 0.03;
     (0..LEN / 4).flat_map(|_| normal().to_le_bytes()).collect()
@@ -49,7 +49,7 @@ fn weights() -> Vec<u8> {
 fn run(c: &mut Criterion) {
     let mut tree = Tree::new();
     for i in 0..TENSORS {
-        tree.add_dataset(&format!("layers/l{i:02}/vars/0"), DType::F32, &[1024, LEN as u64 / 4096], vec![])
+        tree.add_dataset(&format!("layers/l{i:02}/vars/0"), DType::F32, [1024, LEN as u64 / 4096], vec![])
             .expect("paths differ");
     }
     let mut tensors = Same(weights());

@@ -22,7 +22,7 @@ fn run(c: &mut Criterion) {
     for (count, bytes) in [(4, 64 << 20), (25_000, 10 << 10)] {
         let mut tree = Tree::new();
         for i in 0..count {
-            tree.add_dataset(&format!("layers/{i}/vars/0"), DType::U8, &[bytes], vec![]).expect("new");
+            tree.add_dataset(&format!("layers/{i}/vars/0"), DType::U8, [bytes], vec![]).expect("new");
         }
         let layout = Direct.lay_out(&tree).expect("it is valid");
         let mut tensors = Same(vec![1; bytes as usize]);

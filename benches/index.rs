@@ -13,7 +13,7 @@ fn image(datasets: u64) -> Vec<u8> {
     let mut tree = Tree::new();
     for i in 0..datasets {
         let path = format!("layers/dense_{}/vars/{}", i / 4, i % 4);
-        tree.add_dataset(&path, DType::F32, &[], vec![]).expect("new");
+        tree.add_dataset(&path, DType::F32, [], vec![]).expect("new");
     }
     let layout = Direct.lay_out(&tree).expect("it is valid");
     let mut image = vec![0; layout.len as usize];

@@ -15,7 +15,7 @@ fn tree(datasets: u64) -> Tree {
         if i % 4 == 0 {
             tree.add_group(&vars, vec![("name".into(), format!("dense_{}", i / 4))]).expect("new");
         }
-        tree.add_dataset(&format!("{vars}/{}", i % 4), DType::F32, &[64, 40], vec![]).expect("new");
+        tree.add_dataset(&format!("{vars}/{}", i % 4), DType::F32, [64, 40], vec![]).expect("new");
     }
     tree
 }

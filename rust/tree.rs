@@ -182,17 +182,17 @@ mod tests {
     #[test]
     fn refuses_what_hdf5_cannot_hold() {
         let mut t = Tree::new();
-        t.add_dataset("a/b", DType::F32, &[2], vec![]).unwrap();
+        t.add_dataset("a/b", DType::F32, [2], vec![]).unwrap();
         for bad in ["", "a//b", "/a", "a/", "a/../b", "a/.", "x\0", "a/b/c", "a/b", "a"] {
-            assert!(t.add_dataset(bad, DType::F32, &[1], vec![]).is_err(), "{bad:?}");
+            assert!(t.add_dataset(bad, DType::F32, [1], vec![]).is_err(), "{bad:?}");
         }
         assert!(t.add_group("a/b", vec![]).is_err());
         t.add_group("a", vec![("name".into(), "x".into())]).unwrap(); // implied before, now named
         assert!(t.add_group("a", vec![]).is_err());
-        assert!(t.add_dataset("big", DType::F64, &[1 << 40, 1 << 40], vec![]).is_err());
-        assert!(t.add_dataset("rank", DType::F64, &[1; 33], vec![]).is_err());
+        assert!(t.add_dataset("big", DType::F64, [1 << 40, 1 << 40], vec![]).is_err());
+        assert!(t.add_dataset("rank", DType::F64, [1; 33], vec![]).is_err());
         for _ in 0..2 {
-            assert!(t.add_dataset("a/b/c/d", DType::F32, &[1], vec![]).is_err()); // the first refusal leaves nothing
+            assert!(t.add_dataset("a/b/c/d", DType::F32, [1], vec![]).is_err()); // the first refusal leaves nothing
         }
         assert_eq!((t.datasets().len(), t.groups().len(), t.nbytes()), (1, 1, 8));
     }

@@ -300,11 +300,11 @@ fn small_tree() -> Tree {
     let mut tree = Tree::new();
     let tag = |v: &str| vec![("dtype".to_owned(), v.to_owned())];
     tree.add_group("layers/dense/vars", vec![("name".into(), "größe".into())]).unwrap();
-    tree.add_dataset("layers/dense/vars/0", DType::F32, &[3, 7], vec![]).unwrap();
-    tree.add_dataset("layers/dense/vars/1", DType::Opaque(2), &[7], tag("bfloat16")).unwrap();
-    tree.add_dataset("scalar", DType::I64, &[], vec![]).unwrap();
-    tree.add_dataset("empty", DType::C64, &[0, 3], vec![]).unwrap();
-    tree.add_dataset("flags", DType::Bool, &[3], vec![]).unwrap();
+    tree.add_dataset("layers/dense/vars/0", DType::F32, [3, 7], vec![]).unwrap();
+    tree.add_dataset("layers/dense/vars/1", DType::Opaque(2), [7], tag("bfloat16")).unwrap();
+    tree.add_dataset("scalar", DType::I64, [], vec![]).unwrap();
+    tree.add_dataset("empty", DType::C64, [0, 3], vec![]).unwrap();
+    tree.add_dataset("flags", DType::Bool, [3], vec![]).unwrap();
     tree
 }
 
@@ -314,7 +314,7 @@ fn groups_of_any_size_are_read_back() {
     for siblings in [0, 1, 7, 8, 9, 255, 256, 257, 300, 8192, 8193] {
         let mut tree = Tree::new();
         for i in 0..siblings {
-            tree.add_dataset(&format!("g/{i}"), DType::U8, &[i % 3], vec![]).unwrap();
+            tree.add_dataset(&format!("g/{i}"), DType::U8, [i % 3], vec![]).unwrap();
             tree.add_group(&format!("h/{i}"), vec![]).unwrap();
         }
         let values = Values::of(&tree, siblings);
@@ -330,7 +330,7 @@ fn large_tensors_cross_every_block_boundary() {
     let mut tree = Tree::new();
     let block = hornbeam::io::emit::BLOCK as u64;
     for (i, n) in [1, block - 1, block, block + 1, 63, 3 * block + 5, 5 << 20, 1].into_iter().enumerate() {
-        tree.add_dataset(&format!("v/{i}"), DType::U8, &[n], vec![]).unwrap();
+        tree.add_dataset(&format!("v/{i}"), DType::U8, [n], vec![]).unwrap();
     }
     round_trip(&tree, 3);
 }
@@ -517,9 +517,9 @@ fn members_and_offsets_beyond_4_gib() {
         let path = directory.path().join("large.keras");
         let mut tree = Tree::new();
         for i in 0..65 {
-            tree.add_dataset(&format!("a/{i}"), DType::U8, &[EACH], vec![]).unwrap();
+            tree.add_dataset(&format!("a/{i}"), DType::U8, [EACH], vec![]).unwrap();
         }
-        tree.add_dataset("b", DType::U8, &[100], vec![]).unwrap();
+        tree.add_dataset("b", DType::U8, [100], vec![]).unwrap();
         let plan = Plan::new(tree, &Direct).unwrap();
         let mut values = Shared(vec![0; EACH as usize], (0..100).collect(), 65);
         let mut members = json_members;

@@ -22,15 +22,14 @@ fn rich() -> Tree {
     tree.add_group("layers/dense/vars", vec![]).unwrap();
     tree.add_group("leer", vec![("a".into(), String::new()), ("ü".into(), "größe".into())]).unwrap();
     for (i, dtype) in DType::named().chain([DType::Opaque(1), DType::Opaque(2)]).enumerate() {
-        tree.add_dataset(&format!("types/{i:02}_{}", dtype.name()), dtype, &[3, 5], vec![]).unwrap();
+        tree.add_dataset(&format!("types/{i:02}_{}", dtype.name()), dtype, [3, 5], vec![]).unwrap();
     }
-    tree.add_dataset("scalar", DType::F32, &[], vec![]).unwrap();
-    tree.add_dataset("empty", DType::I64, &[4, 0], named("nothing")).unwrap();
-    tree.add_dataset("layers/dense/vars/0", DType::F32, &[64, 33], vec![]).unwrap();
-    tree.add_dataset("layers/dense/vars/1", DType::Opaque(2), &[33], vec![("dtype".into(), "bfloat16".into())])
-        .unwrap();
+    tree.add_dataset("scalar", DType::F32, [], vec![]).unwrap();
+    tree.add_dataset("empty", DType::I64, [4, 0], named("nothing")).unwrap();
+    tree.add_dataset("layers/dense/vars/0", DType::F32, [64, 33], vec![]).unwrap();
+    tree.add_dataset("layers/dense/vars/1", DType::Opaque(2), [33], vec![("dtype".into(), "bfloat16".into())]).unwrap();
     for i in 0..30 {
-        tree.add_dataset(&format!("schichten/größe_{i}/vars/0"), DType::F64, &[i + 1], vec![]).unwrap();
+        tree.add_dataset(&format!("schichten/größe_{i}/vars/0"), DType::F64, [i + 1], vec![]).unwrap();
     }
     tree
 }
@@ -109,8 +108,7 @@ fn an_empty_tree_has_an_image() {
 fn large_trees_take_memory_for_metadata_only() {
     let mut tree = Tree::new();
     for i in 0..2500 {
-        tree.add_dataset(&format!("layers/l{}/vars/{}", i / 4, i % 4), DType::F32, &[1 << 14, 1 << 12], vec![])
-            .unwrap();
+        tree.add_dataset(&format!("layers/l{}/vars/{}", i / 4, i % 4), DType::F32, [1 << 14, 1 << 12], vec![]).unwrap();
     }
     let layout = LibHdf5.lay_out(&tree).unwrap();
     let metadata: usize = layout.metadata.iter().map(|m| m.1.len()).sum();
@@ -182,7 +180,7 @@ fn errors_and_panics_of_the_source_come_back() {
 #[test]
 fn truncated_images_are_refused() {
     let mut tree = Tree::new();
-    tree.add_dataset("a/b", DType::F32, &[100], vec![]).unwrap();
+    tree.add_dataset("a/b", DType::F32, [100], vec![]).unwrap();
     let image = fill(&tree, &LibHdf5.lay_out(&tree).unwrap());
     for len in (0..image.len()).step_by(7) {
         let error = LibHdf5.index(&image[..len].to_vec()).unwrap_err();

@@ -167,7 +167,7 @@ impl OpenFile {
 
     /// Writes out what the library still holds, and closes the file.
     pub(super) fn close(mut self) -> Result<Disk<'static>> {
-        let closed = self.with(|lib, file| lib.H5Fclose(file));
+        let closed = self.with(Library::H5Fclose);
         self.id = 0;
         match closed {
             Ok(_) => Ok(std::mem::take(&mut *self.disk)),
