@@ -38,6 +38,12 @@ def _path(i: int) -> str:
     return f"layers/layer_{i // 4}/vars/{i % 4}"
 
 
+def trained_tensors(count: int, nbytes: int) -> Tensors:
+    """`count` float32 tensors of `nbytes` each, of values as weights have them: deflate has something to do."""
+    rng = np.random.default_rng(0)
+    return {_path(i): rng.normal(0, 0.05, nbytes // 4).astype(np.float32) for i in range(count)}
+
+
 #: Name → tensors at full size, and at a size for tests.
 WEIGHTS: dict[str, tuple[Callable[[], Tensors], Callable[[], Tensors]]] = {
     "50,000 x 10 KB": (partial(equal_tensors, 50_000, 10_240), partial(equal_tensors, 1_000, 10_240)),
@@ -126,6 +132,36 @@ PEERS: dict[str, Peer] = {
     "hornbeam, libhdf5": Peer(partial(save_hornbeam, "libhdf5"), partial(load_hornbeam, "libhdf5")),
     "h5py": Peer(_save_h5py, _load_h5py),
     "safetensors": Peer(_save_safetensors, _load_safetensors),
+}
+
+
+#: Bytes of a chunk, level of deflate.
+_CHUNK, _LEVEL = 1 << 20, 4
+
+
+def _save_compressed(path: Path, tensors: Tensors) -> None:
+    from hornbeam import _core
+
+    datasets: list[Any] = [(name, a.dtype.name, a.shape, []) for name, a in tensors.items()]
+    plan = _core.plan(_groups(tensors), datasets, compression=_LEVEL, shuffle=True, chunk_bytes=_CHUNK)
+    plan.start(str(path), [a.reshape(-1) for a in tensors.values()], archive=False).finish([])
+
+
+def _save_h5py_compressed(path: Path, tensors: Tensors) -> None:
+    import h5py
+
+    how = {"compression": "gzip", "compression_opts": _LEVEL, "shuffle": True}
+    with h5py.File(path, "w") as file:
+        for name, array in tensors.items():
+            file.create_dataset(name, data=array, chunks=(min(_CHUNK // 4, len(array)),), **how)
+
+
+COMPRESSED_WEIGHTS = {
+    "16 x 8 MB, deflated": (partial(trained_tensors, 16, 8_000_000), partial(trained_tensors, 4, 400_000)),
+}
+COMPRESSED_PEERS: dict[str, Peer] = {
+    "hornbeam": Peer(_save_compressed, partial(load_hornbeam, "auto")),
+    "h5py": Peer(_save_h5py_compressed, _load_h5py),
 }
 
 

@@ -105,7 +105,10 @@ def _peers(rows: list[Row]) -> str:
         mine = [found.get((workload, peer)) for workload in workloads]
         rates = [f"{rate(row, 'save')} / {rate(row, 'load')}" if row else "n/a" for row in mine]
         lines.append([peer, *rates, check(all(row["equal"] for row in mine if row))])
-    return f"Tensors without a model, in a `.weights.h5` file (safetensors: its own format):\n\n{table(head, lines)}"
+    return (
+        "Tensors without a model, in a `.weights.h5` file (safetensors: its own format; deflated: level 4, shuffled, "
+        f"chunks of 1 MiB):\n\n{table(head, lines)}"
+    )
 
 
 def rate(row: Row, verb: str) -> str:

@@ -138,8 +138,9 @@ def _nbytes(values: list[Any]) -> int:
 
 def peer(task: Result) -> Result:
     """One peer, one set of tensors."""
-    full, small = peers.WEIGHTS[task["workload"]]
-    tensors, which = (small if task["quick"] else full)(), peers.PEERS[task["peer"]]
+    full, small = {**peers.WEIGHTS, **peers.COMPRESSED_WEIGHTS}[task["workload"]]
+    group = peers.PEERS if task["workload"] in peers.WEIGHTS else peers.COMPRESSED_PEERS
+    tensors, which = (small if task["quick"] else full)(), group[task["peer"]]
     target = Path(task["target"])
     task["nbytes"] = nbytes = sum(a.nbytes for a in tensors.values())
     save = _repeat(task, lambda: which.save(target, tensors), before=lambda: target.unlink(missing_ok=True))
@@ -246,9 +247,10 @@ def _row(workload: str, operation: str, prepared: Result, sides: dict[str, list[
 
 def bench_peers(workload: str, args: argparse.Namespace, folder: Path) -> list[Result]:
     """Every peer on one set of tensors: a row each."""
-    found: dict[str, list[Result]] = {name: [] for name in peers.PEERS}
+    group = peers.PEERS if workload in peers.WEIGHTS else peers.COMPRESSED_PEERS
+    found: dict[str, list[Result]] = {name: [] for name in group}
     task = {"workload": workload, "target": str(folder / "weights"), "quick": args.quick, "runs": args.runs}
-    for name in there_and_back(tuple(peers.PEERS), args.turns):
+    for name in there_and_back(tuple(group), args.turns):
         found[name].append(child("peer", {**task, "peer": name}))
     rows = []
     for name, turns in found.items():
@@ -341,7 +343,7 @@ def main() -> int:
         if "ceilings" not in args.skip:
             keep("ceilings", bench_ceilings(args, folder))
         if "peers" not in args.skip:
-            for workload in peers.WEIGHTS:
+            for workload in (*peers.WEIGHTS, *peers.COMPRESSED_WEIGHTS):
                 if args.only in workload:
                     keep("peers", bench_peers(workload, args, folder))
         if "models" not in args.skip:

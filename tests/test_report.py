@@ -206,7 +206,7 @@ def test_an_error_lists_every_difference_and_the_nearest_names(tmp_path: Path) -
         "layers/dense: The shape of the target variable and the shape of the target value",
         "layers/dense_1: The shape",
         "layers/einsum_dense: Layer",
-        "Nearest in the file: ['layers/dense_2'",
+        "Nearest in the file: ['layers/dense",
         "layers/dense_2/vars/0: in the file, but not in the model",
     ):
         assert line in text, line

@@ -321,7 +321,7 @@ def _settle(
     unfit = bool(errors) or bool(selection is not None and selection.missing)
     if (unfit and not skip_mismatch) or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
-        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, live=selection is not None)}")
+        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors)}")
         raised.path, raised.report = report.path, report
         raise raised
     if errors:
@@ -341,18 +341,24 @@ def _keras_message(errors: dict[int, Any]) -> str:
     raise AssertionError("Keras did not raise")
 
 
-def _differences(report: LoadReport, store: LoadStore, *, live: bool) -> str:
+def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any]) -> str:
     """Every difference between file and model, with what in the file is nearest."""
-    groups = [path.removesuffix("/vars") for path in store.members if path.endswith("/vars")]
     files = [path for image in store.images for path, *_ in image.datasets]
+    groups = sorted({path.rpartition("/vars/")[0] for path in files})
     lines = [f"Differences between '{report.path or 'the file'}' and the model:"]
     for place, why in report.mismatched:
-        near = [name for name in difflib.get_close_matches(place, groups, n=3) if name != place]
-        lines.append(f"  {place}: {why.splitlines()[0]}{f' Nearest in the file: {near}' if near else ''}")
-    for name in report.missing:
-        near = difflib.get_close_matches(name, files, n=3) if live else []
-        lines.append(f"  {name}: not in the file{f'; nearest there: {near}' if near else ''}")
-    lines += [f"  {name}: in the file, but not in the model" for name in report.unexpected]
+        near = [] if place in groups else difflib.get_close_matches(place, groups, n=3)
+        reason = why.splitlines()[0].partition(" Target variable: ")[0]
+        lines.append(f"  {place}: {reason}{f' Nearest in the file: {near}' if near else ''}")
+    # What belongs to an object that is listed already follows from it.
+    listed = {v.path for saveable, _ in errors.values() for v in getattr(saveable, "variables", ())}
+    starts = tuple(f"{place}/vars/" for place, _ in report.mismatched)
+    lines += [f"  {name}: not in the file" for name in report.missing if name not in listed]
+    lines += [
+        f"  {name}: in the file, but not in the model"
+        for name in report.unexpected
+        if not name.startswith(starts or "/")
+    ]
     return "\n".join(lines)
 
 
