@@ -14,7 +14,6 @@ when they are made, so not calling one changes no random state; those that hold 
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -192,7 +191,7 @@ def scope() -> Iterator[None]:
             stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
             stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
         stack.enter_context(_shortcuts.scope())
-        stack.enter_context(collector_rests())
+        stack.enter_context(_keras.collector_rests())
         pending: list[Any] = []
         _local.pending = pending
         try:
@@ -203,29 +202,3 @@ def scope() -> Iterator[None]:
         for variable in pending:
             if isinstance(variable, _Lazy):
                 _initialize(variable)
-
-
-_collector_lock = threading.Lock()
-_collector_users = 0
-
-
-@contextlib.contextmanager
-def collector_rests() -> Iterator[None]:
-    """The cyclic garbage collector does not run meanwhile, in any thread."""
-    global _collector_users
-    with _collector_lock:
-        resting = _collector_users > 0 or gc.isenabled()
-        if resting:
-            _collector_users += 1
-            gc.disable()
-    try:
-        yield
-    finally:
-        if resting:
-            with _collector_lock:
-                _collector_users -= 1
-                if _collector_users == 0:
-                    if gc.get_freeze_count() == 0:  # else they would be somebody's
-                        gc.freeze()  # what was built is old now: no collection goes through it at once
-                        gc.unfreeze()
-                    gc.enable()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -244,3 +245,29 @@ def fast_walk() -> Iterator[None]:
             yield
         finally:
             _local.walk = before
+
+
+_collector_lock = threading.Lock()
+_collector_users = 0
+
+
+@contextlib.contextmanager
+def collector_rests() -> Iterator[None]:
+    """The cyclic garbage collector does not run meanwhile, in any thread."""
+    global _collector_users
+    with _collector_lock:
+        resting = _collector_users > 0 or gc.isenabled()
+        if resting:
+            _collector_users += 1
+            gc.disable()
+    try:
+        yield
+    finally:
+        if resting:
+            with _collector_lock:
+                _collector_users -= 1
+                if _collector_users == 0:
+                    if gc.get_freeze_count() == 0:  # else they would be somebody's
+                        gc.freeze()  # what was built is old now: no collection goes through it at once
+                        gc.unfreeze()
+                    gc.enable()

@@ -207,7 +207,7 @@ def load_weights_only(
         report.stage("open")
         store.complete(drop_rest=False)
         report.stage("read")
-        stack.enter_context(_build.collector_rests())
+        stack.enter_context(_keras.collector_rests())
         journal = stack.enter_context(_journal.journal(undoable=True))
         errors = _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
         report.stage("assign")

@@ -147,20 +147,24 @@ def save_weights_only(
 
 @contextmanager
 def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> Iterator[tuple[RecordStore, AssetStore]]:
-    """Keras' walk over the model, with what it stored; assets live until the end of the block."""
+    """Keras' walk over the model, with what it stored; assets live until the end of the block.
+
+    The garbage collector rests meanwhile: serialising makes many objects, and none of them is garbage.
+    """
     store, asset_store = RecordStore(), AssetStore("w")
-    try:
-        with _keras.fast_walk():
-            saving_lib._save_state(
-                model,
-                weights_store=store,
-                assets_store=asset_store if assets else None,
-                inner_path="",
-                visited_saveables=visited if visited is not None else set(),
-            )
-        yield store, asset_store
-    finally:
-        asset_store.close()
+    with _keras.collector_rests():
+        try:
+            with _keras.fast_walk():
+                saving_lib._save_state(
+                    model,
+                    weights_store=store,
+                    assets_store=asset_store if assets else None,
+                    inner_path="",
+                    visited_saveables=visited if visited is not None else set(),
+                )
+            yield store, asset_store
+        finally:
+            asset_store.close()
 
 
 def _plan(store: RecordStore) -> _core.Plan:
