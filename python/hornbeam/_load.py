@@ -312,7 +312,7 @@ def _settle(
         report.missing = [v.path for v in _variables(model) if id(v) not in journal.assigned]
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
-    report.mismatched = [(journal.places.get(key, "?") or "model", str(e)) for key, (_, e) in errors.items()]
+    report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
     report.cast = journal.cast
     report.bytes = sum(image.bytes for image in store.images)
     crcs = {image.crc for image in store.images}
@@ -330,6 +330,10 @@ def _settle(
         _state.count(engine=image.weights.engine)
     _state.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
     _report.remember(report)
+
+
+def _text(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 def _keras_message(errors: dict[int, Any]) -> str:
