@@ -7,7 +7,7 @@ use crate::commit::{self, Pending};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{Compression, Engine, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
-use crate::io::pack::pack;
+use crate::io::pack::{self, pack};
 use crate::tree::Tree;
 
 /// What will be written and where, before a payload byte moves.
@@ -184,6 +184,9 @@ fn fill(
     members: Option<Members<'_>>,
     progress: &Progress,
 ) -> Result<(u64, u32)> {
+    if let Places::Open(..) = plan.places {
+        pack::check(sink)?;
+    }
     let Some(members) = members else {
         let (len, crc) = plan.emit(tensors, base, sink, progress)?;
         return Ok((base + len, crc));

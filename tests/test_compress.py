@@ -164,3 +164,35 @@ def test_the_checksum_is_compared_before_the_c_library_looks(tmp_path: Path) -> 
     for engine in ("auto", "libhdf5"):
         with hornbeam.options(engine=engine), pytest.raises(HornbeamError, match="CRC"):
             saving.load_model(path)
+
+
+def test_progress_counts_tensors_and_nothing_twice(tmp_path: Path) -> None:
+    model, told = compressible(), list[hornbeam.Progress]()
+    saving.save_model(model, tmp_path / "m.keras", compression="gzip", progress=told.append)
+    saving.load_model(tmp_path / "m.keras", progress=told.append)
+    saving.save_weights(model, tmp_path / "m.weights.json", max_shard_size=6e-4, progress=told.append)
+    for operation in ("save", "load"):
+        last = [p for p in told if p.operation == operation][-1]
+        assert last.done == last.total == sum(np.asarray(v).nbytes for v in _values(model)), operation
+
+
+def _values(model: Any) -> list[Any]:
+    optimizer = getattr(model, "optimizer", None)
+    return [keras.ops.convert_to_numpy(v) for v in [*model.weights, *(optimizer.variables if optimizer else ())]]
+
+
+def test_a_pipe_gets_nothing_of_what_cannot_be_written_there() -> None:
+    class Pipe(io.RawIOBase):
+        content = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.content += bytes(data)
+            return len(data)
+
+    pipe = Pipe()
+    with hornbeam.installed(), hornbeam.options(compression=1), pytest.raises(HornbeamError, match="can seek"):
+        saving_lib.save_model(compressible(), pipe)
+    assert pipe.content == b""

@@ -649,3 +649,13 @@ def test_a_broken_config_is_an_error_when_it_is_asked_for(model: Any, tmp_path: 
         assert file.metadata == {}
         with pytest.raises(errors.ConfigError, match=r"config\.json"):
             _ = file.config
+
+
+def test_several_lists_and_small_integers_index_as_numpy_does(tmp_path: Path) -> None:
+    values = np.arange(4000, dtype=np.float32).reshape(1000, 2, 2)
+    with h5py.File(tmp_path / "m.h5", "w") as f:
+        f["a"] = values
+    with hornbeam.open(tmp_path / "m.h5") as file:
+        tensor = file.tensors["a"]
+        for index in ((0, slice(None), [1, 0]), ([1, 2], 0, [1, 0]), np.array([0, 1, -1], np.int8), (3, [0, 1])):
+            np.testing.assert_array_equal(tensor[index], values[index])

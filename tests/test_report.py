@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -363,3 +364,139 @@ def test_stock_loads_cannot_be_strict_or_partial(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "m.weights.h5", tmp_path / "m.h5")
     with pytest.raises(UnsupportedError, match="Only `by_name` works"):
         saving.load_weights(model, tmp_path / "m.h5", only="head")
+
+
+def test_layers_that_are_not_loaded_do_not_even_run(tmp_path: Path) -> None:
+    model = two_towers()
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    other = two_towers()
+    dense = other.get_layer("encoder").get_layer("a")
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(floats(2, 3))
+    before = {v.path: np.array(keras.ops.convert_to_numpy(v)) for v in dense.variables}
+    saving.load_weights(other, tmp_path / "m.weights.h5", only="head/bias", strict=True)
+    for variable in dense.variables:  # a LoRA layer stores its kernels merged, and resets what it merged when it loads
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), before[variable.path])
+    np.testing.assert_array_equal(other.get_layer("head").bias, model.get_layer("head").bias)
+    with pytest.raises(ValueError, match="load all of it, or nothing"):
+        saving.load_weights(other, tmp_path / "m.weights.h5", only="encoder/a/bias")
+
+
+def heads() -> Any:
+    inputs = keras.Input((3, 4))
+    x = layers.MultiHeadAttention(2, 2, name="first")(inputs, inputs)
+    x = layers.MultiHeadAttention(2, 2, name="second")(x, x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
+def test_names_that_repeat_inside_of_layers_are_told_apart(tmp_path: Path) -> None:
+    model, other = heads(), heads()
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    report = saving.load_weights(other, tmp_path / "m.weights.h5", by_name=True, strict=True)
+    assert len(report.loaded) == len(model.weights)
+    assert [v[3] for v in state(other)][: len(model.weights)] == [v[3] for v in state(model)][: len(model.weights)]
+    with h5py.File(tmp_path / "m.weights.h5", "a") as file:
+        file.visititems(lambda _, item: [item.attrs.pop(name) for name in list(item.attrs)] and None)
+    with pytest.raises(ValueError, match="does not say what its layers are called"):
+        saving.load_weights(other, tmp_path / "m.weights.h5", by_name=True)
+    keras.Sequential([keras.Input((4,)), layers.Dense(2, name="twin")]).save_weights(tmp_path / "t.weights.h5")
+    left = keras.Sequential([layers.Dense(2, name="twin")], name="part")
+    inputs = keras.Input((4,))
+    both = keras.Model(inputs, [left(inputs), layers.Dense(2, name="twin")(inputs)])
+    assert len(saving.load_weights(both, tmp_path / "t.weights.h5", by_name=True).loaded) == 2
+
+
+@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+def test_slots_of_other_variables_are_not_taken(tmp_path: Path) -> None:
+    model, *_ = train(chain(layers.Dense(6, name="a"), layers.Dense(6, name="b")), floats(16, 6), floats(16, 6))
+    saving.save_model(model, tmp_path / "m.keras")
+    wide, x, y = train(
+        chain(layers.Dense(6, name="a"), layers.EinsumDense("ab,bc->ac", 6, name="new"), layers.Dense(6, name="b")),
+        floats(16, 6),
+        floats(16, 6),
+    )
+    slots = [np.array(keras.ops.convert_to_numpy(v)) for v in wide.optimizer.variables]
+    with pytest.warns(UserWarning, match="other variables"):
+        report = saving.load_weights(wide, tmp_path / "m.keras", skip="new/*")
+    assert not any(name.startswith("optimizer/") for name in report.loaded)
+    for variable, slot in zip(wide.optimizer.variables, slots, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), slot)
+    wide.fit(x, y, verbose=0)
+
+
+def test_a_load_inside_of_a_load_is_undone_with_it(tmp_path: Path) -> None:
+    part = chain(layers.Dense(6))
+    saving.save_weights(part, tmp_path / "part.weights.h5")
+
+    class Nests(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [lambda: part]  # no layer to Keras
+
+        def load_own_variables(self, store: Any) -> None:
+            saving.load_weights(self.hidden[0](), tmp_path / "part.weights.h5")
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    model = chain(Nests(), layers.Dense(3))
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    other = chain(Nests(), layers.Dense(4))
+    before = disturb(part)
+    with pytest.raises(IncompleteLoadError):
+        saving.load_weights(other, tmp_path / "m.weights.h5")
+    assert state(part) == before
+
+
+def test_what_a_layer_does_not_assign_is_missing(tmp_path: Path) -> None:
+    class Shrugs(layers.Dense):
+        def load_own_variables(self, store: Any) -> None:
+            with contextlib.suppress(ValueError):
+                super().load_own_variables(store)
+
+    saving.save_weights(chain(Shrugs(3, name="s")), tmp_path / "m.weights.h5")
+    other = chain(Shrugs(4, name="s"))
+    report = saving.load_weights(other, tmp_path / "m.weights.h5")
+    assert report.missing == ["s/kernel", "s/bias"]
+    with pytest.raises(IncompleteLoadError, match="s/kernel: not in the file"):
+        saving.load_weights(other, tmp_path / "m.weights.h5", strict=True)
+
+
+def test_objects_to_skip_are_reported_as_skipped(tmp_path: Path) -> None:
+    model = two_towers()
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    report = saving.load_weights(
+        model, tmp_path / "m.weights.h5", strict=True, objects_to_skip=[model.get_layer("head")]
+    )
+    assert report.skipped == ["layers/dense/vars/0", "layers/dense/vars/1"]
+
+
+def test_an_exception_without_a_text(tmp_path: Path) -> None:
+    class Fails(layers.Layer):
+        def load_own_variables(self, store: Any) -> None:
+            raise AssertionError
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    model = chain(Fails())
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match="layers/fails: AssertionError"):
+        saving.load_weights(model, tmp_path / "m.weights.h5")
+    with pytest.warns(UserWarning, match="1 objects could not be loaded"):
+        report = saving.load_weights(model, tmp_path / "m.weights.h5", skip_mismatch=True)
+    assert "AssertionError" in str(report)
+
+
+def test_what_stock_keras_does_alone_is_never_half_asked_for(tmp_path: Path) -> None:
+    model = two_towers()
+    saving.save_model(model, tmp_path / "m.h5")
+    with pytest.raises(UnsupportedError, match="Only stock Keras loads this format"):
+        saving.load_model(tmp_path / "m.h5", strict=True)
+    saving.load_model(tmp_path / "m.h5")
+    report = hornbeam.last_report()
+    assert report is not None
+    assert (report.path, report.engine, report.complete) == (str(tmp_path / "m.h5"), "stock", False)
+    with pytest.raises(UnsupportedError, match="uncompressed"):
+        saving.save_model(model, tmp_path / "c.h5", compression=9)
+    assert not (tmp_path / "c.h5").exists()

@@ -68,7 +68,7 @@ class _Lazy:
             return super().assign(value)  # type: ignore[misc]
         journal = _journal.current()
         if journal is not None:
-            journal.note(variable, value)
+            journal.before(variable)
             if not isinstance(variable, _Lazy):  # to keep the value it had, it had to get one
                 return variable.assign(value)
         tensor = None
@@ -78,6 +78,8 @@ class _Lazy:
         if tensor is None:
             tensor = variable._convert_to_tensor(value, dtype=variable._dtype)
         _give(variable, tensor)
+        if journal is not None:
+            journal.after(variable, value)
         return tensor
 
     def _direct_assign(self, value: Any) -> None:

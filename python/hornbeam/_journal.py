@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
@@ -25,42 +25,72 @@ class Journal:
     Attributes:
         assigned: Variables that got a value, by id.
         cast: `(path, dtype in the file, dtype of the variable)` of those that were converted.
-        places: Path in the file of every object that Keras tried to load, by id.
+        places: Path in the file of every object that Keras came to, by id.
+        part: What is loaded, if not everything.
     """
 
-    def __init__(self, *, undoable: bool) -> None:
+    def __init__(self, *, undoable: bool, part: Part | None = None) -> None:
         self.assigned: dict[int, Any] = {}
         self.cast: list[tuple[str, str, str]] = []
         self.places: dict[int, str] = {}
-        self._undoable = undoable
+        self.part = part
+        self.undoable = undoable
+        self._held: set[int] = set()
         self._values: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def note(self, variable: Any, value: Any) -> None:
-        """Notes that `variable` gets `value`; keeps what it had, if that may be needed again."""
-        if id(variable) not in self.assigned:
-            if self._undoable:
-                self._values.append(_tensors.hold(variable))
-            self.assigned[id(variable)] = variable
+    def before(self, variable: Any) -> None:
+        """Keeps what `variable` has, if that may be needed again."""
+        if self.undoable and id(variable) not in self._held:
+            self._held.add(id(variable))
+            self._values.append(_tensors.hold(variable))
+
+    def after(self, variable: Any, value: Any) -> None:
+        """Notes that `variable` has got `value`."""
+        self.assigned[id(variable)] = variable
         if isinstance(value, np.ndarray) and value.dtype.name != variable._dtype:
             self.cast.append((variable.path, value.dtype.name, variable._dtype))
 
     def visit(self, saveable: Any, path: str) -> None:
         """Notes an object before it loads its state; keeps its attributes, if they may be needed again."""
         self.places.setdefault(id(saveable), path)
-        if self._undoable and hasattr(saveable, "load_own_variables"):
+        if self.undoable and hasattr(saveable, "load_own_variables"):
             attributes = getattr(saveable, "__dict__", None)
             if attributes is not None:
                 self._states.append((attributes, dict(attributes)))
 
+    def take_over(self, inner: Journal) -> None:
+        """Makes what a load inside of this one did a part of it."""
+        self.assigned.update(inner.assigned)
+        self.cast += inner.cast
+        self._held |= inner._held
+        self._values += inner._values
+        self._states += inner._states
+
     def roll_back(self) -> None:
         """Gives every variable the value, and every object the attributes, that it had."""
+        failed: BaseException | None = None
         for restore in reversed(self._values):
-            restore()
+            try:
+                restore()
+            except BaseException as error:  # another Ctrl-C, say: the others come first
+                failed = error
         for attributes, before in reversed(self._states):
             if attributes.keys() != before.keys() or any(attributes[k] is not v for k, v in before.items()):
                 attributes.clear()
                 attributes.update(before)
+        if failed is not None:
+            raise failed
+
+
+class Part(Protocol):
+    """What of a model is loaded."""
+
+    def has(self, path: str) -> bool:
+        """Whether anything of the object at `path` is."""
+
+    def keeps(self, path: str, saveable: Any) -> list[Any]:
+        """Variables of the object that are not, although others are."""
 
 
 def current() -> Journal | None:
@@ -71,32 +101,45 @@ def current() -> Journal | None:
 def _dispatch_assign(self: Any, value: Any) -> Any:
     """`KerasVariable.assign`; a tensor of ours becomes the variable's memory where that is safe."""
     journal = current()
-    if journal is None or in_stateless_scope() or value is self:
-        return value if value is self and journal is not None else _assign_patch.original(self, value)
-    journal.note(self, value)
-    if (
+    if journal is None or in_stateless_scope():
+        return _assign_patch.original(self, value)
+    if value is self:  # what is not loaded keeps its value
+        return value
+    journal.before(self)
+    adopted = (
         isinstance(value, np.ndarray)
         and _tensors.is_given_away(value)
         and value.dtype.name == self._dtype
         and value.shape == tuple(self._shape)
         and _tensors.adopt(self, value)
-    ):
-        return self.value
-    return _assign_patch.original(self, value)
+    )
+    result = self.value if adopted else _assign_patch.original(self, value)
+    journal.after(self, value)
+    return result
 
 
-def _dispatch_load(saveable: Any, *args: Any, **kwargs: Any) -> Any:
+def _dispatch_load(saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kw: Any) -> Any:
     """`saving_lib._load_state`, which calls itself through its module."""
     journal = current()
-    if journal is not None:
-        journal.visit(saveable, kwargs["inner_path"] if "inner_path" in kwargs else args[2])
-    return _load_patch.original(saveable, *args, **kwargs)
+    if journal is None:
+        return _load_patch.original(saveable, weights_store, assets_store, inner_path, *args, **kw)
+    journal.visit(saveable, inner_path)
+    kept: list[Callable[[], None]] = []
+    if journal.part is not None:
+        weights_store.passes = not journal.part.has(inner_path)
+        kept = [_tensors.hold(variable) for variable in journal.part.keeps(inner_path, saveable)]
+    try:
+        return _load_patch.original(saveable, weights_store, assets_store, inner_path, *args, **kw)
+    finally:
+        for restore in kept:
+            restore()
 
 
 @contextlib.contextmanager
-def journal(*, undoable: bool) -> Iterator[Journal]:
+def journal(*, undoable: bool, part: Part | None = None) -> Iterator[Journal]:
     """Notes this thread's assignments; with `undoable`, an exception leaves everything as it was."""
-    before, made = current(), Journal(undoable=undoable)
+    outer = current()
+    made = Journal(undoable=undoable or (outer is not None and outer.undoable), part=part)
     with (
         _assign_patch(KerasVariable, "assign", _dispatch_assign),
         _load_patch(saving_lib, "_load_state", _dispatch_load),
@@ -108,5 +151,8 @@ def journal(*, undoable: bool) -> Iterator[Journal]:
             _local.journal = None
             made.roll_back()
             raise
+        else:
+            if outer is not None:
+                outer.take_over(made)
         finally:
-            _local.journal = before
+            _local.journal = outer

@@ -10,7 +10,7 @@ import difflib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,12 @@ def load_weights_only(
     visited = {id(o) for o in objects_to_skip or ()}
     selection = None
     if request.partial:
-        names = [path for _, weights in opened for path, *_ in weights.datasets()]
+        shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
         # A group in several shards has its attributes in the first.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
-        selection = Selection(request, Structure(model, visited), names, groups)
+        selection = Selection(request, Structure(model, visited), shapes, groups)
     with ExitStack() as stack:
         wanted = None if selection is None or _state.current().verify else set(selection.source.values()).__contains__
         images = [Image(weights, name, wanted=wanted, read_ahead=_ALL) for name, weights in opened]
@@ -208,10 +208,13 @@ def load_weights_only(
         store.complete(drop_rest=False)
         report.stage("read")
         stack.enter_context(_keras.collector_rests())
-        journal = stack.enter_context(_journal.journal(undoable=True))
+        journal = stack.enter_context(_journal.journal(undoable=True, part=selection))
         errors = _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
         report.stage("assign")
-        _settle(report, request, journal, store, model, errors, selection=selection, skip_mismatch=skip_mismatch)
+        left_out = list(objects_to_skip or ())
+        _settle(
+            report, request, journal, store, model, errors, selection, left_out=left_out, skip_mismatch=skip_mismatch
+        )
     return report
 
 
@@ -294,22 +297,30 @@ def _settle(
     store: LoadStore,
     model: Any,
     errors: dict[int, Any],
-    *,
     selection: Selection | None = None,
+    *,
+    left_out: Sequence[Any] = (),
     skip_mismatch: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
     names = [path for image in store.images for path, *_ in image.datasets]
     has_optimizer = getattr(model, "optimizer", None) is not None
+    failed = tuple(_start(f"{journal.places.get(key, '')}/vars/") for key in errors)
+    outside = tuple(_start(f"{journal.places[id(o)]}/") for o in left_out if id(o) in journal.places)
+    if not has_optimizer:
+        outside += ("optimizer/",)
     for name in names:
-        if name in store.taken:
+        if name.startswith(failed):
+            report.refused.append(name)
+        elif name in store.taken:
             report.loaded.append(name)
-        elif selection is not None or (not has_optimizer and name.startswith("optimizer/")):
+        elif selection is not None or name.startswith(outside):
             report.skipped.append(name)
         else:
             report.unexpected.append(name)
     if selection is None:
-        report.missing = [v.path for v in _variables(model) if id(v) not in journal.assigned]
+        known = {*journal.assigned, *(id(v) for o in left_out for v in getattr(o, "variables", ()))}
+        report.missing = [v.path for v in _variables(model) if id(v) not in known]
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
@@ -318,7 +329,7 @@ def _settle(
     crcs = {image.crc for image in store.images}
     report.crc = crcs.pop() if len(crcs) == 1 else "partial"
     report.engine = store.images[0].weights.engine if store.images else "direct"
-    unfit = bool(errors) or bool(selection is not None and selection.missing)
+    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
     if (unfit and not skip_mismatch) or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
         raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors)}")
@@ -330,6 +341,10 @@ def _settle(
         _state.count(engine=image.weights.engine)
     _state.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
     _report.remember(report)
+
+
+def _start(path: str) -> str:
+    return path.lstrip("/")  # the model itself is at no path
 
 
 def _text(error: Exception) -> str:

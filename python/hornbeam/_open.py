@@ -122,6 +122,8 @@ class Tensor:
         if self.mapped:
             return self._view()[index]
         rest = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(i, list | np.ndarray) for i in rest[1:]):
+            return self.read()[index]  # NumPy puts the axes of several such indices elsewhere
         first = axis = 0
         while rest and axis < self.ndim and isinstance(rest[0], int | np.integer) and not isinstance(rest[0], bool):
             size, i = self.shape[axis], int(rest.pop(0))
@@ -181,6 +183,7 @@ def _run(index: Any, size: int) -> tuple[int, int, Any] | None:
     if isinstance(index, list | np.ndarray):
         picked = np.asarray(index)
         if picked.dtype.kind in "iu" and picked.size and -size <= picked.min() and picked.max() < size:
+            picked = picked.astype(np.intp)
             picked = np.where(picked < 0, picked + size, picked)
             low = int(picked.min())
             return low, int(picked.max()) + 1, picked - low

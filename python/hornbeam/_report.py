@@ -24,6 +24,8 @@ class LoadReport:
         skipped: Names in the file that were left out on purpose: by `only`, `skip`, `name_map` or `compile=False`, or
             because the model has no optimizer.
         mismatched: `(object, why)` of what did not fit.
+        refused: Names in the file that belong to those; with `skip_mismatch`, some of their values may have been set,
+            as in Keras.
         initialised: Variables that got their initial value because the file had none; only `load_model` does that.
         cast: `(variable, dtype in the file, dtype of the variable)` of what was converted.
         bytes: Bytes of the tensors taken.
@@ -38,6 +40,7 @@ class LoadReport:
     unexpected: list[str] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
     mismatched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
     initialised: list[str] = dataclasses.field(default_factory=list)
     cast: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     bytes: int = 0
@@ -50,7 +53,10 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every variable got its value from the file, and every tensor of the file was asked for."""
+        """Whether all that was asked for was loaded: every variable, or those that `only` and the like leave.
+
+        And nothing in the file was left over, but what is in `skipped`.
+        """
         return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched)
 
     def stage(self, name: str) -> None:
@@ -71,7 +77,7 @@ class LoadReport:
             ("checksum", self.crc),
             ("engine", self.engine),
         ]
-        for name in ("missing", "unexpected", "mismatched", "initialised", "cast", "skipped"):
+        for name in ("missing", "unexpected", "mismatched", "refused", "initialised", "cast", "skipped"):
             items = [_item(i) for i in getattr(self, name)]
             if items:
                 rows.append((name, f"{len(items)}: {shorten(items)}"))

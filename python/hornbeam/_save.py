@@ -22,6 +22,7 @@ from keras.src.saving import saving_lib
 
 from hornbeam import _core, _keras, _progress, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
+from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
 
@@ -57,8 +58,8 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
     reason = _keras.unsupported(weights_format)
     if reason is not None:
         if isinstance(fileobj, _PathTarget):
-            return _state.hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
-        return _state.hand_over(reason, stock, model, fileobj, weights_format)
+            return _hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
+        return _hand_over(reason, stock, model, fileobj, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
@@ -74,6 +75,12 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
     return None
 
 
+def _hand_over(reason: str, stock: Stock, *args: Any) -> Any:
+    if _state.current().compression is not None:
+        raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not compress.")
+    return _state.hand_over(reason, stock, *args)
+
+
 def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> Any:
     with open(path, "wb") as file:
         return stock(model, file, weights_format)
@@ -83,7 +90,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
     """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
     reason = _keras.unsupported(weights_format, dirpath)
     if reason is not None:
-        return _state.hand_over(reason, stock, model, dirpath, weights_format)
+        return _hand_over(reason, stock, model, dirpath, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
@@ -128,7 +135,7 @@ def save_weights_only(
         return stock(model, filepath, max_shard_size, objects_to_skip)  # raises
     reason = _keras.unsupported("h5", text)
     if reason is not None:
-        return _state.hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
+        return _hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
     options = _state.current()
     skipped = {id(o) for o in objects_to_skip or ()}
     with _recorded(model, assets=False, visited=skipped) as (store, _):

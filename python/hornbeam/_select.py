@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -77,10 +78,16 @@ class Structure(RecordStore):
 class Selection:
     """Which tensor of the file every entry of the model gets.
 
-    Attributes:
+    Args:
+        request: What is asked for.
         structure: What the model would store.
+        shapes: The tensors of the file.
+        groups: The groups of the file that have attributes.
+
+    Attributes:
         source: Path in the model → path in the file, of what is loaded; everything else keeps its value.
-        missing: Paths in the model that should have been loaded and are not in the file.
+        missing: Paths in the model that were asked for and are not in the file.
+        lenient: Those of them that need not be.
 
     Raises:
         ValueError: For a pattern that fits nothing, and names that do not tell one thing from another.
@@ -90,33 +97,75 @@ class Selection:
         self,
         request: Request,
         structure: Structure,
-        names: Iterable[str],
+        shapes: Mapping[str, tuple[int, ...]],
         groups: Mapping[str, Attributes],
     ) -> None:
         self.structure = structure
-        known: dict[str, str] = {}
+        known: dict[str, str | None] = {}  # None: of two entries
         for path in structure.values:
             for name in structure.names(path):
-                known.setdefault(name, path)
+                known[name] = path if known.get(name, path) == path else None
         selected = {path for path in structure.values if _selected(structure.names(path), request)}
         for pattern in (*(request.only or ()), *request.skip):
             if not any(_fits(name, pattern) for path in structure.values for name in structure.names(path)):
                 near = difflib.get_close_matches(pattern.rstrip("/*"), known, n=3, cutoff=0.4)
                 raise ValueError(f"No variable of the model fits {pattern!r}{_hint(near)}")
-        # Slots of an optimizer are numbered: without names, only whole states fit.
-        if request.name_map is not None or request.by_name:
-            selected -= {p for p in selected if p.startswith("optimizer/") and not request.only}
+        selected -= _foreign_slots(request, structure, shapes)
         rename = _renamer(request, structure, groups)
         self.source: dict[str, str] = {}
-        for name in names:
-            target = known.get(rename(name) or "")
-            if target is None or target not in selected:
+        for name in shapes:
+            target = rename(name) or ""
+            path = known.get(target)
+            if path is None and target in known and request.name_map is not None:
+                raise ValueError(f"Two variables of the model are called '{target}'; use their paths in the file.")
+            if path is None or path not in selected:
                 continue
-            if target in self.source:
-                raise ValueError(f"Two tensors of the file go to '{target}': '{self.source[target]}' and '{name}'.")
-            self.source[target] = name
-        lenient = {p for p in selected if request.by_name or p.startswith("optimizer/")}
-        self.missing = sorted(selected - self.source.keys() - lenient)
+            if path in self.source:
+                raise ValueError(f"Two tensors of the file go to '{path}': '{self.source[path]}' and '{name}'.")
+            self.source[path] = name
+        self.missing = sorted(selected - self.source.keys())
+        self.lenient = {p for p in self.missing if request.by_name or p.startswith("optimizer/")}
+        self._loaded: dict[str, set[str]] = {}
+        for path in self.source:
+            self._loaded.setdefault(path.rpartition("/")[0], set()).add(path)
+
+    def has(self, path: str) -> bool:
+        """Whether anything of the object at `path` is loaded."""
+        return _group(path) in self._loaded
+
+    def keeps(self, path: str, saveable: Any) -> list[Any]:
+        """Variables of an object that keep their values although others get theirs.
+
+        Raises:
+            ValueError: When the object stores values that are not its variables: they cannot be taken apart.
+        """
+        group = _group(path)
+        loaded = self._loaded.get(group, set())
+        entries = [p for p in self.structure.values if p.rpartition("/")[0] == group] if loaded else []
+        if len(loaded) == len(entries):
+            return []
+        variables = [self.structure.values[p] for p in entries]
+        if not all(isinstance(v, keras.Variable) for v in variables):
+            raise ValueError(f"'{path}' stores other values than its variables have: load all of it, or nothing.")
+        own = [*getattr(saveable, "_trainable_variables", ()), *getattr(saveable, "_non_trainable_variables", ())]
+        named = {id(self.structure.values[p]) for p in loaded}
+        return [v for v in {id(v): v for v in [*variables, *own]}.values() if id(v) not in named]
+
+
+def _group(path: str) -> str:
+    return f"{path}/vars" if path else "vars"
+
+
+def _foreign_slots(request: Request, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The optimizer's entries, where those of the file may belong to other variables: slots have only numbers."""
+    ours = {p: tuple(getattr(v, "shape", ())) for p, v in structure.values.items() if p.startswith("optimizer/")}
+    theirs = {p: tuple(shape) for p, shape in shapes.items() if p.startswith("optimizer/")}
+    renamed = request.name_map is not None or request.by_name
+    if ours == theirs and not renamed:
+        return set()
+    if ours and theirs and not renamed:
+        warnings.warn("Skipping the optimizer's state: it belongs to other variables than the model has.", stacklevel=2)
+    return set(ours)
 
 
 def _selected(names: list[str], request: Request) -> bool:
@@ -139,7 +188,13 @@ def _renamer(request: Request, structure: Structure, groups: Mapping[str, Attrib
     if not request.by_name:
         return lambda name: name
     ours, theirs = _by_layer(structure.groups), _by_layer(groups)
-    where = {theirs[layer]: ours[layer] for layer in theirs.keys() & ours.keys()}
+    if not theirs:
+        raise ValueError("The file does not say what its layers are called, so `by_name` cannot find them.")
+    where = {}
+    for names in ours.keys() & theirs.keys():
+        if len(ours[names]) > 1 or len(theirs[names]) > 1:
+            raise ValueError(f"`by_name` cannot tell apart several layers that are called '{'/'.join(names)}'.")
+        where[theirs[names][0]] = ours[names][0]
 
     def rename(name: str) -> str | None:
         group, _, key = name.rpartition("/")
@@ -148,16 +203,17 @@ def _renamer(request: Request, structure: Structure, groups: Mapping[str, Attrib
     return rename
 
 
-def _by_layer(groups: Mapping[str, Attributes]) -> dict[str, str]:
-    """Name of a layer → its group. A name that comes twice tells nothing, so it is left out."""
-    found: dict[str, str] = {}
-    twice = set()
-    for path, attributes in groups.items():
-        name = dict(attributes).get("name")
-        if name is not None:
-            twice.update([name] if name in found else [])
-            found[name] = path
-    return {name: path for name, path in found.items() if name not in twice}
+def _by_layer(groups: Mapping[str, Attributes]) -> dict[tuple[str, ...], list[str]]:
+    """Names of a layer and of those around it → its groups. The model's own name does not count."""
+    called = {path.removesuffix("/vars"): dict(attributes).get("name") for path, attributes in groups.items()}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path in called:
+        parts = path.split("/")
+        around = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+        names = tuple(name for prefix in around if (name := called.get(prefix)) is not None)
+        if names and path != "vars":
+            found.setdefault(names, []).append(f"{path}/vars")
+    return found
 
 
 def _hint(near: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from keras.src.saving import saving_lib
 from keras.src.utils import dtype_utils
 
-from hornbeam import _core, _save, _state
+from hornbeam import _core, _progress, _save, _state
 from hornbeam._open import read_index
 from hornbeam._store import RecordStore
 
@@ -42,27 +42,29 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
     path = _index_path(text, saving=True)
     shards, weight_map, total = _split(store, path, max_shard_size * 1024**3)
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
-    running: list[tuple[_core.Save, _core.Plan, RecordStore, int]] = []
-    for name, shard in shards:
-        plan = _save._plan(shard)
-        save = plan.start(
-            str(path.with_name(name)),
-            _save._buffers(shard),
-            archive=False,
-            atomic=options.atomic,
-            durable=options.durable,
-        )
-        info = save.finish([], _save._puller(shard), commit=False)
-        running.append((save, plan, shard, info["bytes"]))
+    planned = [(str(path.with_name(name)), shard, _save._plan(shard)) for name, shard in shards]
+    running: list[tuple[_core.Save, int]] = []
+    total = sum(plan.nbytes for *_, plan in planned)
+    with _progress.watch("save", str(path), total, lambda: sum(save.written for save, _ in running)):
+        for name, shard, plan in planned:
+            save = plan.start(
+                name,
+                _save._buffers(shard),
+                archive=False,
+                atomic=options.atomic,
+                durable=options.durable,
+            )
+            running.append((save, 0))
+            running[-1] = save, save.finish([], _save._puller(shard), commit=False)["bytes"]
     if options.atomic:
         try:
             path.unlink(missing_ok=True)
         except PermissionError:  # a directory that takes and gives no file: an empty index is refused as well
             _core.write_file(str(path), b"", atomic=False)
-    for (name, _), (save, *_) in zip(shards, running, strict=True):
-        _save.log_in_place(save.commit(), str(path.with_name(name)))
+    for (name, *_), (save, _) in zip(planned, running, strict=True):
+        _save.log_in_place(save.commit(), name)
     _core.write_file(str(path), index.encode(), atomic=options.atomic, durable=options.durable)
-    for i, (_, plan, shard, nbytes) in enumerate(running):
+    for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         _state.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
 
 

@@ -126,6 +126,7 @@ class LoadStore(saving_lib.H5IOStore):
 
     Attributes:
         taken: Paths in the file that were handed over.
+        passes: Whether nothing of the object whose turn it is is loaded; Keras asks whether the store is true.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class LoadStore(saving_lib.H5IOStore):
         self.members: dict[str, list[str]] = {}  # group → names in it
         self.error: Exception | None = None
         self.taken: set[str] = set()
+        self.passes = False
         self._prefix: str | None = None
         in_file: dict[str, tuple[Image, int]] = {}
         for image in self.images:
@@ -164,7 +166,7 @@ class LoadStore(saving_lib.H5IOStore):
             path = parent
 
     def __bool__(self) -> bool:
-        return True
+        return not self.passes
 
     def close(self) -> None:
         """Stops the readers."""

@@ -53,6 +53,8 @@ def save_model(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
     with scope(), how:
         _stock.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
@@ -84,8 +86,16 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
-        return _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        model = _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    if last_report() is before:  # a format that is stock Keras' own
+        if strict:
+            raise UnsupportedError(
+                f"Stock Keras loaded this file, and cannot say whether all of it. Received: {filepath}"
+            )
+        remember(LoadReport(fspath(filepath)))
+    return model
 
 
 def save_weights(

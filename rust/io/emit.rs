@@ -82,7 +82,7 @@ impl Sink for &mut [u8] {
 /// How far a write is, and whether it should stop. Shared with whoever watches.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes written so far.
+    /// Bytes written so far; of tensors that are compressed, before that.
     pub written: AtomicU64,
     /// Set to stop at the next block.
     pub cancelled: AtomicBool,
@@ -114,13 +114,20 @@ pub struct Image<'a> {
     crc: crc32fast::Hasher,
     patches: Vec<(u64, u32)>, // where each ends, and how it changes the checksum of the bytes up to there
     progress: &'a Progress,
+    counts: bool, // its bytes are the progress
 }
 
 impl<'a> Image<'a> {
     /// An image that begins at `base` of `sink`.
     pub fn new(base: u64, sink: &'a mut dyn Sink, progress: &'a Progress) -> Self {
         let (stage, crc, patches) = (Vec::with_capacity(BLOCK), crc32fast::Hasher::new(), Vec::new());
-        Self { sink, base, written: 0, stage, crc, patches, progress }
+        Self { sink, base, written: 0, stage, crc, patches, progress, counts: true }
+    }
+
+    /// Leaves it to the caller to say how far it is.
+    pub(super) fn uncounted(mut self) -> Self {
+        self.counts = false;
+        self
     }
 
     /// Writes everything that a layout places, zeros between.
@@ -233,7 +240,9 @@ impl<'a> Image<'a> {
         self.crc.update(block);
         self.sink.write_at(block, self.base + self.written)?;
         self.written += block.len() as u64;
-        self.progress.written.store(self.written, Ordering::Relaxed);
+        if self.counts {
+            self.progress.written.store(self.written, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

@@ -389,6 +389,7 @@ impl Decoder<'_> {
         for i in all {
             while !self.shared.lock().done[i] {
                 match self.turn(|_| false)? {
+                    Turn::Keep if self.shared.lock().done[i] => {} // somebody waited for it meanwhile
                     Turn::Keep => self.decode(i)?,
                     Turn::Drop => return Ok(()),
                 }

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
@@ -25,6 +26,8 @@ pub const WORTH_A_CHUNK: u64 = 16 << 10;
 const MAX_THREADS: usize = 16;
 /// Chunks in flight for every thread: one at work, one waiting, one done.
 const IN_FLIGHT: usize = 3;
+/// Bytes of all chunks in flight, unless two have more.
+const MAX_IN_FLIGHT: u64 = 256 << 20;
 
 /// Bytes of a chunk that deflate to more than a thousandth, whatever they are.
 const SURELY_NO_BOMB: u64 = 256 << 10;
@@ -47,11 +50,23 @@ pub(crate) fn threads(jobs: usize) -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(jobs)
 }
 
+/// Whether `sink` takes what [`pack`] does to it.
+///
+/// # Errors
+/// `Invalid` for one that cannot be patched.
+pub fn check(sink: &dyn Sink) -> Result<()> {
+    if sink.can_patch() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Invalid, "a compressed save needs a file object that can seek")
+        .with_advice("Save to a path or an io.BytesIO, or without compression."))
+}
+
 /// Compresses and writes the tensors of `tree` to `base` of `sink`; returns the bytes of the image and its CRC-32.
 ///
 /// # Errors
-/// Those of the engine, of `tensors` and `sink`; `Cancelled`; `Invalid` when a tensor has not its size or the sink
-/// cannot be patched.
+/// Those of the engine, of `tensors` and `sink`; `Cancelled`; `Invalid` when a tensor has not its size. The sink must take
+/// patches: [`check`].
 pub fn pack(
     engine: &dyn Engine,
     tree: &Tree,
@@ -61,17 +76,16 @@ pub fn pack(
     sink: &mut dyn Sink,
     progress: &Progress,
 ) -> Result<(u64, u32)> {
-    if !sink.can_patch() {
-        return Err(Error::new(Kind::Invalid, "a compressed save needs a file object that can seek")
-            .with_advice("Save to a path or an io.BytesIO, or without compression."));
-    }
     let shapes: Vec<_> = tree.datasets().iter().map(|d| chunk_shape(d, how.chunk_bytes)).collect();
     let mut placing = engine.lay_out_chunked(tree, &shapes, how)?;
-    let mut image = Image::new(base, sink, progress);
+    let mut image = Image::new(base, sink, progress).uncounted();
     image.put_layout(placing.layout(), tree.datasets(), tensors)?;
+    let plain = tree.datasets().iter().zip(&shapes).filter(|(_, s)| s.is_none()).map(|(d, _)| d.nbytes).sum();
+    progress.written.store(plain, Ordering::Relaxed);
 
     let count: u64 = tree.datasets().iter().zip(&shapes).filter_map(|(d, s)| Some(cells(d, s.as_ref()?))).sum();
     let threads = threads(count.try_into().unwrap_or(usize::MAX));
+    let most = (threads * IN_FLIGHT).min((MAX_IN_FLIGHT / how.chunk_bytes).max(2) as usize);
     let (to, jobs) = channel();
     let jobs = Mutex::new(jobs);
     std::thread::scope(|scope| {
@@ -83,6 +97,7 @@ pub fn pack(
         drop(back);
         let write = |job: &Job| {
             let at = placing.place(job.dataset, &job.start, job.skipped, &job.packed)?;
+            progress.written.fetch_add(job.tensor_bytes, Ordering::Relaxed);
             image.put_at(at, &job.packed)
         };
         let mut line = Line { to, done, write, waiting: VecDeque::new(), spare: Vec::new(), first: 0, next: 0 };
@@ -90,12 +105,16 @@ pub fn pack(
             let Some(shape) = shape else { continue };
             let bytes = sized(tensors.tensor(i)?, dataset)?;
             for_each_chunk(dataset, shape, |start, range, len| {
-                let mut job = line.room(threads * IN_FLIGHT)?;
+                let mut job = line.room(most)?;
+                if progress.cancelled.load(Ordering::Relaxed) {
+                    return Err(Error::new(Kind::Cancelled, "the save was cancelled"));
+                }
                 job.dataset = i;
                 job.element = dataset.dtype.size();
                 job.start.clear();
                 job.start.extend_from_slice(start);
                 job.raw.clear();
+                job.tensor_bytes = range.len() as u64;
                 job.raw.extend_from_slice(&bytes[range]);
                 job.raw.resize(len, 0);
                 line.send(job);
@@ -171,6 +190,7 @@ struct Job {
     number: u64,
     dataset: usize,
     element: usize,
+    tensor_bytes: u64, // without padding
     start: Vec<u64>,
     raw: Vec<u8>,
     packed: Vec<u8>,
