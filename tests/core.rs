@@ -980,6 +980,72 @@ fn the_reader_runs_ahead_by_no_more_than_it_may() {
     assert!(lead >= 2 * MIB, "it never ran ahead");
 }
 
+/// Tensors to be decoded: `n` of one MiB each, filled with their number; those in `bad` fail. Notes what was decoded.
+fn decoding(n: usize, bad: &'static [usize], read_ahead: u64) -> (Request, Arc<Mutex<Vec<Vec<usize>>>>) {
+    let batches = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&batches);
+    let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
+        source.read_at(&mut [0], 0)?;
+        noted.lock().unwrap().push(numbers.to_vec());
+        for (&i, out) in numbers.iter().zip(out) {
+            if bad.contains(&i) {
+                return Err(Error::new(Kind::Hdf5, "chunk is damaged"));
+            }
+            out.fill(i as u8);
+        }
+        Ok(())
+    };
+    let plain = vec![Extent { offset: 0, len: 10 }, Extent { offset: 10, len: 10 }];
+    let decoded = vec![MIB; n];
+    (Request { decoded, decode: Box::new(decode), ..request(Arc::new(vec![9u8; 20]), 20, plain, read_ahead) }, batches)
+}
+
+#[test]
+fn decoded_tensors_are_read_ahead_like_others() {
+    for read_ahead in [0, 3 * MIB, u64::MAX] {
+        for step in [1, 7] {
+            let (request, batches) = decoding(64, &[], read_ahead);
+            let fetch = Fetch::start(request).unwrap();
+            for i in 0..64 {
+                let i = i * step % 64;
+                let slot = fetch.take(i + 2, WAIT).unwrap().unwrap();
+                assert!(slot.len == MIB as usize && slot.bytes().iter().all(|&b| b == i as u8));
+                assert!(fetch.take(i + 2, WAIT).unwrap().is_none(), "taken twice");
+            }
+            assert_eq!(fetch.take(1, WAIT).unwrap().unwrap().bytes(), [9; 10]);
+            fetch.complete(WAIT).unwrap();
+            let batches = batches.lock().unwrap();
+            let mut all = batches.concat();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..64), "each once");
+            let most = batches.iter().map(Vec::len).max().unwrap();
+            assert!(most as u64 <= (read_ahead / MIB).clamp(1, 32), "{most} at a time");
+        }
+    }
+}
+
+#[test]
+fn complete_decodes_everything_and_drain_nothing_more() {
+    let (request, batches) = decoding(100, &[], 0);
+    let fetch = Fetch::start(request).unwrap();
+    fetch.complete(WAIT).unwrap();
+    assert_eq!(batches.lock().unwrap().concat().len(), 100);
+    for i in (0..100).rev() {
+        assert_eq!(fetch.take(i + 2, WAIT).unwrap().unwrap().bytes()[7], i as u8);
+    }
+
+    let (request, batches) = decoding(100, &[], 0);
+    let fetch = Fetch::start(request).unwrap();
+    assert!(fetch.take(50 + 2, WAIT).unwrap().is_some());
+    fetch.drain(WAIT).unwrap();
+    assert_eq!(*batches.lock().unwrap(), [[50]]);
+
+    let (request, _) = decoding(100, &[99], u64::MAX);
+    let error = Fetch::start(request).unwrap().complete(WAIT).unwrap_err();
+    assert!(error.to_string().contains("chunk is damaged"), "{error}");
+    drop(Fetch::start(decoding(1000, &[], u64::MAX).0).unwrap()); // stops
+}
+
 #[test]
 fn tensors_are_taken_in_any_order_and_once() {
     let data: Vec<u8> = (0..3 * MIB).map(|i| ((i * 7) >> 3) as u8).collect();

@@ -166,6 +166,13 @@ def test_the_checksum_is_compared_before_the_c_library_looks(tmp_path: Path) -> 
             saving.load_model(path)
 
 
+def test_small_models_have_nothing_to_compress(tmp_path: Path) -> None:
+    for i, model in enumerate((chain(layers.Dense(2)), chain(layers.Flatten()))):
+        saving.save_model(model, tmp_path / f"{i}.keras", compression="gzip")
+        assert saved(saving.load_model(tmp_path / f"{i}.keras")) == saved(model)
+        assert saved(keras.saving.load_model(tmp_path / f"{i}.keras")) == saved(model)
+
+
 def test_progress_counts_tensors_and_nothing_twice(tmp_path: Path) -> None:
     model, told = compressible(), list[hornbeam.Progress]()
     saving.save_model(model, tmp_path / "m.keras", compression="gzip", progress=told.append)

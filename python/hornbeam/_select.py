@@ -115,14 +115,14 @@ class Selection:
         self.source: dict[str, str] = {}
         for name in shapes:
             target = rename(name) or ""
-            path = known.get(target)
-            if path is None and target in known and request.name_map is not None:
+            entry = known.get(target)
+            if entry is None and target in known and request.name_map is not None:
                 raise ValueError(f"Two variables of the model are called '{target}'; use their paths in the file.")
-            if path is None or path not in selected:
+            if entry is None or entry not in selected:
                 continue
-            if path in self.source:
-                raise ValueError(f"Two tensors of the file go to '{path}': '{self.source[path]}' and '{name}'.")
-            self.source[path] = name
+            if entry in self.source:
+                raise ValueError(f"Two tensors of the file go to '{entry}': '{self.source[entry]}' and '{name}'.")
+            self.source[entry] = name
         self.missing = sorted(selected - self.source.keys())
         self.lenient = {p for p in self.missing if request.by_name or p.startswith("optimizer/")}
         self._loaded: dict[str, set[str]] = {}

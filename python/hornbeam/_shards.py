@@ -44,8 +44,8 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
     planned = [(str(path.with_name(name)), shard, _save._plan(shard)) for name, shard in shards]
     running: list[tuple[_core.Save, int]] = []
-    total = sum(plan.nbytes for *_, plan in planned)
-    with _progress.watch("save", str(path), total, lambda: sum(save.written for save, _ in running)):
+    nbytes = sum(plan.nbytes for *_, plan in planned)
+    with _progress.watch("save", str(path), nbytes, lambda: sum(save.written for save, _ in running)):
         for name, shard, plan in planned:
             save = plan.start(
                 name,

@@ -91,9 +91,7 @@ def load_model(
         model = _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
-            raise UnsupportedError(
-                f"Stock Keras loaded this file, and cannot say whether all of it. Received: {filepath}"
-            )
+            raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {filepath}")
         remember(LoadReport(fspath(filepath)))
     return model
 

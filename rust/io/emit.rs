@@ -189,7 +189,8 @@ impl<'a> Image<'a> {
         Ok(self.patches.iter().map(moved).fold(self.crc.finalize(), |crc, patch| crc ^ patch))
     }
 
-    fn position(&self) -> u64 {
+    /// Bytes of the image so far.
+    pub(super) fn position(&self) -> u64 {
         self.written + self.stage.len() as u64
     }
 

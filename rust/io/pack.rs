@@ -36,6 +36,8 @@ const SURELY_NO_BOMB: u64 = 256 << 10;
 const SEGMENT: usize = 64 << 10;
 /// Bytes of a segment that are tried first.
 const SAMPLE: usize = 8 << 10;
+/// Segments of fewer bytes are not tried.
+const TOO_SHORT: usize = 1 << 10;
 /// How they are tried.
 const PROBE_LEVEL: u32 = 2;
 /// From this level on everything is deflated.
@@ -132,7 +134,9 @@ pub fn pack(
     for (at, bytes) in &layout.metadata {
         image.put_at(*at, bytes)?;
     }
-    Ok((layout.len, image.finish(layout.len)?))
+    // Without chunks the library may give back, at the end, what was written as zeros before.
+    let len = layout.len.max(image.position());
+    Ok((len, image.finish(len)?))
 }
 
 /// The shape of a dataset's chunks: runs of whole rows of about `limit` bytes, so that a chunk is one run of the
@@ -277,7 +281,9 @@ impl Worker {
             &job.raw
         };
         job.skipped = 0;
-        if !self.deflate(data, &mut job.packed) {
+        // Each plane is judged by itself: the first bytes of numbers look random, the last do not.
+        let plane = if self.how.shuffle { data.len() / job.element.max(1) } else { data.len() };
+        if !self.deflate(data, plane.max(1), &mut job.packed) {
             job.packed.clear();
             job.packed.extend_from_slice(data);
             job.skipped = 1 << u32::from(self.how.shuffle); // deflate comes after shuffle
@@ -288,14 +294,16 @@ impl Worker {
     /// Makes a zlib stream (RFC 1950) of `data`; says whether it is shorter. Runs that would not shrink are stored in
     /// it: three of the four bytes of a weight look random, and to find that out anew takes longer than to compress the
     /// fourth.
-    fn deflate(&mut self, data: &[u8], out: &mut Vec<u8>) -> bool {
+    fn deflate(&mut self, data: &[u8], plane: usize, out: &mut Vec<u8>) -> bool {
         let mut runs: Vec<(Range<usize>, bool)> = Vec::new(); // with whether it shrinks
-        for (i, segment) in data.chunks(SEGMENT).enumerate() {
-            let (start, shrinks) = (i * SEGMENT, self.shrinks(segment));
+        let mut start = 0;
+        for segment in data.chunks(plane).flat_map(|plane| plane.chunks(SEGMENT)) {
+            let shrinks = self.shrinks(segment);
             match runs.last_mut() {
                 Some((run, same)) if *same == shrinks => run.end += segment.len(),
                 _ => runs.push((start..start + segment.len(), shrinks)),
             }
+            start += segment.len();
         }
         if !runs.iter().any(|run| run.1) {
             return false;
@@ -327,13 +335,14 @@ impl Worker {
         if self.how.level == 0 {
             return false;
         }
-        if self.how.level >= THOROUGH || segment.len() < 2 * SAMPLE {
+        if self.how.level >= THOROUGH || segment.len() < TOO_SHORT {
             return true;
         }
-        let sample = &segment[(segment.len() - SAMPLE) / 2..][..SAMPLE];
+        let n = segment.len().min(SAMPLE);
+        let sample = &segment[(segment.len() - n) / 2..][..n];
         self.probed.clear();
         deflate(&mut self.probe, sample, FlushCompress::Finish, &mut self.probed);
-        self.probed.len() < SAMPLE - SAMPLE / 32
+        self.probed.len() < n - n / 32
     }
 }
 
@@ -352,13 +361,16 @@ fn adler32(data: &[u8]) -> u32 {
     const LANES: usize = 32;
     let (mut a, mut b) = (1u32, 0u32);
     for part in data.chunks(4096) {
-        // So short that nothing overflows before the remainders are taken.
+        // So short that nothing overflows before the remainders are taken; checking that would cost the vectors.
         let (blocks, rest) = part.as_chunks::<LANES>();
         for block in blocks {
-            let sum: u32 = block.iter().map(|&d| u32::from(d)).sum();
-            let weighted: u32 = block.iter().zip((1..=LANES as u32).rev()).map(|(&d, w)| u32::from(d) * w).sum();
-            b += LANES as u32 * a + weighted;
-            a += sum;
+            let (mut sum, mut weighted) = (0u32, 0u32);
+            for (i, &d) in block.iter().enumerate() {
+                sum = sum.wrapping_add(d.into());
+                weighted = weighted.wrapping_add(u32::from(d).wrapping_mul((LANES - i) as u32));
+            }
+            b = b.wrapping_add(a.wrapping_mul(LANES as u32)).wrapping_add(weighted);
+            a = a.wrapping_add(sum);
         }
         for &d in rest {
             a += u32::from(d);

@@ -31,7 +31,7 @@ use super::load::choice;
 pub(super) struct Plan(Arc<save::Plan>);
 
 #[pyfunction]
-#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1 << 20))]
+#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1_048_576))]
 pub(super) fn plan(
     py: Python<'_>,
     groups: Vec<(PyBackedStr, Vec<Attribute>)>,
