@@ -284,7 +284,7 @@ impl Tensors for Values {
 fn compressible() -> Tree {
     let mut tree = rich();
     for (i, dtype) in DType::named().chain([DType::Opaque(1), DType::Opaque(2), DType::Opaque(7)]).enumerate() {
-        tree.add_dataset(&format!("large/{i:02}_{}", dtype.name()), dtype, &[131, 251], named("x")).unwrap();
+        tree.add_dataset(&format!("large/{i:02}_{}", dtype.name()), dtype, [131, 251], named("x")).unwrap();
     }
     for (i, shape) in [
         vec![16 << 10],
@@ -416,7 +416,7 @@ fn what_could_be_large_has_room_for_its_size() {
     }
     let mut tree = Tree::new();
     for i in 0..40 {
-        tree.add_dataset(&i.to_string(), DType::F32, &[64, 1 << 19], vec![]).unwrap();
+        tree.add_dataset(&i.to_string(), DType::F32, [64, 1 << 19], vec![]).unwrap();
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.keras");
@@ -438,7 +438,7 @@ fn what_could_be_large_has_room_for_its_size() {
 fn a_damaged_chunk_is_an_error_of_complete() {
     let mut tree = Tree::new();
     for i in 0..5 {
-        tree.add_dataset(&format!("a/{i}"), DType::F32, &[300, 100], vec![]).unwrap();
+        tree.add_dataset(&format!("a/{i}"), DType::F32, [300, 100], vec![]).unwrap();
     }
     let (image, _) = compress(&tree, Compression::new(4, true, 20_000).unwrap(), false, 0);
     let whole = Weights::open(Arc::new(image.clone()), Choice::Auto).unwrap();
