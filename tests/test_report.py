@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 import shutil
 import zipfile
@@ -486,6 +487,15 @@ def test_an_exception_without_a_text(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 objects could not be loaded"):
         report = saving.load_weights(model, tmp_path / "m.weights.h5", skip_mismatch=True)
     assert "AssertionError" in str(report)
+
+
+def test_metrics_and_optimizers_are_pickled() -> None:
+    metric = keras.metrics.MeanSquaredError()
+    metric.update_state([1.0], [3.0])
+    with hornbeam.installed():
+        again = pickle.loads(pickle.dumps(metric))
+        assert float(again.result()) == float(metric.result()) == 4.0
+        assert pickle.loads(pickle.dumps(keras.optimizers.Adam(0.5))).get_config()["learning_rate"] == 0.5
 
 
 def test_what_stock_keras_does_alone_is_never_half_asked_for(tmp_path: Path) -> None:

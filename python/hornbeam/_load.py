@@ -284,10 +284,11 @@ def _load_state(
 
 
 def _variables(model: Any) -> list[Any]:
-    """What a complete load gives values to."""
+    """What a complete load gives values to. Metrics and optimizers can be pickled too; they have no `weights`."""
     optimizer = getattr(model, "optimizer", None)
-    # A wrapped optimizer keeps its state in the one inside, and counts it as its own.
-    return [*model.weights, *(optimizer.variables if optimizer is not None else ())]
+    weights = getattr(model, "weights", None)
+    own = getattr(model, "variables", ()) if weights is None else weights
+    return [*own, *(optimizer.variables if optimizer is not None else ())]
 
 
 def _settle(
