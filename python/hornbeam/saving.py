@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import keras.saving as _stock
+from keras.src.saving import saving_api
 
 from hornbeam._keras import scope
 from hornbeam._load import requested
@@ -56,7 +57,7 @@ def save_model(
     if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
     with scope(), how:
-        _stock.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+        saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
 
 def load_model(
@@ -88,7 +89,7 @@ def load_model(
     """
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
-        model = _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
             raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {filepath}")
@@ -127,7 +128,7 @@ def save_weights(
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     with scope(), how:
-        _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+        saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
 
 
 def load_weights(
@@ -187,7 +188,7 @@ def load_weights(
         kwargs["by_name"] = by_name
     with scope(), options(progress=progress), requested(request):
         before = last_report()
-        _stock.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
+        saving_api.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()
     if report is None or report is before:
         report = LoadReport(fspath(filepath))

@@ -1,0 +1,37 @@
+"""Which format a save or load is about, where stock Keras would refuse it: the functions of `saving_api`.
+
+Each function here stands in for the function of `saving_api` of the same name; the first argument is the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Stock = Callable[..., Any]
+
+
+def save_model(
+    stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+) -> Any:
+    """`saving_api.save_model`."""
+    return stock(model, filepath, overwrite, zipped, **kwargs)
+
+
+def load_model(
+    stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
+) -> Any:
+    """`saving_api.load_model`."""
+    return stock(filepath, custom_objects, compile, safe_mode)
+
+
+def save_weights(
+    stock: Stock, model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
+) -> Any:
+    """`saving_api.save_weights`."""
+    return stock(model, filepath, overwrite, max_shard_size, **kwargs)
+
+
+def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
+    """`saving_api.load_weights`."""
+    return stock(model, filepath, skip_mismatch, **kwargs)
