@@ -201,6 +201,12 @@ def give_away(array: np.ndarray) -> np.ndarray:
     return array
 
 
+@functools.cache
+def name_of(dtype: np.dtype) -> str:
+    """`dtype.name`, which NumPy works out every time."""
+    return dtype.name
+
+
 def is_given_away(array: np.ndarray) -> bool:
     """Whether `give_away` marked this very array."""
     reference = _given.get(id(array))
@@ -215,10 +221,16 @@ def share(array: np.ndarray) -> Any | None:
     """
     if not shares():
         return None
+    context, eager_tensor = _eager()
+    return eager_tensor(array, context().device_name, None)
+
+
+@functools.cache
+def _eager() -> tuple[Any, Any]:
     from tensorflow.python.eager import context
     from tensorflow.python.framework.ops import EagerTensor
 
-    return EagerTensor(array, context.context().device_name, None)
+    return context.context, EagerTensor
 
 
 def adopt(variable: Any, array: np.ndarray) -> bool:
@@ -312,11 +324,17 @@ def note_creation(variable: Any) -> Creation | None:
         not tf.executing_eagerly()
         or tf.distribute.has_strategy()
         or graph._variable_creator_stack  # private; empty but inside tf.variable_creator_scope
-        or tf.compat.v1.executing_eagerly_outside_functions() is False
         or _device_scope()
     ):
         return None
     return Creation(tf.get_current_name_scope(), f"{variable._name}_hornbeam_{next(_keys)}")
+
+
+def is_eager() -> bool:
+    """Whether TensorFlow runs operations at once, as it does outside of functions and graphs."""
+    import tensorflow as tf
+
+    return bool(tf.executing_eagerly())
 
 
 def _device_scope() -> str:
