@@ -1,6 +1,8 @@
 //! The libhdf5 engine: what it lays out it finds again, and hostile images end in an error.
 #![cfg(feature = "libhdf5")]
 
+mod hostile;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -499,4 +501,27 @@ fn compressions_that_are_none_are_refused() {
     assert!(matches!(Choice::Direct.compressor().err().unwrap().kind(), Kind::Unsupported));
     let how = Compression::new(4, true, 1 << 20).unwrap();
     assert!(matches!(Direct.lay_out_chunked(&rich(), &[], how).err().unwrap().kind(), Kind::Unsupported));
+}
+
+/// B-trees of a few nodes with more leaves than there are atoms in the room. Without a bound this test would not end.
+#[test]
+fn trees_that_meet_again_are_refused() {
+    let how = Compression::new(1, true, 1024).unwrap();
+    let mut tree = Tree::new();
+    tree.add_dataset("a", DType::U8, [40_000], vec![]).unwrap(); // 40 chunks: one node
+    let (image, _) = compress(&tree, how, false, 0);
+    for (levels, empty) in [(1, false), (2, true), (10, false), (10, true), (60, false)] {
+        let bad = hostile::pyramid(image.clone(), hostile::Node::chunks(1), levels, empty);
+        assert!(bad.len() < image.len() + 200_000);
+        // Whether there are chunks at all is asked for the index; all of them are looked up to read them.
+        let opened = Weights::open(Arc::new(File(bad)), Choice::LibHdf5).map(Arc::new);
+        let error = opened.and_then(|w| w.fetch(&[0], true, 0)?.complete(false, &|| Ok(()))).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+    }
+    let image = fill(&rich(), &LibHdf5.lay_out(&rich()).unwrap());
+    for (levels, empty) in [(1, false), (10, false), (10, true), (60, true)] {
+        let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
+        let error = LibHdf5.index(&bad).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+    }
 }
