@@ -31,7 +31,9 @@ pub const MAX_MEMBERS: u64 = 1 << 20;
 pub const MAX_DIRECTORY_BYTES: u64 = 1 << 30;
 /// Only what declares more than this many bytes can be a bomb; Keras' own thresholds for members come from its module.
 pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
-/// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
+/// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras). So are
+/// all that a load has to decode, together, against the bytes of their files: deflate cannot do more with what was
+/// ever written, and its index.
 pub const DATASET_MAX_EXPANSION: u64 = 1000;
 
 /// Bytes of the header of a safetensors file: the reference implementation's own limit.
