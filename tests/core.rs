@@ -2,6 +2,8 @@
 //!
 //! One rule runs through it: whatever was done to a file, reading it gives an error or the bytes that were written.
 
+mod hostile;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
@@ -323,6 +325,17 @@ fn groups_of_any_size_are_read_back() {
         assert_eq!(read_all(&bytes, false).unwrap(), wanted, "{siblings}");
     }
     round_trip(&Tree::new(), 0);
+}
+
+/// B-trees of a few nodes with more leaves than there are atoms in the room. Without a bound this test would not end.
+#[test]
+fn trees_that_meet_again_are_refused() {
+    let (image, _) = to_memory(&small_tree(), Values::of(&small_tree(), 1), false, true, b"");
+    for (levels, empty) in [(3, false), (15, false), (15, true), (60, false)] {
+        let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
+        let error = Direct.index(&bad).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Limit | Kind::Hdf5), "{error}");
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ __all__ = [
     "Save",
     "Weights",
     "build_info",
+    "check_expansion",
     "decode_json",
     "encode_json",
     "open",
@@ -182,6 +183,13 @@ class Directory:
 def open(target: _Path | _Buffer | _Seekable, *, archive: bool) -> File:
     """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
 
+def check_expansion(images: Sequence[Weights]) -> None:
+    """Refuses images whose chunked datasets take far more memory, together, than their files say.
+
+    Raises:
+        LimitError: When they do. `Weights.fetch` checks what is wanted of one image.
+    """
+
 @final
 class File:
     """An open file."""
@@ -190,8 +198,11 @@ class File:
         """`(name, bytes, bytes stored)` of every member of an archive."""
     def read(self, name: str) -> bytes:
         """A whole member, inflated, its CRC checked."""
-    def check_expansion(self, name: str, floor: int, max_expansion: int) -> None:
-        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores."""
+    def check_expansion(self, name: str | None, floor: int, max_expansion: int) -> None:
+        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores.
+
+        Without a name, all of them together.
+        """
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 

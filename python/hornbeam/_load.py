@@ -224,7 +224,9 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
-        return [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        shards = [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        _core.check_expansion([weights for _, weights in shards])
+        return shards
     file = _core.open(text, archive=text.endswith(".keras"))
     if text.endswith(".keras"):
         name = saving_lib._VARS_FNAME_H5
@@ -394,7 +396,7 @@ def _check_expansion(file: _core.File, name: str) -> None:
 
 def _check_extraction(file: _core.File) -> None:
     floor = getattr(saving_lib, "_ZIP_EXTRACT_BOMB_FLOOR_BYTES", saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES)
-    for name, *_ in file.members():
+    for name in (*(name for name, *_ in file.members()), None):  # each of them, and all together
         file.check_expansion(name, floor, saving_lib._ZIP_MEMBER_MAX_EXPANSION)
 
 
