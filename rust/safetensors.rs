@@ -64,9 +64,12 @@ fn lay_out(tree: &Tree) -> Result<Layout> {
     let start = (header.len() as u64 + 8).next_multiple_of(ALIGNMENT);
     header.resize(start as usize - 8, b' ');
     if header.len() as u64 > limits::MAX_SAFETENSORS_HEADER_BYTES {
-        return Err(Error::new(Kind::Invalid, "the names of these tensors do not fit into the header of a safetensors file")
-            .with_found(format_args!("at most {} bytes", limits::MAX_SAFETENSORS_HEADER_BYTES), header.len())
-            .with_advice("Save in shards."));
+        return Err(Error::new(
+            Kind::Invalid,
+            "the names of these tensors do not fit into the header of a safetensors file",
+        )
+        .with_found(format_args!("at most {} bytes", limits::MAX_SAFETENSORS_HEADER_BYTES), header.len())
+        .with_advice("Save in shards."));
     }
     header.splice(..0, (header.len() as u64).to_le_bytes());
     offsets.iter_mut().flatten().for_each(|offset| *offset += start);
