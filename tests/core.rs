@@ -1178,6 +1178,7 @@ fn tensors_that_overlap_or_leave_the_image_are_refused() {
 
 mod safetensors {
     use super::*;
+    use hornbeam::safetensors::Safetensors;
 
     /// A file: the header's length, the header, the values.
     fn file(header: &str, values: &[u8]) -> Vec<u8> {
@@ -1228,6 +1229,75 @@ mod safetensors {
             assert!(weights.read_part(i, 0, len + 1, WAIT).is_err());
             assert_eq!(weights.offset(i), None, "memory is no file");
         }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_aligned() {
+        let metadata = vec![("format".to_owned(), "keras".to_owned()), ("b".to_owned(), "ß\"\n".to_owned())];
+        let tag = |name: &str| vec![("dtype".to_owned(), name.to_owned())];
+        let mut tree = Tree::flat();
+        tree.add_group("__metadata__", metadata.clone()).unwrap();
+        for (name, dtype, shape, attributes) in [
+            ("odd", DType::U8, vec![3], vec![]),
+            ("a/b", DType::F32, vec![16, 4], tag("float32")),
+            ("a", DType::F64, vec![], vec![]),
+            ("größe/😀\u{1}", DType::Opaque(2), vec![5, 7], tag("bfloat16")),
+            ("", DType::Opaque(1), vec![4], tag("float8_e5m2")),
+            ("nothing", DType::C64, vec![0, 3], vec![]),
+            ("big", DType::I8, vec![700_032], vec![]),
+            ("flag", DType::Bool, vec![1], vec![]),
+        ] {
+            tree.add_dataset(name, dtype, shape, attributes).unwrap();
+        }
+        let mut values = Values::of(&tree, 7);
+        let plan = Plan::new(tree, &Safetensors).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let target = Target::Path(path.clone(), ATOMIC);
+        let written = save::write(&plan, target, &mut values, None, &Progress::default()).unwrap().commit().unwrap();
+        assert_eq!(Some(written.bytes), plan.weights_end(false));
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(crc32fast::hash(&bytes), written.crc);
+        let weights = Weights::open(load::open(&path).unwrap(), Choice::Safetensors).map(Arc::new).unwrap();
+        let index = weights.index();
+        let mut sorted = metadata;
+        sorted.sort();
+        assert_eq!(index.attributes, sorted);
+        assert_eq!(index.datasets.len(), plan.tree().datasets().len());
+        for (i, found) in index.datasets.iter().enumerate() {
+            let at = plan.tree().datasets().iter().position(|d| *d.path == *found.path).unwrap();
+            let wanted = &plan.tree().datasets()[at];
+            assert_eq!((found.dtype, &found.shape), (wanted.dtype, &wanted.shape));
+            assert_eq!(weights.read_part(i, 0, found.nbytes, WAIT).unwrap().bytes(), values.0[at]);
+            if let Some(offset) = weights.offset(i) {
+                let unit = if found.nbytes % ALIGNMENT == 0 { ALIGNMENT } else { found.dtype.size() as u64 };
+                assert_eq!(offset % unit, 0, "{}", found.path);
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_format_lacks_is_not_written() {
+        let refused = |path: &str, dtype, tag: &[Attribute], group: Option<&str>| {
+            let mut tree = Tree::flat();
+            if let Some(group) = group {
+                tree.add_group(group, vec![]).unwrap();
+            }
+            tree.add_dataset(path, dtype, [1], tag.to_vec()).unwrap();
+            Plan::new(tree, &Safetensors).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(refused("a", DType::F32, &[], None), "");
+        assert!(refused("a", DType::C128, &[], None).contains("no such dtype: expected another, found complex128"));
+        assert!(refused("a", DType::Opaque(2), &[], None).contains("found V2"));
+        assert!(refused("__metadata__", DType::F32, &[], None).contains("cannot have this name"));
+        assert!(refused("a", DType::F32, &[], Some("g")).contains("no groups"));
+        let long = "n".repeat(16_000);
+        let mut tree = Tree::flat();
+        for i in 0..6_300 {
+            tree.add_dataset(&format!("{long}{i}"), DType::U8, [0], vec![]).unwrap();
+        }
+        let error = Plan::new(tree, &Safetensors).err().unwrap().to_string();
+        assert!(error.contains("do not fit into the header") && error.contains("Save in shards"), "{error}");
     }
 
     fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {

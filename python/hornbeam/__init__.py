@@ -13,7 +13,7 @@ from hornbeam import errors
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
 from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, last_report
+from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report
 from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
@@ -28,6 +28,7 @@ __all__ = [
     "IncompleteLoadError",
     "LoadReport",
     "Progress",
+    "SaveReport",
     "Stats",
     "Tensor",
     "UnsupportedError",
@@ -37,6 +38,7 @@ __all__ = [
     "install",
     "installed",
     "last_report",
+    "last_save_report",
     "models",
     "open",
     "options",

@@ -77,7 +77,8 @@ def plan(
     Args:
         groups: The groups that have attributes, or are empty.
         datasets: The datasets, in the order they are written.
-        engine: Who lays it out.
+        engine: Who lays it out. `"safetensors"` takes names instead of paths, the NumPy name of what is opaque from an
+            attribute `dtype`, and its metadata from the attributes of a group `__metadata__`.
         compression: Level of deflate, 0 to 9; then datasets of 16 KiB and more are written in chunks, by libhdf5.
         shuffle: Transpose the bytes of the elements first.
         chunk_bytes: Bytes of a chunk, at most, before compression.

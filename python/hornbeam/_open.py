@@ -84,7 +84,7 @@ class Tensor:
         tag = self.attributes.get("dtype")
         if weights.engine == "safetensors":  # the format has such types, and no attributes
             self.attributes = {}
-            self.dtype = _extended(dtype, tag)
+            self.dtype = _tensors.own_dtype(dtype, tag)
         else:
             self.dtype = _tensors.numpy_dtype(dtype, tag)
 
@@ -482,11 +482,6 @@ def _similar(wanted: str, names: Iterable[str]) -> list[str]:
     """The names that share most of their parts: comparing 10,000 letter by letter would take half a second."""
     parts = set(_PART.split(wanted))
     return heapq.nlargest(300, names, key=lambda name: len(parts.intersection(_PART.split(name))))
-
-
-@functools.cache
-def _extended(name: str, tag: str | None) -> np.dtype:
-    return np.dtype(name) if tag is None else _tensors._extended_dtype(tag)
 
 
 def _size(nbytes: int) -> str:

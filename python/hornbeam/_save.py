@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _core, _keras, _progress, _state, _tensors
+from hornbeam import _cast, _core, _keras, _progress, _report, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import UnsupportedError
 
@@ -63,21 +63,23 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
+        target: Any = fileobj
         if isinstance(fileobj, _PathTarget):
-            target: Any = fileobj.path
+            target = fileobj.path
             info = _write(model, plan, store, assets, target, base=0, options=options)
         elif type(fileobj) is io.BytesIO:
             info = _write_memory(model, plan, store, assets, fileobj, options)
         else:
             base = fileobj.tell() if fileobj.seekable() else 0
             info = _write(model, plan, store, assets, fileobj, base=base, options=options)
-    _count_save(plan, store, info["bytes"])
+    _count_save(plan, store, info["bytes"], target if isinstance(target, str) else None)
     return None
 
 
 def _hand_over(reason: str, stock: Stock, *args: Any) -> Any:
     if _state.current().compression is not None:
         raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not compress.")
+    _cast.refuse(f"Stock Keras must do this save ({reason})")
     return _state.hand_over(reason, stock, *args)
 
 
@@ -117,7 +119,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
                         os.fsync(copied.fileno())
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
             directory.commit()
-    _count_save(plan, store, info["bytes"])
+    _count_save(plan, store, info["bytes"], os.fspath(dirpath))
     return None
 
 
@@ -148,7 +150,7 @@ def save_weights_only(
         save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = _finish(save, plan, store, text)
         log_in_place(info["in_place"], text)
-    _count_save(plan, store, info["bytes"])
+    _count_save(plan, store, info["bytes"], text)
     return None
 
 
@@ -158,6 +160,7 @@ def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> I
 
     The garbage collector rests meanwhile: serialising makes many objects, and none of them is garbage.
     """
+    smaller = _cast.take_request()
     store, asset_store = RecordStore(), AssetStore("w")
     with _keras.collector_rests():
         try:
@@ -169,6 +172,7 @@ def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> I
                     inner_path="",
                     visited_saveables=visited if visited is not None else set(),
                 )
+            store.report = _cast.narrow(store, model, smaller)
             yield store, asset_store
         finally:
             asset_store.close()
@@ -302,5 +306,12 @@ def log_in_place(reason: str | None, path: str) -> None:
         _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, reason)
 
 
-def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int) -> None:
+def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int, path: str | None) -> None:
+    report_save(store.report, path, plan.engine, len(store.datasets), nbytes)
     _state.count(engine=plan.engine, saves=1, bytes_written=nbytes, tensors_written=len(store.datasets))
+
+
+def report_save(report: _report.SaveReport, path: str | None, engine: str, tensors: int, nbytes: int) -> None:
+    """Completes the report of a save and makes it the last one."""
+    report.path, report.engine, report.tensors, report.bytes = path, engine, tensors, nbytes
+    _report.remember(report)

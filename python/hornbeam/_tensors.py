@@ -186,6 +186,12 @@ def numpy_dtype(name: str, tag: str | None) -> np.dtype:
     return np.dtype(f"|{name}" if name.startswith("V") else name)
 
 
+@functools.cache
+def own_dtype(name: str, tag: str | None) -> np.dtype:
+    """The NumPy dtype of a tensor in a format that has types for all of them."""
+    return np.dtype(name) if tag is None else _extended_dtype(tag)
+
+
 def is_keras_code(frame: FrameType) -> bool:
     """Whether a call comes from Keras itself, which does not change what it stores or assigns afterwards."""
     return frame.f_globals.get("__name__", "").startswith(("keras.src.", "hornbeam."))

@@ -13,7 +13,7 @@ from keras.src.saving import saving_api
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, last_report, remember
+from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report, remember
 from hornbeam._select import NameMap, Request
 from hornbeam._state import options
 from hornbeam.errors import UnsupportedError
@@ -28,12 +28,15 @@ def save_model(
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
+    include_optimizer: bool = True,
+    dtype: str | None = None,
+    allow_overflow: bool = False,
     compression: str | int | None = None,
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     **kwargs: Any,
-) -> None:
+) -> SaveReport:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
 
     The old file or directory stays as it was until the new one is complete.
@@ -43,11 +46,18 @@ def save_model(
         filepath: Where to; ends in `.keras`.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
+        include_optimizer: Save the optimizer's state.
+        dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
+            optimizers and metrics, and layers with quantised weights, stay what they are.
+        allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_model`.
+
+    Returns:
+        What was saved, and what a cast cost; `hornbeam.last_save_report()` gives it again.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -56,8 +66,11 @@ def save_model(
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
+    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
+    before = last_save_report()
     with scope(), how:
         saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+    return _save_report(filepath, before)
 
 
 def load_model(
@@ -103,12 +116,15 @@ def save_weights(
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
+    include_optimizer: bool = True,
+    dtype: str | None = None,
+    allow_overflow: bool = False,
     compression: str | int | None = None,
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     **kwargs: Any,
-) -> None:
+) -> SaveReport:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
 
     Args:
@@ -116,19 +132,29 @@ def save_weights(
         filepath: Ends in `.weights.h5`, or `.weights.json` for shards.
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
+        include_optimizer: Save the optimizer's state.
+        dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
+            optimizers and metrics, and layers with quantised weights, stay what they are.
+        allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_weights`.
 
+    Returns:
+        What was saved, and what a cast cost; `hornbeam.last_save_report()` gives it again.
+
     Raises:
         ValueError: For a wrong extension or a model that is not built.
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
+    before = last_save_report()
     with scope(), how:
         saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+    return _save_report(filepath, before)
 
 
 def load_weights(
@@ -174,7 +200,9 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    legacy = not str(filepath).endswith((".keras", ".weights.h5", ".weights.json"))
+    legacy = not str(filepath).endswith(
+        (".keras", ".weights.h5", ".weights.json", ".safetensors", ".safetensors.index.json")
+    )
     request = Request(
         strict=strict,
         only=None if only is None else _patterns(only),
@@ -192,6 +220,21 @@ def load_weights(
         report = last_report()
     if report is None or report is before:
         report = LoadReport(fspath(filepath))
+        remember(report)
+    return report
+
+
+def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -> dict[str, Any]:
+    """What goes to Keras' functions only where it is not what they do anyway."""
+    usual = {"include_optimizer": True, "dtype": None, "allow_overflow": False}
+    given = {"include_optimizer": include_optimizer, "dtype": dtype, "allow_overflow": allow_overflow}
+    return {name: value for name, value in given.items() if value != usual[name]}
+
+
+def _save_report(filepath: Any, before: SaveReport | None) -> SaveReport:
+    report = last_save_report()
+    if report is None or report is before:  # stock Keras' work, or none
+        report = SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None)
         remember(report)
     return report
 

@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::h5::Compression;
 use crate::io::emit::{Progress, Sink, Tensors};
 use crate::io::fetch::POLL;
+use crate::load::Choice;
 use crate::save::{self, Prepared, Target};
 use crate::tree::{Attribute, Tree};
 
@@ -45,7 +46,7 @@ pub(super) fn plan(
     let compression = compression.map(|level| Compression::new(level, shuffle, chunk_bytes)).transpose();
     let compression = compression.map_err(to_py)?;
     let record = || -> Result<Tree> {
-        let mut tree = Tree::new();
+        let mut tree = if choice == Choice::Safetensors { Tree::flat() } else { Tree::new() };
         for (path, attributes) in groups {
             tree.add_group(&path, attributes)?;
         }
