@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hornbeam import _savedmodel
+
 Stock = Callable[..., Any]
 
 
@@ -15,6 +17,9 @@ def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
+    if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
+        kwargs.pop("save_format", None)
+        return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     return stock(model, filepath, overwrite, zipped, **kwargs)
 
 
@@ -22,6 +27,8 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    if _savedmodel.is_savedmodel(filepath):
+        return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
 
