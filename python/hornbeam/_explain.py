@@ -39,14 +39,11 @@ def explain_config(error: BaseException, model: Any) -> None:
     """Says whose config could not be serialised: the innermost layer that fails alone, or what `compile()` got."""
     layers = list(model._flatten_layers()) if isinstance(model, keras.Layer) else []
     for layer in reversed(layers):
-        where = f"The object is {describe(layer)}"
         try:
-            config = saving_lib.serialize_keras_object(layer)
-            config["compile_config"] = None
-            _core.encode_json(config)
-        except Exception as alone:
-            if layer is not model or type(alone) is type(error):
-                explain(error, f"{where} in the model '{model.name}'." if layer is not model else f"{where}.")
-                return
+            _core.encode_json(saving_lib.serialize_keras_object(layer.get_config()))
+        except Exception:
+            where = "" if layer is model else f" in the model '{model.name}'"
+            explain(error, f"The object is {describe(layer)}{where}.")
+            return
     if layers:
         explain(error, f"What `compile()` got is in the way: the layers of '{model.name}' can be serialised.")
