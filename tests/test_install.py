@@ -256,7 +256,7 @@ def test_questions_and_warnings_are_keras(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ValueError, match="not supported"):
             model.save(path, nonsense=1)
         with pytest.raises(ValueError, match="Invalid filepath extension"):
-            model.save(tmp_path / "m")
+            model.save(tmp_path / "m.foo")
         with pytest.warns(UserWarning, match="not yet been built"):
             keras.Sequential([keras.layers.Dense(1)]).save(tmp_path / "unbuilt.keras")
         with pytest.raises(ValueError, match="not yet been built"):

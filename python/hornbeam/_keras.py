@@ -38,11 +38,19 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "save_weights": ("model", "filepath", "overwrite", "max_shard_size", "kwargs"),
         "load_weights": ("model", "filepath", "skip_mismatch", "kwargs"),
     },
+    _hook.EXPORTS: {  # what the module has not is of the class of its archives
+        "get_input_signature": ("model",),
+        "track": ("self", "resource"),
+        "add_endpoint": ("self", "name", "fn", "input_signature", "kwargs"),
+        "add_variable_collection": ("self", "name", "variables"),
+        "write_out": ("self", "filepath", "options", "verbose"),
+    },
 }
 #: Where hornbeam's own functions of the same names are (without a leading underscore); the first that has one.
 _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
+    _hook.EXPORTS: ("hornbeam._export",),
 }
 assert tuple(_SIGNATURES) == _hook.MODULES
 
@@ -84,11 +92,26 @@ def _is_known(module: str, name: str, function: Callable[..., Any] | None) -> bo
     return known
 
 
+def archive_class() -> Any:
+    """The class of Keras' that writes archives of endpoints, or `None`."""
+    module: Any = sys.modules[_hook.EXPORTS]
+    made = getattr(module, "BackendSavedModelExportArchive", module.ExportArchive)  # Keras 3.12 has one for all
+    return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
+
+
+def _owner(where: str, name: str) -> Any:
+    """What has the function: the module, or the class of archives."""
+    module = sys.modules[where]
+    return archive_class() if where == _hook.EXPORTS and not hasattr(module, name) else module
+
+
 def patch(module: ModuleType) -> None:
     """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
     where = module.__name__
+    if where == _hook.EXPORTS and archive_class() is None:
+        return  # a backend that exports nothing
     with _lock:
-        originals = {name: getattr(module, name, None) for name in _SIGNATURES[where]}
+        originals = {name: getattr(_owner(where, name), name, None) for name in _SIGNATURES[where]}
         if any(hasattr(original, "__hornbeam__") for original in originals.values()):
             return
         if not all(_is_known(where, name, original) for name, original in originals.items()):
@@ -96,7 +119,7 @@ def patch(module: ModuleType) -> None:
         for name, original in originals.items():
             if original is not None:
                 _originals[where, name] = original
-                setattr(module, name, _dispatcher(where, name, original))
+                setattr(_owner(where, name), name, _dispatcher(where, name, original))
 
 
 def unpatch(module: ModuleType) -> None:
@@ -107,8 +130,9 @@ def unpatch(module: ModuleType) -> None:
             return
         for name in _SIGNATURES[where]:
             original = _originals.pop((where, name), None)
-            if original is not None and hasattr(getattr(module, name), "__hornbeam__"):
-                setattr(module, name, original)
+            owner = _owner(where, name)
+            if original is not None and hasattr(getattr(owner, name), "__hornbeam__"):
+                setattr(owner, name, original)
 
 
 def follow_aliases() -> None:
@@ -119,7 +143,7 @@ def follow_aliases() -> None:
     """
     with _lock:
         for (where, name), original in list(_originals.items()):
-            now = getattr(sys.modules[where], name)
+            now = getattr(_owner(where, name), name)
             _replace_aliases(name, original, now)
 
 
@@ -127,7 +151,7 @@ def restore_aliases() -> None:
     """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
     with _lock:
         for (where, name), original in list(_originals.items()):
-            _replace_aliases(name, getattr(sys.modules[where], name), original, but=where)
+            _replace_aliases(name, getattr(_owner(where, name), name), original, but=where)
 
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:

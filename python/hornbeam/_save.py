@@ -207,15 +207,21 @@ def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
 
 def _members(model: Any) -> list[tuple[str, bytes]]:
     """The JSON members, in the order Keras writes them."""
-    with saving_lib.ObjectSharingScope():
-        config = saving_lib.serialize_keras_object(model)
+    try:
+        with saving_lib.ObjectSharingScope():
+            config = _core.encode_json(saving_lib.serialize_keras_object(model))
+    except Exception as error:
+        from hornbeam._explain import explain_config
+
+        explain_config(error, model)
+        raise
     metadata = {
         "keras_version": saving_lib.keras_version,
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
     }
     return [
         (saving_lib._METADATA_FILENAME, json.dumps(metadata).encode()),
-        (saving_lib._CONFIG_FILENAME, _core.encode_json(config)),
+        (saving_lib._CONFIG_FILENAME, config),
     ]
 
 
