@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import keras.saving as _stock
 
+from hornbeam import _async
+from hornbeam._async import Handle
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
@@ -31,8 +33,10 @@ def save_model(
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> Handle | None:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
 
     The old file or directory stays as it was until the new one is complete.
@@ -46,7 +50,14 @@ def save_model(
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_model`.
+
+    Returns:
+        The handle of an asynchronous save, otherwise `None`.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -55,8 +66,11 @@ def save_model(
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
-    with scope(), how:
+    if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         _stock.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+    return request.handle if request is not None else None
 
 
 def load_model(
@@ -86,6 +100,7 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    _async.settle(filepath, loads=True)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
         model = _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
@@ -106,8 +121,10 @@ def save_weights(
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> Handle | None:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
 
     Args:
@@ -119,15 +136,23 @@ def save_weights(
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_weights`.
+
+    Returns:
+        The handle of an asynchronous save, otherwise `None`.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    with scope(), how:
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+    return request.handle if request is not None else None
 
 
 def load_weights(
@@ -173,6 +198,7 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
+    _async.settle(filepath, loads=True)
     legacy = not str(filepath).endswith((".keras", ".weights.h5", ".weights.json"))
     request = Request(
         strict=strict,
