@@ -27,8 +27,9 @@ use hornbeam::save::{self, Plan, Target, Written};
 use hornbeam::tree::{Attribute, Tree};
 use proptest::prelude::*;
 
-const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false };
-const OVER: commit::Options = commit::Options { atomic: false, durable: false };
+const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false, queued: false };
+const QUEUED: commit::Options = commit::Options { atomic: true, durable: false, queued: true };
+const OVER: commit::Options = commit::Options { atomic: false, durable: false, queued: false };
 
 /// Never interrupts a wait.
 const WAIT: Interrupt<'_> = &|| Ok(());
@@ -734,7 +735,7 @@ mod replacing {
         let living = Pending::create(&path, ATOMIC).unwrap();
         assert!(!dead.exists() && !dead_directory.exists() && other.exists() && similar.exists());
         let before = names(root);
-        put(&path, "second", ATOMIC); // while the first still writes
+        put(&path, "second", QUEUED); // while the first still writes
         for name in &before {
             assert!(root.join(name).exists(), "{name} was in use");
         }
@@ -846,13 +847,37 @@ mod replacing {
         let one = |byte: u8| {
             for i in 0..100usize {
                 let bytes = vec![byte; 1000 + i];
-                commit::write(&path, &bytes, ATOMIC).unwrap();
+                commit::write(&path, &bytes, QUEUED).unwrap();
                 let found = fs::read(&path).unwrap();
                 assert!(found.len() >= 1000 && found.iter().all(|&b| b == found[0]), "a mixture");
             }
         };
         std::thread::scope(|s| (1..5).for_each(|b| drop(s.spawn(move || one(b)))));
         assert_eq!(names(directory.path()), ["m.keras"]);
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_while_the_first_lives() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.keras");
+        let first = Pending::create(&path, QUEUED).unwrap();
+        let refused = Pending::create(&path, ATOMIC).unwrap_err();
+        assert!(matches!(refused.kind(), Kind::Io(e) if e.kind() == std::io::ErrorKind::ResourceBusy), "{refused}");
+        let process = std::process::id().to_string();
+        assert!(refused.to_string().contains(&process) && refused.path() == Some(&path), "{refused}");
+        // Files whose names begin alike are other files.
+        put(&directory.path().join("m.kera"), "other", ATOMIC);
+        put(&directory.path().join("m.keras.0123456789abcdef.hornbeam-tmp"), "other", ATOMIC);
+        // A lock that outlives its process, in a child of it, stops nobody, and its file stays.
+        let orphan = directory.path().join(".m.keras.7fffffff89abcdef.hornbeam-tmp");
+        let held = fs::File::create(&orphan).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        drop(first);
+        put(&path, "second", ATOMIC);
+        assert!(orphan.exists());
+        drop(held);
+        put(&path, "third", ATOMIC);
+        assert!(!orphan.exists());
     }
 
     const NAMES: [&str; 2] = ["config.json", "assets"];
@@ -934,7 +959,7 @@ mod replacing {
         fs::write(inner.join("config.json"), "half").unwrap();
         let lock = inner.with_extension("hornbeam-tmp");
         assert!(lock.exists());
-        let second = commit::Directory::create(&target, &NAMES, ATOMIC).unwrap();
+        let second = commit::Directory::create(&target, &NAMES, QUEUED).unwrap();
         assert!(inner.exists() && lock.exists(), "the first one is alive");
         drop(second);
         drop(left);

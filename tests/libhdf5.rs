@@ -395,7 +395,7 @@ fn what_could_be_large_has_room_for_its_size() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.keras");
     let plan = Plan::compressed(tree, Box::new(LibHdf5), Compression::new(1, true, 1 << 20).unwrap());
-    let target = Target::Path(path.clone(), commit::Options { atomic: true, durable: false });
+    let target = Target::Path(path.clone(), commit::Options { atomic: true, durable: false, queued: false });
     let mut members = || Ok(vec![]);
     let mut zeros = Zeros(vec![0; 128 << 20]);
     save::write(&plan, target, &mut zeros, Some(&mut members), &Progress::default()).unwrap().commit().unwrap();

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hornbeam import errors
+from hornbeam._async import Handle, wait
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
 from hornbeam._progress import Progress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 __all__ = [
     "File",
+    "Handle",
     "HornbeamError",
     "IncompleteLoadError",
     "LoadReport",
@@ -56,10 +58,6 @@ if build_info()["debug"]:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def wait() -> None:
-    """Waits until every asynchronous save is done. There are none yet, so it returns at once."""
 
 
 def __getattr__(name: str) -> Any:

@@ -111,6 +111,7 @@ class Plan:
         base: int = 0,
         atomic: bool = True,
         durable: bool = False,
+        hold: bool = False,
     ) -> Save:
         """Starts a thread that writes to a path, a file object or writable memory.
 
@@ -121,6 +122,8 @@ class Plan:
             base: Offset in a file object or memory where the archive begins.
             atomic: Replace the file at a path when the new one is complete.
             durable: Wait for stable storage.
+            hold: Open the path now, and start the thread when `Save.finish` is called. Other saves of this process
+                may be writing to the same path then; otherwise they may not.
         """
 
 @final

@@ -17,7 +17,7 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _build, _core, _journal, _keras, _progress, _report, _state, _tensors
+from hornbeam import _async, _build, _core, _journal, _keras, _progress, _report, _state, _tensors
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -177,6 +177,7 @@ def load_weights_only(
 
     Whatever fails, the model is bit for bit what it was.
     """
+    _async.settle(filepath, loads=True)
     request = take_request()
     text = str(filepath)
     if not model.built or not text.endswith(_LOADED):

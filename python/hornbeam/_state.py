@@ -124,6 +124,17 @@ def options(
         _local.options = before
 
 
+@contextlib.contextmanager
+def using(options: Options) -> Iterator[None]:
+    """Has the options of another thread in force."""
+    before = _local.options
+    _local.options = options
+    try:
+        yield
+    finally:
+        _local.options = before
+
+
 def _level(compression: str | int) -> int | None:
     levels: dict[str | int, int | None] = {"none": None, "gzip": 4, **{level: level for level in range(10)}}
     if isinstance(compression, bool) or compression not in levels:
