@@ -486,7 +486,7 @@ def _similar(wanted: str, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _extended(name: str, tag: str | None) -> np.dtype:
-    return np.dtype(name) if tag is None else _tensors._extended_dtype(tag)
+    return np.dtype(name) if tag is None else _tensors.extended_dtype(tag)
 
 
 def _size(nbytes: int) -> str:
