@@ -34,6 +34,7 @@ def write(path: Path, state: Any, *, durable: bool) -> int:
     """
     arrays: list[np.ndarray] = []
     text = _core.encode_json(_encode(state, arrays, "state"))
+    datasets: list[tuple[str, str, tuple[int, ...], list[tuple[str, str]]]]
     datasets = [(f"arrays/{i}", _tensors.dtype_name(a.dtype), a.shape, []) for i, a in enumerate(arrays)]
     plan = _core.plan([], datasets)
     buffers = [_tensors.as_buffer(array) for array in arrays]
@@ -60,14 +61,15 @@ def read(path: Path) -> Any:
         name = f"arrays/{i}"
         if name not in shapes:
             raise ArchiveError(f"'{path}' names '{name}', which it does not have")
-        return np.frombuffer(blocks[name] or b"", _tensors.extended_dtype(dtype)).reshape(shapes[name])
+        block: Any = blocks[name] or b""
+        return np.frombuffer(block, _tensors.extended_dtype(dtype)).reshape(shapes[name])
 
     return _decode(state, array)
 
 
 def _encode(item: Any, arrays: list[np.ndarray], where: str) -> Any:
     """JSON for `item`; its arrays are appended to `arrays`."""
-    if item is None or isinstance(item, bool | int | float | str) and not isinstance(item, np.generic):
+    if item is None or (isinstance(item, bool | int | float | str) and not isinstance(item, np.generic)):
         return item
     if isinstance(item, list):
         return [_encode(inner, arrays, f"{where}[{i}]") for i, inner in enumerate(item)]
