@@ -18,7 +18,7 @@ from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hornbeam import callbacks, checkpoint, export, models, saving
+    from hornbeam import callbacks, checkpoint, data, export, models, saving
     from hornbeam._open import File, Tensor, open
     from hornbeam.checkpoint import Checkpoint, CheckpointManager
 
@@ -36,6 +36,7 @@ __all__ = [
     "UnsupportedError",
     "callbacks",
     "checkpoint",
+    "data",
     "errors",
     "export",
     "install",
@@ -66,7 +67,7 @@ def wait() -> None:
 
 def __getattr__(name: str) -> Any:
     # These import Keras, so they are imported when they are used.
-    if name in ("saving", "models", "callbacks", "export", "checkpoint"):
+    if name in ("saving", "models", "callbacks", "export", "checkpoint", "data"):
         return importlib.import_module(f"hornbeam.{name}")
     if name in ("CheckpointManager", "Checkpoint"):
         return getattr(importlib.import_module("hornbeam.checkpoint"), name)

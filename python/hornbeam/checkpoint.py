@@ -62,6 +62,11 @@ class Checkpoint:
         """The file with weights and optimizer: `.weights.h5`, or `.keras` with the whole model."""
         return self.path / (_MODEL if _MODEL in self.files else _WEIGHTS)
 
+    @property
+    def state(self) -> Path:
+        """The file with everything else."""
+        return self.path / _STATE
+
     def check(self) -> None:
         """Compares the files with what was committed.
 
@@ -99,6 +104,10 @@ class CheckpointManager:
         save_weights_only: Weights and optimizer (`.weights.h5`), or the whole model (`.keras`).
         durable: `save` returns when everything is on stable storage.
 
+    Attributes:
+        extra: What the last `restore` found of what was passed to `save`.
+        random: The random state it found.
+
     Raises:
         ValueError: For arguments that mean nothing.
     """
@@ -126,6 +135,7 @@ class CheckpointManager:
         self.save_weights_only = save_weights_only
         self.durable = durable
         self.extra: dict[str, Any] = {}
+        self.random: dict[str, Any] | None = None
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
 
@@ -139,13 +149,17 @@ class CheckpointManager:
         self.close()
 
     def close(self) -> None:
-        """Waits for what is being deleted, and gives the directory back. Harmless when it is closed."""
-        if self._cleaner is not None:
-            self._cleaner.join()
-            self._cleaner = None
+        """Waits for what is under way, and gives the directory back. Harmless when it is closed."""
+        self.wait()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def wait(self) -> None:
+        """Waits for what is being deleted."""
+        if self._cleaner is not None:
+            self._cleaner.join()
+            self._cleaner = None
 
     # Reading
 
@@ -258,6 +272,7 @@ class CheckpointManager:
         _training_state.apply(model, state["model"], where)
         for name, item in extra.items():
             _training_state.give_state(item, state["extra"][name], f"{where}: {name}")
+        self.random = state["model"]["random"]
         if random_state:  # last: what was called above may have drawn numbers
             _random.restore(state["model"]["random"])
         self.extra = {name: value for name, value in state["extra"].items() if name not in extra}
@@ -410,9 +425,7 @@ class CheckpointManager:
     def _delete(self, names: Iterable[str]) -> None:
         """Deletes in a thread: freeing the pages of large files takes the kernel a while."""
         paths = [self.directory / name for name in names]
-        if self._cleaner is not None:
-            self._cleaner.join()
-        self._cleaner = None
+        self.wait()
         if paths:
             self._cleaner = threading.Thread(target=_remove, args=(paths,), name="hornbeam-delete")
             self._cleaner.start()
