@@ -123,6 +123,11 @@ impl Prepared {
         self.written.bytes
     }
 
+    /// CRC-32 of the weights image.
+    pub fn crc(&self) -> u32 {
+        self.written.crc
+    }
+
     /// Puts the new file in the old one's place.
     ///
     /// # Errors

@@ -19,11 +19,14 @@ from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hornbeam import callbacks, export, models, saving
+    from hornbeam import callbacks, checkpoint, data, export, models, saving
     from hornbeam._open import File, Tensor, open
+    from hornbeam.checkpoint import Checkpoint, CheckpointManager
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "Checkpoint",
+    "CheckpointManager",
     "File",
     "Handle",
     "HornbeamError",
@@ -35,6 +38,8 @@ __all__ = [
     "Tensor",
     "UnsupportedError",
     "callbacks",
+    "checkpoint",
+    "data",
     "errors",
     "export",
     "install",
@@ -62,8 +67,10 @@ if build_info()["debug"]:
 
 def __getattr__(name: str) -> Any:
     # These import Keras, so they are imported when they are used.
-    if name in ("saving", "models", "callbacks", "export"):
+    if name in ("saving", "models", "callbacks", "export", "checkpoint", "data"):
         return importlib.import_module(f"hornbeam.{name}")
+    if name in ("CheckpointManager", "Checkpoint"):
+        return getattr(importlib.import_module("hornbeam.checkpoint"), name)
     if name in ("open", "File", "Tensor"):  # needs NumPy
         return getattr(importlib.import_module("hornbeam._open"), name)
     raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")

@@ -148,8 +148,8 @@ class Save:
             commit: Replace the old file now.
 
         Returns:
-            `bytes` of the file, `in_place` (why it was written over instead of being replaced, or `None`), and
-            `tail`: what followed the end of target memory.
+            `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
+            being replaced, or `None`), and `tail`: what followed the end of target memory.
         """
     def commit(self) -> str | None:
         """Replaces the old file, after `finish(commit=False)`; returns why it was written over instead."""

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,14 @@ from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
+_written = threading.local()
+
+
+@contextmanager
+def checksum() -> Iterator[Callable[[], int | None]]:
+    """What it yields tells the CRC-32 of the weights file that this thread saved inside; `None` if stock Keras did."""
+    _written.crc = None
+    yield lambda: _written.crc
 
 
 class _PathTarget(io.IOBase):
@@ -327,7 +336,9 @@ def _write(
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
     """Waits for a bare weights image."""
     with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        return save.finish([], _puller(store))
+        info = save.finish([], _puller(store))
+    _written.crc = info["crc"]
+    return info
 
 
 def _write_memory(

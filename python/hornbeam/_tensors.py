@@ -37,7 +37,7 @@ class Deferred:
         into: Callable[[np.ndarray], Any] | None = None,
     ) -> None:
         self.array = array
-        self.dtype = _extended_dtype(dtype)
+        self.dtype = extended_dtype(dtype)
         self.shape = tuple(shape)
         self.into = into
 
@@ -54,7 +54,7 @@ class Deferred:
         return np.ndarray(self.shape, self.dtype, buffer=memory)
 
 
-def _extended_dtype(name: str) -> np.dtype:
+def extended_dtype(name: str) -> np.dtype:
     """NumPy's dtype of that name, or the extension's."""
     try:
         return np.dtype(name)
@@ -148,7 +148,7 @@ def _copy_torch(value: Any) -> np.ndarray:
 
     host = value.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:
-        return _copy_numpy(host.view(torch.uint16).numpy()).view(_extended_dtype("bfloat16"))
+        return _copy_numpy(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
     return _copy_numpy(host.numpy())
 
 
@@ -226,7 +226,7 @@ _NUMBERS = frozenset(
 def numpy_dtype(name: str, tag: str | None) -> np.dtype:
     """The NumPy dtype of a dataset: its own, or what Keras marks opaque bytes to be."""
     if tag == "bfloat16" and name == "V2":
-        return _extended_dtype(tag)
+        return extended_dtype(tag)
     return np.dtype(f"|{name}" if name.startswith("V") else name)
 
 

@@ -307,6 +307,7 @@ impl Save {
         let prepared = waited.map_err(to_py)?;
         let info = PyDict::new(py);
         info.set_item("bytes", prepared.bytes())?;
+        info.set_item("crc", prepared.crc())?;
         if commit {
             info.set_item("in_place", run(py, || prepared.commit())?.in_place)?;
         } else {
