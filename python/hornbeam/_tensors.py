@@ -233,7 +233,7 @@ def numpy_dtype(name: str, tag: str | None) -> np.dtype:
 @functools.cache
 def own_dtype(name: str, tag: str | None) -> np.dtype:
     """The NumPy dtype of a tensor in a format that has types for all of them."""
-    return np.dtype(name) if tag is None else _extended_dtype(tag)
+    return np.dtype(name) if tag is None else extended_dtype(tag)
 
 
 def is_keras_code(frame: FrameType) -> bool:
