@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _cast, _core, _keras, _progress, _report, _state, _tensors
+from hornbeam import _async, _cast, _core, _keras, _progress, _report, _shortcuts, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import UnsupportedError
 
@@ -277,7 +277,7 @@ def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
 def _members(model: Any) -> list[tuple[str, bytes]]:
     """The JSON members, in the order Keras writes them."""
     try:
-        with saving_lib.ObjectSharingScope():
+        with saving_lib.ObjectSharingScope(), _shortcuts.scope(frozenset(["tensors"])):
             config = _core.encode_json(saving_lib.serialize_keras_object(model))
     except Exception as error:
         from hornbeam._explain import explain_config

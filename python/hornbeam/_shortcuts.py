@@ -1,4 +1,4 @@
-"""Shortcuts through Keras' construction of layers, for the time of a load and its thread.
+"""Shortcuts through Keras' construction of layers, for the time of a load (`tensors`: of a save too) and its thread.
 
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
@@ -21,7 +21,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -234,9 +234,9 @@ def _put_together(variable: Any, value: Any, name_scope: str, key: str | None) -
 
 
 @contextlib.contextmanager
-def scope() -> Iterator[None]:
-    """Takes the shortcuts that are switched on and work here."""
-    wanted = _state.current().shortcuts
+def scope(among: Set[str] = _state.SHORTCUTS) -> Iterator[None]:
+    """Takes those shortcuts that are switched on and work here."""
+    wanted = _state.current().shortcuts & among
     with contextlib.ExitStack() as stack:
         if "attributes" in wanted and _attributes_work():
             stack.enter_context(_attributes())
