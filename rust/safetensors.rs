@@ -147,14 +147,14 @@ fn tensor(name: &str, node: Node) -> Result<(Found, u64)> {
         return Err(malformed("a tensor's size does not match its data_offsets")
             .with_found(format_args!("{nbytes} bytes"), format_args!("{stored}")));
     }
-    let attributes = tag.map(|tag| ("dtype".to_owned(), tag.to_owned())).into_iter().collect();
+    let attributes = tag.map(|tag| ("dtype".to_owned(), tag.into())).into_iter().collect();
     let storage = Storage::Contiguous(begin);
     Ok((Found { path: name.to_owned(), dtype, shape, nbytes, storage, attributes }, end))
 }
 
 fn metadata(node: Node) -> Option<Vec<Attribute>> {
     let Node::Dict(dict) = node else { return None };
-    let text = |(key, value)| if let Node::Text(value) = value { Some((key, value)) } else { None };
+    let text = |(key, value)| if let Node::Text(value) = value { Some((key, value.into())) } else { None };
     let mut all: Vec<Attribute> = dict.into_entries().map(text).collect::<Option<_>>()?;
     all.sort_unstable();
     Some(all)

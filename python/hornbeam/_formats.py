@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from keras.src.legacy.saving import legacy_h5_format
+
+from hornbeam import _legacy
+
 Stock = Callable[..., Any]
 
 
@@ -15,13 +19,25 @@ def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
+    if kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras")):
+        return _save_as_h5(stock, model, filepath, overwrite, **kwargs)
     return stock(model, filepath, overwrite, zipped, **kwargs)
+
+
+def _save_as_h5(stock: Stock, model: Any, filepath: Any, overwrite: bool, **kwargs: Any) -> Any:
+    """Under exactly that name, as in Keras 2."""
+    include_optimizer = kwargs.pop("include_optimizer", True)
+    if set(kwargs) != {"save_format"}:
+        return stock(model, filepath, overwrite, None, **kwargs)  # raises
+    return legacy_h5_format.save_model_to_hdf5(model, filepath, overwrite, include_optimizer)
 
 
 def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    if not str(filepath).endswith((".h5", ".hdf5")) and _legacy.is_hdf5(filepath):
+        return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
 
@@ -34,4 +50,6 @@ def save_weights(
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
+    if _legacy.is_legacy(filepath):
+        return _legacy.load_weights(stock, model, filepath, skip_mismatch, **kwargs)
     return stock(model, filepath, skip_mismatch, **kwargs)

@@ -16,7 +16,8 @@ from types import ModuleType
 
 SAVING_LIB = "keras.src.saving.saving_lib"
 SAVING_API = "keras.src.saving.saving_api"
-MODULES = (SAVING_LIB, SAVING_API)
+LEGACY_H5 = "keras.src.legacy.saving.legacy_h5_format"
+MODULES = (SAVING_LIB, SAVING_API, LEGACY_H5)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()
