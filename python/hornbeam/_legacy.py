@@ -505,7 +505,7 @@ def _model_from_config(config: Any, known: dict[str, Any]) -> Any:
                 (found,) = registered.values()
             if isinstance(found, type) and issubclass(found, keras.Model):
                 known = {**known, name: found}
-    model = saving_utils.model_from_config(_migrate.legacy_config(config), custom_objects=known)
+    model = saving_utils.model_from_config(config, custom_objects=known)
     if isinstance(extra.get("build_config"), dict) and not model.built:
         model.build_from_config(serialization_lib.deserialize_keras_object(extra["build_config"]))
         model.built = True
