@@ -13,7 +13,7 @@ fn tree(datasets: u64) -> Tree {
     for i in 0..datasets {
         let vars = format!("layers/dense_{}/vars", i / 4);
         if i % 4 == 0 {
-            tree.add_group(&vars, vec![("name".into(), format!("dense_{}", i / 4))]).expect("new");
+            tree.add_group(&vars, vec![("name".into(), format!("dense_{}", i / 4).into())]).expect("new");
         }
         tree.add_dataset(&format!("{vars}/{}", i % 4), DType::F32, [64, 40], vec![]).expect("new");
     }

@@ -10,6 +10,8 @@ pub const MAX_PATH_BYTES: usize = 16 << 10;
 pub const MAX_DEPTH: usize = 200;
 /// Bytes of an attribute name.
 pub const MAX_ATTRIBUTE_NAME_BYTES: usize = 1 << 10;
+/// Bytes of an attribute's value in an object header: what Keras splits at.
+pub const MAX_ATTRIBUTE_BYTES: usize = 64_512;
 /// Groups and datasets in one image.
 pub const MAX_OBJECTS: usize = 4_000_000;
 /// Bytes of one object header chunk or local heap.

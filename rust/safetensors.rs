@@ -50,7 +50,7 @@ fn lay_out(tree: &Tree) -> Result<Layout> {
         if &*group.path != METADATA {
             return Err(Error::new(Kind::Invalid, "safetensors files have no groups").with_entry(&group.path));
         }
-        put_metadata(&group.attributes, &mut header);
+        put_metadata(&group.attributes, &mut header)?;
     }
     let mut offsets = vec![None; datasets.len()];
     let mut at = 0;
@@ -76,16 +76,17 @@ fn lay_out(tree: &Tree) -> Result<Layout> {
     Ok(Layout { metadata: vec![(0, header)], offsets, len: start + at })
 }
 
-fn put_metadata(attributes: &[Attribute], header: &mut Encoder) {
+fn put_metadata(attributes: &[Attribute], header: &mut Encoder) -> Result<()> {
     header.str(METADATA);
     header.colon();
     header.begin_dict();
     for (name, value) in attributes {
         header.str(name);
         header.colon();
-        header.str(value);
+        header.str(value.text().ok_or_else(|| Error::new(Kind::Invalid, "safetensors metadata is text").with_entry(name))?);
     }
     header.end_dict();
+    Ok(())
 }
 
 /// The entry of a tensor that lies `at` bytes behind the header.
@@ -93,7 +94,7 @@ fn put_tensor(dataset: &Dataset, at: u64, header: &mut Encoder) -> Result<()> {
     if &*dataset.path == METADATA {
         return Err(Error::new(Kind::Invalid, "a tensor cannot have this name in a safetensors file"));
     }
-    let tag = dataset.attributes.iter().find(|a| a.0 == "dtype").map(|a| &*a.1);
+    let tag = dataset.attributes.iter().find(|a| a.0 == "dtype").and_then(|a| a.1.text());
     let dtype = dataset.dtype.to_safetensors(tag).ok_or_else(|| {
         Error::new(Kind::Invalid, "safetensors files have no such dtype")
             .with_found("another", tag.map_or_else(|| dataset.dtype.name(), Into::into))
@@ -231,14 +232,14 @@ fn tensor(name: &str, node: Node) -> Result<(Found, u64)> {
         return Err(malformed("a tensor's size does not match its data_offsets")
             .with_found(format_args!("{nbytes} bytes"), format_args!("{stored}")));
     }
-    let attributes = tag.map(|tag| ("dtype".to_owned(), tag.to_owned())).into_iter().collect();
+    let attributes = tag.map(|tag| ("dtype".to_owned(), tag.into())).into_iter().collect();
     let storage = Storage::Contiguous(begin);
     Ok((Found { path: name.to_owned(), dtype, shape, nbytes, storage, attributes }, end))
 }
 
 fn metadata(node: Node) -> Option<Vec<Attribute>> {
     let Node::Dict(dict) = node else { return None };
-    let text = |(key, value)| if let Node::Text(value) = value { Some((key, value)) } else { None };
+    let text = |(key, value)| if let Node::Text(value) = value { Some((key, value.into())) } else { None };
     let mut all: Vec<Attribute> = dict.into_entries().map(text).collect::<Option<_>>()?;
     all.sort_unstable();
     Some(all)

@@ -1,4 +1,4 @@
-//! What a weights file holds: groups, string attributes and datasets, in the order they were recorded. No bytes.
+//! What a weights file holds: groups, attributes and datasets, in the order they were recorded. No bytes of datasets.
 
 use std::collections::{HashMap, hash_map::Entry};
 use std::sync::Arc;
@@ -7,8 +7,53 @@ use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
 
-/// A string attribute: name and value.
-pub type Attribute = (String, String);
+/// An attribute: name and value.
+pub type Attribute = (String, Value);
+
+/// The value of an attribute: what h5py makes of Python's strings and bytes. Others are not read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Value {
+    /// `str`: a variable-length UTF-8 string.
+    Text(String),
+    /// `bytes`: a variable-length string said to be ASCII. A string of fixed length is read as one, too.
+    Bytes(Vec<u8>),
+    /// A list of `bytes`: a row of variable-length strings. An empty one has no type of its own: NumPy's is `float64`,
+    /// and any empty row is read as one.
+    List(Vec<Vec<u8>>),
+    /// A NumPy array of `bytes`: a row of strings of one fixed length, padded with zeros.
+    Fixed(usize, Vec<Vec<u8>>),
+}
+
+impl Value {
+    /// The strings in it.
+    pub fn strings(&self) -> Vec<&[u8]> {
+        match self {
+            Self::Text(text) => vec![text.as_bytes()],
+            Self::Bytes(bytes) => vec![bytes],
+            Self::List(all) | Self::Fixed(_, all) => all.iter().map(Vec::as_slice).collect(),
+        }
+    }
+
+    /// The string, if it is one of UTF-8.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+}
+
+impl From<String> for Value {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
 
 /// A tensor to be written: where, of what type and shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +64,7 @@ pub struct Dataset {
     pub dtype: DType,
     /// Dimensions; empty for a scalar.
     pub shape: Vec<u64>,
-    /// String attributes, in order.
+    /// Attributes, in order.
     pub attributes: Vec<Attribute>,
     /// Bytes of the tensor: `dtype.size()` times the product of `shape`.
     pub nbytes: u64,
@@ -30,13 +75,14 @@ pub struct Dataset {
 pub struct Group {
     /// Path from the root, without a leading slash.
     pub path: Arc<str>,
-    /// String attributes, in order.
+    /// Attributes, in order.
     pub attributes: Vec<Attribute>,
 }
 
 /// Groups and datasets of one weights image. Paths are unique and valid; [`Tree`] cannot hold others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
+    attributes: Vec<Attribute>,
     groups: Vec<Group>,
     datasets: Vec<Dataset>,
     nodes: HashMap<Arc<str>, Node>,
@@ -64,6 +110,21 @@ impl Tree {
     /// An empty tree without levels: paths are names, in which a slash is a letter like any other.
     pub fn flat() -> Self {
         Self { flat: true, ..Self::default() }
+    }
+
+    /// Attributes of the root.
+    pub fn attributes(&self) -> &[Attribute] {
+        &self.attributes
+    }
+
+    /// Gives the root its attributes.
+    ///
+    /// # Errors
+    /// `Invalid` for what HDF5 cannot hold.
+    pub fn set_attributes(&mut self, attributes: Vec<Attribute>) -> Result<()> {
+        check_attributes("/", &attributes)?;
+        self.attributes = attributes;
+        Ok(())
     }
 
     /// Groups, in the order they were added.
@@ -174,15 +235,38 @@ impl Tree {
     }
 }
 
-/// Both end up in one object header message, whose size is 16 bits.
+/// Name and value end up in one object header message, whose size is 16 bits; variable-length strings lie elsewhere.
 fn check_attributes(path: &str, attributes: &[Attribute]) -> Result<()> {
-    for (name, value) in attributes {
+    for (i, (name, value)) in attributes.iter().enumerate() {
         if name.is_empty() || name.contains('\0') || name.len() > limits::MAX_ATTRIBUTE_NAME_BYTES {
             return Err(Error::new(Kind::Invalid, "attribute name is empty, too long or holds a NUL").with_entry(path));
         }
-        if value.contains('\0') {
+        if attributes[..i].iter().any(|(other, _)| other == name) {
+            return Err(Error::new(Kind::Invalid, format!("attribute '{name}' comes twice")).with_entry(path));
+        }
+        let strings = value.strings();
+        if strings.iter().any(|s| s.contains(&0)) {
             return Err(Error::new(Kind::Invalid, "attribute value holds a NUL character, which HDF5 strings cannot")
                 .with_entry(path));
+        }
+        let size = match value {
+            Value::Text(_) | Value::Bytes(_) => 16,
+            Value::List(all) => all.len() * 16,
+            Value::Fixed(length, all) => all.len().saturating_mul(*length),
+        };
+        if size > limits::MAX_ATTRIBUTE_BYTES {
+            return Err(Error::new(Kind::Invalid, format!("attribute '{name}' is too large for an object header"))
+                .with_found(format_args!("at most {} bytes", limits::MAX_ATTRIBUTE_BYTES), size)
+                .with_entry(path));
+        }
+        if let Value::Fixed(length, all) = value
+            && (all.is_empty() || *length == 0 || all.iter().any(|s| s.len() > *length))
+        {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("the strings of attribute '{name}' are not of their length"),
+            )
+            .with_entry(path));
         }
     }
     Ok(())

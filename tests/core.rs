@@ -24,7 +24,7 @@ use hornbeam::io::emit::{Progress, Sink, Tensors};
 use hornbeam::io::fetch::{Extent, Fetch, Interrupt, Request};
 use hornbeam::load::{self, Choice, Weights};
 use hornbeam::save::{self, Plan, Target, Written};
-use hornbeam::tree::{Attribute, Tree};
+use hornbeam::tree::{Attribute, Tree, Value};
 use proptest::prelude::*;
 
 const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false, queued: false };
@@ -121,6 +121,7 @@ type Row = (String, DType, Vec<u64>, Vec<Attribute>, Vec<u8>);
 #[derive(Debug, PartialEq, Eq)]
 struct Whole {
     members: BTreeMap<String, Vec<u8>>,
+    attributes: Vec<Attribute>,
     groups: Vec<(String, Vec<Attribute>)>,
     datasets: Vec<Row>,
 }
@@ -152,7 +153,7 @@ fn read_all(bytes: &[u8], archive: bool) -> Result<Whole> {
         });
         datasets.push((d.path, d.dtype, d.shape, d.attributes, value));
     }
-    Ok(Whole { members, groups: index.groups, datasets })
+    Ok(Whole { members, attributes: index.attributes, groups: index.groups, datasets })
 }
 
 /// Fails when reading panicked, in this thread (by itself) or in the reader's.
@@ -186,6 +187,7 @@ fn expected(tree: &Tree, values: &Values, members: bool) -> Whole {
     };
     Whole {
         members: json_members().unwrap().into_iter().filter(|_| members).map(read).collect(),
+        attributes: tree.attributes().to_vec(),
         groups: groups.into_values().collect(),
         datasets: datasets.into_iter().map(row).collect(),
     }
@@ -234,7 +236,14 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 fn attributes() -> impl Strategy<Value = Vec<Attribute>> {
-    let value = prop_oneof!["[^\0]{0,20}", Just("long ".repeat(20_000))];
+    let bytes = || prop::collection::vec(1u8.., 0..20);
+    let value = prop_oneof![
+        "[^\0]{0,20}".prop_map(Value::Text),
+        Just(Value::Text("long ".repeat(20_000))),
+        bytes().prop_map(Value::Bytes),
+        prop::collection::vec(bytes(), 0..20).prop_map(Value::List),
+        (20usize..30, prop::collection::vec(bytes(), 1..20)).prop_map(|(n, all)| Value::Fixed(n, all)),
+    ];
     prop::collection::btree_map("[^\0]{1,20}", value, 0..3).prop_map(|m| m.into_iter().collect())
 }
 
@@ -247,8 +256,9 @@ fn tree() -> impl Strategy<Value = Tree> {
         (1u64..3000).prop_map(|n| vec![n]),
     ];
     let node = (path, prop::option::weighted(0.8, (prop::sample::select(dtypes()), shape)), attributes());
-    prop::collection::vec(node, 0..40).prop_map(|nodes| {
+    (prop::collection::vec(node, 0..40), attributes()).prop_map(|(nodes, attributes)| {
         let mut tree = Tree::new();
+        tree.set_attributes(attributes).unwrap();
         for (path, dataset, attributes) in nodes {
             let mut next = tree.clone();
             let added = match dataset {
@@ -301,7 +311,11 @@ proptest! {
 /// Every kind of thing, in few bytes.
 fn small_tree() -> Tree {
     let mut tree = Tree::new();
-    let tag = |v: &str| vec![("dtype".to_owned(), v.to_owned())];
+    let tag = |v: &str| vec![("dtype".to_owned(), v.into())];
+    tree.set_attributes(vec![("model_config".into(), Value::Bytes(b"{}".to_vec()))]).unwrap();
+    let names = vec![b"dense".to_vec(), b"".to_vec()];
+    tree.add_group("names", vec![("a".into(), Value::List(names.clone())), ("b".into(), Value::Fixed(6, names))])
+        .unwrap();
     tree.add_group("layers/dense/vars", vec![("name".into(), "größe".into())]).unwrap();
     tree.add_dataset("layers/dense/vars/0", DType::F32, [3, 7], vec![]).unwrap();
     tree.add_dataset("layers/dense/vars/1", DType::Opaque(2), [7], tag("bfloat16")).unwrap();
@@ -1248,7 +1262,7 @@ mod safetensors {
         let weights = open(valid()).unwrap();
         assert_eq!(weights.engine(), "safetensors");
         let index = weights.index();
-        assert_eq!(index.attributes, [("b", "ß"), ("format", "pt")].map(|(k, v)| (k.to_owned(), v.to_owned())));
+        assert_eq!(index.attributes, [("b", "ß"), ("format", "pt")].map(|(k, v)| (k.to_owned(), v.into())));
         assert!(index.groups.is_empty());
         let rows: Vec<_> = index.datasets.iter().map(|d| (&*d.path, d.dtype, &d.shape[..], d.nbytes)).collect();
         assert_eq!(
@@ -1261,7 +1275,7 @@ mod safetensors {
                 ("z", DType::F32, &[2, 3], 24),
             ]
         );
-        assert_eq!(index.datasets[1].attributes, [("dtype".to_owned(), "bfloat16".to_owned())]);
+        assert_eq!(index.datasets[1].attributes, [("dtype".to_owned(), "bfloat16".into())]);
         let reading = weights.fetch(&[4, 0, 1, 2, 3], true, 1 << 20).unwrap();
         for (i, wanted) in [(4, 8..32), (0, 32..33), (1, 0..8), (2, 33..35), (3, 0..0)] {
             let wanted: Vec<u8> = wanted.collect();

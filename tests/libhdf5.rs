@@ -17,10 +17,26 @@ use hornbeam::io::ReadAt;
 use hornbeam::io::emit::{Progress, Sink, Tensors};
 use hornbeam::load::{self, Choice, Weights};
 use hornbeam::save::{self, Plan, Target};
-use hornbeam::tree::{Attribute, Tree};
+use hornbeam::tree::{Attribute, Tree, Value};
 
 fn named(name: &str) -> Vec<Attribute> {
     vec![("name".into(), name.into())]
+}
+
+/// Every kind of attribute.
+fn strings() -> Vec<Attribute> {
+    let names: Vec<_> = ["conv", "", "größe", "a longer name"].map(|s| s.as_bytes().to_vec()).into();
+    let many: Vec<_> = (0..4000).map(|i| format!("layer_{i}").into_bytes()).collect();
+    vec![
+        ("bytes".into(), Value::Bytes(b"tensorflow".to_vec())),
+        ("fixed".into(), Value::Fixed(20, names.clone())),
+        ("fixed, empty".into(), Value::Fixed(1, vec![vec![]])),
+        ("list".into(), Value::List(names)),
+        ("list, empty".into(), Value::List(vec![])),
+        ("list, long".into(), Value::List(many.clone())),
+        ("list, long, too".into(), Value::Fixed(16, many)),
+        ("text".into(), Value::Text("x".repeat(200_000))),
+    ]
 }
 
 /// Every dtype, scalars, empty tensors, empty groups, names that are not ASCII, more links than a compact group holds.
@@ -28,8 +44,9 @@ fn rich() -> Tree {
     let mut tree = Tree::new();
     tree.add_group("_layer_checkpoint_dependencies", vec![]).unwrap();
     tree.add_group("layers/dense", named("dense")).unwrap();
+    tree.set_attributes(named("root")).unwrap();
     tree.add_group("layers/dense/vars", vec![]).unwrap();
-    tree.add_group("leer", vec![("a".into(), String::new()), ("ü".into(), "größe".into())]).unwrap();
+    tree.add_group("leer", vec![("a".into(), "".into()), ("ü".into(), "größe".into())]).unwrap();
     for (i, dtype) in DType::named().chain([DType::Opaque(1), DType::Opaque(2)]).enumerate() {
         tree.add_dataset(&format!("types/{i:02}_{}", dtype.name()), dtype, [3, 5], vec![]).unwrap();
     }
@@ -68,10 +85,22 @@ fn check_index(tree: &Tree, layout: &Layout, index: &Index) {
         assert_eq!(found.attributes, dataset.attributes);
         assert_eq!(found.storage, offset.map_or(Storage::Empty, Storage::Contiguous), "{}", found.path);
     }
+    assert_eq!(index.attributes, tree.attributes());
     for group in tree.groups() {
         let found = index.groups.iter().find(|(path, _)| *path == *group.path).expect(&group.path);
-        assert_eq!(found.1, group.attributes);
+        // The library moves long ones to the end.
+        let (mut found, mut wanted) = (found.1.clone(), group.attributes.clone());
+        found.sort();
+        wanted.sort();
+        assert_eq!(found, wanted);
     }
+}
+
+/// With the attributes of each group in the order of their names.
+fn by_name(mut index: Index) -> Index {
+    index.groups.iter_mut().for_each(|(_, attributes)| attributes.sort());
+    index.attributes.sort();
+    index
 }
 
 /// An image that is not in memory.
@@ -523,4 +552,55 @@ fn many_datasets_together_are_no_bomb() {
     // What is written may be of any size: what a file can hold, it may ask for.
     let small = open(40_009).unwrap();
     load::check_expansion(vec![&*small; 200_000]).unwrap();
+}
+
+#[test]
+fn attributes_of_every_kind_cross_the_engines() {
+    let mut tree = Tree::new();
+    tree.set_attributes(strings()).unwrap();
+    tree.add_group("strings", strings()).unwrap();
+    tree.add_dataset("d", DType::F32, [2], strings()[..4].to_vec()).unwrap();
+    for writer in [&Direct as &dyn Engine, &LibHdf5] {
+        let layout = writer.lay_out(&tree).unwrap();
+        let image = fill(&tree, &layout);
+        for reader in [&Direct as &dyn Engine, &LibHdf5] {
+            check_index(&tree, &layout, &by_name(reader.index(&image).unwrap()));
+        }
+    }
+}
+
+#[test]
+fn a_long_string_that_is_named_many_times_is_refused() {
+    let long = vec![b'x'; 300 << 10];
+    let mut tree = Tree::new();
+    let row = [vec![long], vec![b"short".to_vec(); 4000]].concat();
+    tree.add_group("g", vec![("names".into(), Value::List(row))]).unwrap();
+    let layout = Direct.lay_out(&tree).unwrap();
+    let mut image = fill(&tree, &layout);
+    assert!(LibHdf5.index(&image).is_ok(), "each is counted, not the whole file for each");
+    // Every reference becomes the first one: 1.2 GB of strings in a file of 0.4 MB.
+    let at = image.windows(4).position(|w| w == (300u32 << 10).to_le_bytes()).unwrap();
+    let first: [u8; 16] = image[at..at + 16].try_into().unwrap();
+    image[at..at + 16 * 4001].chunks_mut(16).for_each(|reference| reference.copy_from_slice(&first));
+    for engine in [&Direct as &dyn Engine, &LibHdf5] {
+        let error = engine.index(&image).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Limit), "{}: {error}", engine.name());
+    }
+}
+
+#[test]
+fn attributes_that_no_header_holds_are_refused() {
+    let row = |n: usize| vec![b"0123456789abcdef".to_vec(); n];
+    for value in [
+        Value::List(row(4033)),
+        Value::Fixed(16, row(4033)),
+        Value::Fixed(1, vec![]),
+        Value::Fixed(15, row(1)),
+        Value::Bytes(vec![0]),
+    ] {
+        let error = Tree::new().add_group("g", vec![("a".into(), value)]).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Invalid));
+    }
+    let twice = vec![("a".into(), "1".into()), ("a".into(), "2".into())];
+    assert!(Tree::new().set_attributes(twice).is_err());
 }

@@ -495,17 +495,3 @@ def test_metrics_and_optimizers_are_pickled() -> None:
         again = pickle.loads(pickle.dumps(metric))
         assert again.get_config() == metric.get_config()  # Keras does not store what a metric has seen
         assert pickle.loads(pickle.dumps(keras.optimizers.Adam(0.5))).get_config()["learning_rate"] == 0.5
-
-
-def test_what_stock_keras_does_alone_is_never_half_asked_for(tmp_path: Path) -> None:
-    model = two_towers()
-    saving.save_model(model, tmp_path / "m.h5")
-    with pytest.raises(UnsupportedError, match="Only stock Keras loads this format"):
-        saving.load_model(tmp_path / "m.h5", strict=True)
-    saving.load_model(tmp_path / "m.h5")
-    report = hornbeam.last_report()
-    assert report is not None
-    assert (report.path, report.engine, report.complete) == (str(tmp_path / "m.h5"), "stock", False)
-    with pytest.raises(UnsupportedError, match="uncompressed"):
-        saving.save_model(model, tmp_path / "c.h5", compression=9)
-    assert not (tmp_path / "c.h5").exists()

@@ -29,7 +29,10 @@ __all__ = [
 
 _Path = str | PathLike[str]
 _Buffer = np.ndarray[Any, Any] | memoryview | bytes | bytearray
-_Attributes = list[tuple[str, str]]
+#: `bytes` are variable-length strings said to be ASCII, like those of a list; a pair is a list of strings that all take
+#: that many bytes. An empty list has no type of its own.
+_Value = str | bytes | list[bytes] | tuple[int, list[bytes]]
+_Attributes = Sequence[tuple[str, _Value]]
 _Dataset = tuple[str, str, list[int], _Attributes]
 
 class _Writable(Protocol):
@@ -75,7 +78,7 @@ def plan(
     """Lays out a weights image: `(path, attributes)` of groups, `(path, dtype, shape, attributes)` of datasets.
 
     Args:
-        groups: The groups that have attributes, or are empty.
+        groups: The groups that have attributes, or are empty; the root is `""`.
         datasets: The datasets, in the order they are written.
         engine: Who lays it out. `"safetensors"` takes names instead of paths, the NumPy name of what is opaque from an
             attribute `dtype`, and its metadata from the attributes of a group `__metadata__`.

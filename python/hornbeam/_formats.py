@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hornbeam import _cast, _safetensors, _savedmodel
+from keras.src.legacy.saving import legacy_h5_format
+
+from hornbeam import _cast, _legacy, _safetensors, _savedmodel
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
@@ -21,10 +23,21 @@ def save_model(
     if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
-    if kwargs.get("dtype") is not None and str(filepath).endswith((".h5", ".hdf5")):
+    as_h5 = kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras"))
+    if kwargs.get("dtype") is not None and (as_h5 or str(filepath).endswith((".h5", ".hdf5"))):
         raise UnsupportedError(f"Legacy HDF5 files are saved in the types of the model. Received: {filepath}")
     with _cast.asked(kwargs, "include_optimizer"):
+        if as_h5:
+            return _save_as_h5(stock, model, filepath, overwrite, **kwargs)
         return stock(model, filepath, overwrite, zipped, **kwargs)
+
+
+def _save_as_h5(stock: Stock, model: Any, filepath: Any, overwrite: bool, **kwargs: Any) -> Any:
+    """Under exactly that name, as in Keras 2."""
+    include_optimizer = kwargs.pop("include_optimizer", True)
+    if set(kwargs) != {"save_format"}:
+        return stock(model, filepath, overwrite, None, **kwargs)  # raises
+    return legacy_h5_format.save_model_to_hdf5(model, filepath, overwrite, include_optimizer)
 
 
 def load_model(
@@ -33,6 +46,8 @@ def load_model(
     """`saving_api.load_model`."""
     if _savedmodel.is_savedmodel(filepath):
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
+    if not str(filepath).endswith((".h5", ".hdf5")) and _legacy.is_hdf5(filepath):
+        return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
 
@@ -50,4 +65,6 @@ def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = 
     """`saving_api.load_weights`."""
     if _safetensors.is_named(filepath):
         return _safetensors.load_weights(model, filepath, skip_mismatch, **kwargs)
+    if _legacy.is_legacy(filepath):
+        return _legacy.load_weights(stock, model, filepath, skip_mismatch, **kwargs)
     return stock(model, filepath, skip_mismatch, **kwargs)

@@ -1,6 +1,6 @@
 """The only file that reaches into `keras.src`: detects what is there, patches it, restores it.
 
-Every save and load of Keras goes through a few functions of three modules, looked up on the module at each call. They
+Every save and load of Keras goes through a few functions of four modules, looked up on the module at each call. They
 are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.
 """
 
@@ -38,6 +38,10 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "save_weights": ("model", "filepath", "overwrite", "max_shard_size", "kwargs"),
         "load_weights": ("model", "filepath", "skip_mismatch", "kwargs"),
     },
+    _hook.LEGACY_H5: {
+        "save_model_to_hdf5": ("model", "filepath", "overwrite", "include_optimizer"),
+        "load_model_from_hdf5": ("filepath", "custom_objects", "compile", "safe_mode"),
+    },
     _hook.EXPORTS: {  # what the module has not is of the class of its archives
         "get_input_signature": ("model",),
         "track": ("self", "resource"),
@@ -50,6 +54,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
 _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
+    _hook.LEGACY_H5: ("hornbeam._legacy_save", "hornbeam._legacy"),
     _hook.EXPORTS: ("hornbeam._export",),
 }
 assert tuple(_SIGNATURES) == _hook.MODULES

@@ -81,7 +81,7 @@ class Tensor:
         dtype, shape, self.nbytes, attributes, self._offset = weights.dataset(i)
         self.name = name
         self.shape = tuple(shape)
-        self.attributes = dict(attributes)
+        self.attributes = _texts(attributes)
         tag = self.attributes.get("dtype")
         if weights.engine == "safetensors":  # the format has such types, and no attributes
             self.attributes = {}
@@ -363,7 +363,7 @@ class File(Mapping[str, np.ndarray]):
         """
         parts = self._opened()
         if not path:
-            return {name: value for weights in parts for name, value in weights.attributes}
+            return {name: value for weights in parts for name, value in _texts(weights.attributes).items()}
         if path in self._where:
             return self._tensor(path).attributes
         try:
@@ -376,7 +376,7 @@ class File(Mapping[str, np.ndarray]):
         found: dict[str, dict[str, str]] = {}
         for weights in self._opened():
             for path, attributes in weights.groups():
-                found.setdefault(path, {}).update(attributes)
+                found.setdefault(path, {}).update(_texts(attributes))
         return found
 
     @functools.cached_property
@@ -483,6 +483,12 @@ def _similar(wanted: str, names: Iterable[str]) -> list[str]:
     """The names that share most of their parts: comparing 10,000 letter by letter would take half a second."""
     parts = set(_PART.split(wanted))
     return heapq.nlargest(300, names, key=lambda name: len(parts.intersection(_PART.split(name))))
+
+
+def _texts(attributes: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Those that are one string."""
+    texts = ((name, v.decode("utf-8", "replace") if isinstance(v, bytes) else v) for name, v in attributes)
+    return {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _size(nbytes: int) -> str:

@@ -298,7 +298,7 @@ def _paths(opened: list[tuple[str, _core.Weights]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, weights in opened:
         text = dict(weights.attributes).get(_PATHS)
-        paths = _core.decode_json(text, trusted=False) if text is not None else {}
+        paths = _core.decode_json(text, trusted=False) if isinstance(text, str) else {}
         if not isinstance(paths, dict) or not all(isinstance(value, str) for value in paths.values()):
             raise WeightsFileError(f"'{name}': its metadata '{_PATHS}' maps no paths to names")
         found.update(paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from keras.src.saving import saving_lib
 
 from hornbeam import _keras
 from hornbeam._report import shorten
-from hornbeam._store import Attributes, RecordStore
+from hornbeam._store import RecordStore
 
+Groups = Mapping[str, Iterable[tuple[str, object]]]
 NameMap = Mapping[str, str | None] | Callable[[str], str | None]
 
 
@@ -110,7 +111,7 @@ class Selection:
         request: Request,
         structure: Structure,
         shapes: Mapping[str, tuple[int, ...]],
-        groups: Mapping[str, Attributes],
+        groups: Groups,
         names: Names | None = None,
     ) -> None:
         self.structure = structure
@@ -215,7 +216,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _renamer(
-    request: Request, structure: Structure, groups: Mapping[str, Attributes], names: Names | None
+    request: Request, structure: Structure, groups: Groups, names: Names | None
 ) -> Callable[[str], str | None]:
     name_map = request.name_map
     if callable(name_map):
@@ -240,14 +241,14 @@ def _renamer(
     return rename
 
 
-def _by_layer(groups: Mapping[str, Attributes]) -> dict[tuple[str, ...], list[str]]:
+def _by_layer(groups: Groups) -> dict[tuple[str, ...], list[str]]:
     """Names of a layer and of those around it → its groups. The model's own name does not count."""
     called = {path.removesuffix("/vars"): dict(attributes).get("name") for path, attributes in groups.items()}
     found: dict[tuple[str, ...], list[str]] = {}
     for path in called:
         parts = path.split("/")
         around = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
-        names = tuple(name for prefix in around if (name := called.get(prefix)) is not None)
+        names = tuple(name for prefix in around if isinstance(name := called.get(prefix), str))
         if names and path != "vars":
             found.setdefault(names, []).append(f"{path}/vars")
     return found

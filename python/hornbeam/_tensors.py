@@ -223,7 +223,7 @@ _NUMBERS = frozenset(
 )
 
 
-def numpy_dtype(name: str, tag: str | None) -> np.dtype:
+def numpy_dtype(name: str, tag: object) -> np.dtype:
     """The NumPy dtype of a dataset: its own, or what Keras marks opaque bytes to be."""
     if tag == "bfloat16" and name == "V2":
         return extended_dtype(tag)

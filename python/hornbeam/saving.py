@@ -21,6 +21,8 @@ from hornbeam._state import options
 from hornbeam.errors import UnsupportedError
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
+#: What can be loaded strictly and in part.
+_IN_PART = (".keras", ".h5", ".hdf5", ".weights.json", ".safetensors", ".safetensors.index.json")
 Progressed = Callable[[Progress], Any] | bool | None
 
 
@@ -41,13 +43,14 @@ def save_model(
     latest_wins: bool = False,
     **kwargs: Any,
 ) -> SaveReport | Handle:
-    """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
+    """Saves a model as a `.keras` archive, a directory (`zipped=False`), or in the legacy HDF5 format.
 
     The old file or directory stays as it was until the new one is complete.
 
     Args:
         model: The model.
-        filepath: Where to; ends in `.keras`.
+        filepath: Where to; ends in `.keras`, or in `.h5` or `.hdf5` for the legacy format, which `save_format="h5"`
+            writes under any other name, too.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
@@ -73,8 +76,6 @@ def save_model(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
-        raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
     if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
@@ -195,7 +196,8 @@ def load_weights(
     what it was.
 
     Names in the model are those of Keras (`variable.path`: `encoder/kernel`) or those of the file
-    (`layers/dense/vars/0`); patterns are those of `fnmatch`, and the name of a group stands for all in it.
+    (`layers/dense/vars/0`, in legacy files `encoder/encoder/kernel`); patterns are those of `fnmatch`, and the name of
+    a group stands for all in it.
 
     Args:
         model: The model; it must be built.
@@ -211,8 +213,7 @@ def load_weights(
         **kwargs: As `keras.saving.load_weights`.
 
     Returns:
-        What was loaded, and what was not. Without `only`, `skip`, `name_map` and `by_name`, legacy `.h5` files are
-        read by stock Keras, and the report is empty.
+        What was loaded, and what was not.
 
     Raises:
         ValueError: When the file does not fit the model: one error with every difference.
@@ -220,19 +221,16 @@ def load_weights(
         zipfile.BadZipFile: For a damaged archive.
     """
     _async.settle(filepath, loads=True)
-    legacy = not str(filepath).endswith(
-        (".keras", ".weights.h5", ".weights.json", ".safetensors", ".safetensors.index.json")
-    )
     request = Request(
         strict=strict,
         only=None if only is None else _patterns(only),
         skip=_patterns(skip),
         name_map=name_map,
-        by_name=bool(by_name) and not legacy,
+        by_name=bool(by_name),
     )
-    if legacy:
+    if not str(filepath).endswith(_IN_PART):
         if request != Request():
-            raise UnsupportedError(f"Only `by_name` works with files of this kind. Received: {filepath}")
+            raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {filepath}")
         kwargs["by_name"] = by_name
     with scope(), options(progress=progress), requested(request):
         before = last_report()

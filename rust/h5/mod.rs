@@ -99,16 +99,16 @@ pub struct Found {
     pub nbytes: u64,
     /// Where the values are.
     pub storage: Storage,
-    /// String attributes; others are dropped.
+    /// Attributes that are strings or rows of strings; others are dropped.
     pub attributes: Vec<Attribute>,
 }
 
 /// Everything an image holds, in the order its groups list it (names ascending by byte).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// String attributes of the root.
+    /// Attributes of the root, as those of groups.
     pub attributes: Vec<Attribute>,
-    /// Every group but the root, parents first, with its string attributes.
+    /// Every group but the root, parents first, with its attributes.
     pub groups: Vec<(String, Vec<Attribute>)>,
     /// Every dataset.
     pub datasets: Vec<Found>,
@@ -145,4 +145,11 @@ pub trait Engine: Send + Sync {
     /// # Errors
     /// As [`Engine::index`].
     fn read(&self, image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) -> Result<()>;
+}
+
+/// A string of fixed length without its padding: NULs, or spaces as well.
+fn unpadded(bytes: &[u8], spaces: bool) -> Vec<u8> {
+    let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
+    let end = if spaces { text.iter().rposition(|&b| b != b' ').map_or(0, |last| last + 1) } else { text.len() };
+    text[..end].to_vec()
 }

@@ -144,7 +144,7 @@ impl Weights {
         self.weights.index().datasets.iter().map(row).collect()
     }
 
-    /// String attributes of the root.
+    /// Attributes of the root.
     #[getter]
     fn attributes(&self) -> Vec<Attribute> {
         self.weights.index().attributes.clone()

@@ -4,6 +4,7 @@
 
 #![allow(clippy::needless_pass_by_value)] // arguments are extracted by value
 
+mod attribute;
 mod buffer;
 pub(crate) mod errors;
 mod json;

@@ -48,7 +48,11 @@ pub(super) fn plan(
     let record = || -> Result<Tree> {
         let mut tree = if choice == Choice::Safetensors { Tree::flat() } else { Tree::new() };
         for (path, attributes) in groups {
-            tree.add_group(&path, attributes)?;
+            if path.is_empty() {
+                tree.set_attributes(attributes)?;
+            } else {
+                tree.add_group(&path, attributes)?;
+            }
         }
         for (path, dtype, shape, attributes) in datasets {
             let known = DType::from_name(&dtype).ok_or_else(|| {

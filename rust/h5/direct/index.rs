@@ -11,11 +11,11 @@ use std::collections::{HashMap, HashSet};
 use super::{SIGNATURE, UNDEFINED, message};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Found, Index, Storage};
+use crate::h5::{Found, Index, Storage, unpadded};
 use crate::io::ReadAt;
 use crate::io::fetch::Slot;
 use crate::limits;
-use crate::tree::Attribute;
+use crate::tree::{Attribute, Value};
 
 /// Bytes read at once where metadata and payload alternate: what the HDF5 library allocates for metadata at a time.
 const PAGE: u64 = 2048;
@@ -26,16 +26,17 @@ const MAX_PREFIX: u64 = 64 << 20;
 
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
     let (root, pages) = open(image)?;
-    let mut reader = Reader {
-        pages: &pages,
-        found: Index::default(),
-        depth: 0,
-        groups: HashSet::new(),
-        heaps: HashMap::new(),
-        path: String::new(),
-    };
+    let mut reader = Reader::new(&pages);
     reader.object(root)?;
     Ok(reader.found)
+}
+
+/// The attributes in the object header at `address`, for an engine that cannot read them within `room` bytes.
+#[cfg(feature = "libhdf5")]
+pub(in crate::h5) fn attributes(image: &dyn ReadAt, address: u64, room: u64) -> Result<Vec<Attribute>> {
+    let pages = Pages::new(image);
+    let mut reader = Reader { room, attributes_only: true, ..Reader::new(&pages) };
+    Ok(reader.header(address)?.attributes)
 }
 
 #[cold]
@@ -254,9 +255,24 @@ struct Reader<'a> {
     groups: HashSet<u64>,
     heaps: HashMap<u64, HashMap<u16, (u64, u64)>>, // collection → object → (offset, length)
     path: String,
+    room: u64, // for the values of all attributes: a file may point to one long value many times
+    attributes_only: bool,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(pages: &'a Pages<'a>) -> Self {
+        Self {
+            pages,
+            found: Index::default(),
+            depth: 0,
+            groups: HashSet::new(),
+            heaps: HashMap::new(),
+            path: String::new(),
+            room: limits::MAX_HEADER_BYTES,
+            attributes_only: false,
+        }
+    }
+
     /// Reads the object at `address` and everything below it; `self.path` is its path.
     fn object(&mut self, address: u64) -> Result<()> {
         if self.found.groups.len() + self.found.datasets.len() >= limits::MAX_OBJECTS {
@@ -465,6 +481,9 @@ impl Reader<'_> {
     }
 
     fn message(&mut self, kind: u16, shared: bool, data: Fields<'_>, header: &mut Header) -> Result<()> {
+        if self.attributes_only && !matches!(kind, message::ATTRIBUTE | message::ATTRIBUTE_INFO) {
+            return Ok(());
+        }
         if shared && matches!(kind, message::DATASPACE | message::DATATYPE | message::LAYOUT | message::FILTERS) {
             return Err(unsupported("shared header messages"));
         }
@@ -502,7 +521,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// A string attribute (§IV.A.2.m); others are of no interest.
+    /// An attribute of strings (§IV.A.2.m); others are of no interest.
     fn attribute(&mut self, data: Fields<'_>) -> Result<Option<Attribute>> {
         let version = data.u8(0)?;
         let (at, pad) = match version {
@@ -523,21 +542,51 @@ impl Reader<'_> {
         }
         let (kind, space) = (Fields(data.bytes(type_at, type_size)?), Fields(data.bytes(space_at, space_size)?));
         let value = data.from(space_at + space_size.next_multiple_of(pad))?;
-        if space.u8(1)? != 0 {
-            return Ok(None); // an array of strings
+        if space.u8(0)? == 2 && space.u8(3)? == 2 {
+            return Ok(None); // null
         }
-        let text = match (kind.u8(0)? & 15, kind.u8(1)? & 15) {
+        let shape = dataspace(space)?;
+        let count = match shape[..] {
+            [] => 1,
+            [0] => return Ok(Some((name, Value::List(Vec::new())))),
+            [n] => usize::try_from(n).unwrap_or(usize::MAX),
+            _ => return Ok(None),
+        };
+        let (class, bits) = (kind.u8(0)? & 15, kind.u8(1)?);
+        let value = match (class, bits & 15) {
             (9, 1) => {
-                let (n, collection, object) = (value.u32(0)? as usize, value.u64(4)?, value.u32(12)?);
-                if n == 0 { Vec::new() } else { self.heap_object(collection, object, n)? }
+                let references = value.bytes(0, count.saturating_mul(16))?; // before anything is allocated
+                let strings = references.chunks(16).map(|r| self.string(Fields(r))).collect::<Result<Vec<_>>>()?;
+                let utf8 = kind.u8(2)? & 15 == 1;
+                row_or_text(strings, &shape, utf8, Value::List)
             }
-            (3, _) => {
-                let text = value.bytes(0, kind.u32(4)? as usize)?;
-                text.split(|&b| b == 0).next().unwrap_or_default().to_vec()
+            (3, padding) => {
+                let size = kind.u32(4)? as usize;
+                let all = value.bytes(0, count.saturating_mul(size))?;
+                self.take_room(all.len() as u64)?;
+                let strings: Vec<_> = all.chunks(size.max(1)).map(|s| unpadded(s, padding == 2)).collect();
+                if strings.len() != count {
+                    return Err(malformed("an attribute has strings of no length"));
+                }
+                row_or_text(strings, &shape, bits >> 4 == 1, |all| Value::Fixed(size, all))
             }
             _ => return Ok(None),
         };
-        Ok(Some((name, String::from_utf8_lossy(&text).into_owned())))
+        Ok(Some((name, value)))
+    }
+
+    fn take_room(&mut self, bytes: u64) -> Result<()> {
+        let too_much = || Error::new(Kind::Limit, "attributes are too large");
+        self.room = self.room.checked_sub(bytes).ok_or_else(too_much)?;
+        Ok(())
+    }
+
+    /// The string that a reference (length, collection, object) of 16 bytes leads to.
+    fn string(&mut self, reference: Fields<'_>) -> Result<Vec<u8>> {
+        let (n, collection, object) = (reference.u32(0)? as usize, reference.u64(4)?, reference.u32(12)?);
+        self.take_room(16 + n as u64)?;
+        let bytes = if n == 0 { Vec::new() } else { self.heap_object(collection, object, n)? };
+        Ok(unpadded(&bytes, false)) // C ends it at a NUL
     }
 
     /// The first `n` bytes of an object of the global heap (§III.E).
@@ -576,6 +625,18 @@ impl Reader<'_> {
             Some((at, length)) if n as u64 <= length => Ok(pages.get(at, n)?.into_owned()),
             _ => Err(malformed("a string is not in its heap")),
         }
+    }
+}
+
+/// What strings mean: a row, or for a scalar one string.
+fn row_or_text(mut strings: Vec<Vec<u8>>, shape: &[u64], utf8: bool, row: impl FnOnce(Vec<Vec<u8>>) -> Value) -> Value {
+    match shape {
+        [] => match String::from_utf8(strings.pop().unwrap_or_default()) {
+            Ok(text) if utf8 => Value::Text(text),
+            Ok(text) => Value::Bytes(text.into_bytes()),
+            Err(error) => Value::Bytes(error.into_bytes()),
+        },
+        _ => row(strings),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{ALIGNMENT, Layout};
 use crate::io::buffer::vec_with_capacity;
-use crate::tree::{Attribute, Dataset, Tree};
+use crate::tree::{Attribute, Dataset, Tree, Value};
 
 /// Entries of a symbol-table node: twice the "group leaf node K" of the superblock.
 const LEAF: usize = 8;
@@ -87,7 +87,7 @@ fn nodes(tree: &Tree) -> Vec<Node<'_>> {
         by_path.insert(path, i);
         i
     }
-    let mut nodes = vec![Node::default()];
+    let mut nodes = vec![Node { attributes: tree.attributes(), ..Node::default() }];
     let mut by_path = HashMap::from([("", 0)]);
     for g in tree.groups() {
         let i = group(&g.path, &mut nodes, &mut by_path);
@@ -331,7 +331,7 @@ impl Writer {
 
     fn message(&mut self, kind: u16, size: usize, flags: u8) {
         self.u16(kind);
-        self.u16(size as u16); // sizes are bounded by MAX_RANK and MAX_ATTRIBUTE_NAME_BYTES
+        self.u16(size as u16); // sizes are bounded by MAX_RANK, MAX_ATTRIBUTE_NAME_BYTES and MAX_ATTRIBUTE_BYTES
         self.put(&[flags, 0, 0, 0]);
     }
 
@@ -395,22 +395,67 @@ impl Writer {
         self.u32(bias);
     }
 
-    /// Attribute message (§IV.A.2.m): a scalar variable-length UTF-8 string, its text in the global heap.
-    fn attribute(&mut self, name: &str, value: &str) {
+    /// Attribute message (§IV.A.2.m), as h5py writes it; variable-length strings are in the global heap.
+    fn attribute(&mut self, name: &str, value: &Value) {
+        let (type_size, row, size): (usize, _, _) = match value {
+            Value::Text(_) | Value::Bytes(_) => (20, None, 16),
+            Value::List(all) => (20, Some(all.len()), 16 * all.len()),
+            Value::Fixed(length, all) => (8, Some(all.len()), length * all.len()),
+        };
         let padded = (name.len() + 1).next_multiple_of(8);
-        self.message(message::ATTRIBUTE, 8 + padded + 24 + 8 + 16, 0);
+        let space_size = if row.is_some() { 24 } else { 8 };
+        let size = (8 + padded + type_size.next_multiple_of(8) + space_size + size).next_multiple_of(8);
+        self.message(message::ATTRIBUTE, size, 0);
+        let end = self.bytes.len() + size;
         self.put(&[1, 0]);
         self.u16(name.len() as u16 + 1);
-        self.u16(20); // datatype
-        self.u16(8); // dataspace
+        self.u16(type_size as u16);
+        self.u16(space_size as u16);
         let at = self.bytes.len();
         self.put(name.as_bytes());
         self.bytes.resize(at + padded, 0);
-        self.put(&[0x19, 1, 1, 0, 16, 0, 0, 0]); // variable-length string, null terminated, UTF-8, of …
-        self.put(&[0x10, 0, 0, 0, 1, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]); // … one-byte integers
-        self.put(&[1, 0, 0, 0, 0, 0, 0, 0]); // scalar
+        match value {
+            Value::List(all) if all.is_empty() => {
+                self.float(8, 11, 52, 1023);
+                self.u32(0);
+            }
+            Value::Fixed(length, _) => {
+                self.put(&[0x13, 1, 0, 0]); // string, padded with NUL, ASCII
+                self.u32(*length as u32);
+            }
+            _ => {
+                let utf8 = u8::from(matches!(value, Value::Text(_)));
+                self.put(&[0x19, 1, utf8, 0, 16, 0, 0, 0]); // variable-length string, null terminated, of …
+                self.put(&[0x10, 0, 0, 0, 1, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]); // … one-byte integers
+            }
+        }
+        match row {
+            None => self.put(&[1, 0, 0, 0, 0, 0, 0, 0]), // scalar
+            Some(n) => {
+                self.put(&[1, 1, 1, 0, 0, 0, 0, 0]);
+                self.u64(n as u64);
+                self.u64(n as u64); // at most
+            }
+        }
+        match value {
+            Value::Text(text) => self.string(text.as_bytes()),
+            Value::Bytes(bytes) => self.string(bytes),
+            Value::List(all) => all.iter().for_each(|s| self.string(s)),
+            Value::Fixed(length, all) => {
+                for s in all {
+                    let end = self.bytes.len() + length;
+                    self.put(s);
+                    self.bytes.resize(end, 0);
+                }
+            }
+        }
+        self.bytes.resize(end, 0);
+    }
+
+    /// A reference to a string in the global heap.
+    fn string(&mut self, value: &[u8]) {
         self.u32(value.len() as u32);
-        let object = self.heap_object(value.as_bytes());
+        let object = self.heap_object(value);
         self.heap_references.push(self.bytes.len());
         self.u64(0); // address of the collection (patched)
         self.u32(u32::from(object));

@@ -5,7 +5,7 @@
 //! Section numbers refer to the HDF5 File Format Specification, version 3.0.
 #![forbid(unsafe_code)]
 
-mod index;
+pub(in crate::h5) mod index;
 mod layout;
 
 use crate::error::{Error, Kind, Result};

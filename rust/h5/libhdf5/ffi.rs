@@ -259,6 +259,8 @@ wrap! {
     h5t::H5Tenum_create(base: hid_t) -> Id;
     h5t::H5Tset_size(dtype: hid_t, size: usize) -> usize;
     h5t::H5Tset_cset(dtype: hid_t, set: sys::h5t::H5T_cset_t) -> usize;
+    h5t::H5Tget_cset(dtype: hid_t) -> usize;
+    h5t::H5Tset_strpad(dtype: hid_t, padding: sys::h5t::H5T_str_t) -> usize;
     h5t::H5Tget_class(dtype: hid_t) -> usize;
     h5t::H5Tget_size(dtype: hid_t) -> usize;
     h5t::H5Tget_order(dtype: hid_t) -> usize;
@@ -398,23 +400,54 @@ impl Library {
         })
     }
 
-    /// `dtype` must be the variable-length string type.
-    pub(super) fn write_string(
+    /// Writes an attribute of variable-length strings: one, or with `row` as many as there are.
+    pub(super) fn write_strings(
         &self,
         at: hid_t,
         name: &str,
         dtype: &VarString,
-        space: hid_t,
-        value: &str,
+        strings: &[&[u8]],
+        row: bool,
     ) -> Result<()> {
-        let (name, value) = (c_string(name)?, c_string(value)?);
-        let pointer = value.as_ptr();
-        // SAFETY: as above; a variable-length string is passed as a pointer to the pointer to it.
+        if !row && strings.len() != 1 {
+            return Err(Error::new(Kind::Invalid, "a scalar attribute has one string"));
+        }
+        let name = c_string(name)?;
+        let values = strings.iter().map(c_string).collect::<Result<Vec<_>>>()?;
+        let pointers: Vec<_> = values.iter().map(|v| v.as_ptr()).collect();
+        let shape = [strings.len() as u64];
+        let space = self.create_space(if row { &shape } else { &[] })?;
+        // SAFETY: as above; variable-length strings are passed as pointers to them, one for each element.
         unsafe {
-            let attribute: Id = owned(H5Acreate2(at, name.as_ptr(), *dtype.0, space, 0, 0), "H5Acreate2")?;
-            check(H5Awrite(*attribute, *dtype.0, (&raw const pointer).cast()).into(), "H5Awrite")?;
+            let attribute: Id = owned(H5Acreate2(at, name.as_ptr(), *dtype.0, *space, 0, 0), "H5Acreate2")?;
+            check(H5Awrite(*attribute, *dtype.0, pointers.as_ptr().cast()).into(), "H5Awrite")?;
         }
         Ok(())
+    }
+
+    /// Writes an attribute that is a row of strings of one length, padded with NULs.
+    pub(super) fn write_fixed(&self, at: hid_t, name: &str, strings: &[Vec<u8>], length: usize) -> Result<()> {
+        let name = c_string(name)?;
+        let dtype = self.H5Tcopy(*sys::h5t::H5T_C_S1)?;
+        self.H5Tset_size(*dtype, length)?;
+        self.H5Tset_strpad(*dtype, H5T_str_t::H5T_STR_NULLPAD)?;
+        let space = self.create_space(&[strings.len() as u64])?;
+        let mut bytes = vec![0u8; strings.len() * length];
+        bytes.chunks_mut(length).zip(strings).for_each(|(to, s)| to.iter_mut().zip(s).for_each(|(to, &b)| *to = b));
+        // SAFETY: as above; the library reads as many bytes as the space has elements of the type.
+        unsafe {
+            let attribute: Id = owned(H5Acreate2(at, name.as_ptr(), *dtype, *space, 0, 0), "H5Acreate2")?;
+            check(H5Awrite(*attribute, *dtype, bytes.as_ptr().cast()).into(), "H5Awrite")?;
+        }
+        Ok(())
+    }
+
+    /// Writes an attribute that is a row of no numbers.
+    pub(super) fn write_nothing(&self, at: hid_t, name: &str) -> Result<()> {
+        let name = c_string(name)?;
+        let space = self.create_space(&[0])?;
+        // SAFETY: as above; nothing is written.
+        owned(unsafe { H5Acreate2(at, name.as_ptr(), *sys::h5t::H5T_IEEE_F64LE, *space, 0, 0) }, "H5Acreate2").map(drop)
     }
 
     pub(super) fn create_space(&self, shape: &[u64]) -> Result<Id<'_>> {
@@ -551,40 +584,59 @@ impl Library {
         Ok(all.items)
     }
 
-    /// The value of a scalar string attribute of at most `limit` bytes, if it is one.
-    pub(super) fn read_string(&self, object: hid_t, name: &CStr, limit: u64) -> Result<Option<Vec<u8>>> {
-        // SAFETY: lock held. A fixed-length string is read into as many bytes as its type says, a variable-length one
-        // into a pointer that the library allocates and we free.
+    /// The attribute of an object, its type and its shape.
+    pub(super) fn attribute(&self, object: hid_t, name: &CStr) -> Result<StringAttribute<'_>> {
+        // SAFETY: lock held; `name` is a C string that outlives the call.
         unsafe {
-            let attribute: Id = owned(H5Aopen(object, name.as_ptr(), 0), "H5Aopen")?;
-            let dtype: Id = owned(H5Aget_type(*attribute), "H5Aget_type")?;
-            let space: Id = owned(H5Aget_space(*attribute), "H5Aget_space")?;
-            let scalar = self.H5Sget_simple_extent_type(*space)? == H5S_class_t::H5S_SCALAR as usize;
-            if !scalar || self.H5Tget_class(*dtype)? != H5T_class_t::H5T_STRING as usize {
-                return Ok(None);
-            }
-            if check(sys::h5t::H5Tis_variable_str(*dtype).into(), "H5Tis_variable_str")? > 0 {
-                let mut text: *mut c_char = ptr::null_mut();
-                check(H5Aread(*attribute, *dtype, (&raw mut text).cast()).into(), "H5Aread")?;
-                if text.is_null() {
-                    return Ok(Some(Vec::new()));
-                }
-                let value = CStr::from_ptr(text).to_bytes().to_vec();
-                H5free_memory(text.cast());
-                return Ok(Some(value));
-            }
-            let size = self.H5Tget_size(*dtype)?;
-            if size as u64 > limit {
-                return Err(Error::new(Kind::Limit, "attribute is too long"));
-            }
-            let mut value = vec![0u8; size];
-            check(H5Aread(*attribute, *dtype, value.as_mut_ptr().cast()).into(), "H5Aread")?;
-            let pad = if sys::h5t::H5Tget_strpad(*dtype) == H5T_str_t::H5T_STR_SPACEPAD { b' ' } else { 0 };
-            let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());
-            value.truncate(end);
-            value.truncate(value.iter().rposition(|&b| b != pad).map_or(0, |last| last + 1));
-            Ok(Some(value))
+            let id: Id = owned(H5Aopen(object, name.as_ptr(), 0), "H5Aopen")?;
+            let dtype: Id = owned(H5Aget_type(*id), "H5Aget_type")?;
+            let space: Id = owned(H5Aget_space(*id), "H5Aget_space")?;
+            let shape = self.dimensions(*space)?;
+            let string = self.H5Tget_class(*dtype)? == H5T_class_t::H5T_STRING as usize;
+            let variable = string && check(sys::h5t::H5Tis_variable_str(*dtype).into(), "H5Tis_variable_str")? > 0;
+            let utf8 = string && self.H5Tget_cset(*dtype)? == sys::h5t::H5T_cset_t::H5T_CSET_UTF8 as usize;
+            Ok(StringAttribute { id, dtype, shape, string, variable, utf8 })
         }
+    }
+
+    /// The strings of an attribute of variable-length ones.
+    pub(super) fn read_strings(&self, attribute: &StringAttribute<'_>, count: usize) -> Result<Vec<Vec<u8>>> {
+        if !attribute.variable || attribute.count() != Some(count) {
+            return Err(Error::new(Kind::Invalid, "attribute is no row of so many strings"));
+        }
+        let mut texts = vec![ptr::null_mut::<c_char>(); count];
+        // SAFETY: lock held; the library sets as many pointers as the attribute has elements, to strings that it
+        // allocates and we free, or to null.
+        unsafe {
+            let status = H5Aread(*attribute.id, *attribute.dtype, texts.as_mut_ptr().cast());
+            let mut values = Vec::with_capacity(count);
+            for text in texts {
+                let text = ptr::NonNull::new(text);
+                values.push(text.map_or_else(Vec::new, |text| CStr::from_ptr(text.as_ptr()).to_bytes().to_vec()));
+                text.map(|text| H5free_memory(text.as_ptr().cast()));
+            }
+            check(status.into(), "H5Aread")?;
+            Ok(values)
+        }
+    }
+
+    /// The strings of an attribute of `count` ones that take `size` bytes each, without their padding.
+    pub(super) fn read_fixed(
+        &self,
+        attribute: &StringAttribute<'_>,
+        count: usize,
+        size: usize,
+    ) -> Result<Vec<Vec<u8>>> {
+        let same = attribute.count() == Some(count) && self.H5Tget_size(*attribute.dtype)? == size && size > 0;
+        let total = count.checked_mul(size).filter(|_| same && !attribute.variable);
+        let total = total.ok_or_else(|| Error::new(Kind::Invalid, "attribute is no row of strings of that length"))?;
+        let mut bytes = vec![0u8; total];
+        // SAFETY: lock held; all elements of the type fill `bytes` exactly.
+        let spaces = unsafe {
+            check(H5Aread(*attribute.id, *attribute.dtype, bytes.as_mut_ptr().cast()).into(), "H5Aread")?;
+            sys::h5t::H5Tget_strpad(*attribute.dtype) == H5T_str_t::H5T_STR_SPACEPAD
+        };
+        Ok(bytes.chunks(size).map(|s| crate::h5::unpadded(s, spaces)).collect())
     }
 
     /// All elements of a dataset, in the file's own representation; `out` must be of their size.
@@ -667,11 +719,11 @@ impl Library {
         Ok(all.items)
     }
 
-    /// The variable-length UTF-8 string type.
-    pub(super) fn var_string(&self) -> Result<VarString<'_>> {
+    /// The type of variable-length strings.
+    pub(super) fn var_string(&self, set: sys::h5t::H5T_cset_t) -> Result<VarString<'_>> {
         let dtype = self.H5Tcopy(*sys::h5t::H5T_C_S1)?;
         self.H5Tset_size(*dtype, sys::h5t::H5T_VARIABLE)?;
-        self.H5Tset_cset(*dtype, sys::h5t::H5T_cset_t::H5T_CSET_UTF8)?;
+        self.H5Tset_cset(*dtype, set)?;
         Ok(VarString(dtype))
     }
 
@@ -685,6 +737,32 @@ impl Library {
 /// A variable-length string type (a type of its own because values of it are pointers).
 pub(super) struct VarString<'l>(Id<'l>);
 
-fn c_string(text: &str) -> Result<CString> {
-    CString::new(text).map_err(|_| Error::new(Kind::Invalid, "name or value holds a NUL character"))
+/// An open attribute, and what is to be known before it is read.
+pub(super) struct StringAttribute<'l> {
+    id: Id<'l>,
+    dtype: Id<'l>,
+    pub(super) shape: Option<Vec<u64>>,
+    pub(super) string: bool,
+    pub(super) variable: bool,
+    pub(super) utf8: bool,
+}
+
+impl StringAttribute<'_> {
+    /// Elements of a scalar or a row.
+    pub(super) fn count(&self) -> Option<usize> {
+        match self.shape.as_deref() {
+            Some([]) => Some(1),
+            Some(&[n]) => usize::try_from(n).ok(),
+            _ => None,
+        }
+    }
+
+    /// Its type.
+    pub(super) fn dtype(&self) -> hid_t {
+        *self.dtype
+    }
+}
+
+fn c_string(text: impl AsRef<[u8]>) -> Result<CString> {
+    CString::new(text.as_ref()).map_err(|_| Error::new(Kind::Invalid, "name or value holds a NUL character"))
 }

@@ -15,10 +15,10 @@ use super::driver::Disk;
 use super::ffi::{Id, Library, Object, library};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Found, Index, Storage};
+use crate::h5::{Found, Index, Storage, direct};
 use crate::io::ReadAt;
 use crate::limits;
-use crate::tree::Attribute;
+use crate::tree::{Attribute, Value};
 
 /// Opens `image` in the locked library and runs `f` on it. An error of `image` itself wins over what it led to.
 fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, &Disk, hid_t) -> Result<T>) -> Result<T> {
@@ -38,8 +38,7 @@ fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, &Disk, hid_t) -> R
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
     with_image(image, |lib, disk, file| {
         let root = lib.object(lib.open_group(file, "/")?)?;
-        let mut walk =
-            Walk { lib, disk, file, len: image.len(), out: Index::default(), seen: HashSet::new(), room: ROOM };
+        let mut walk = Walk { lib, disk, file, image, out: Index::default(), seen: HashSet::new(), room: ROOM };
         walk.seen.insert(root.token);
         walk.out.attributes = walk.attributes(&root)?;
         walk.group(*root.id, "", 1)?;
@@ -102,7 +101,7 @@ struct Walk<'l> {
     lib: &'l Library,
     disk: &'l Disk<'l>,
     file: hid_t,
-    len: u64,
+    image: &'l dyn ReadAt,
     out: Index,
     seen: HashSet<[u8; 16]>, // groups
     room: u64,
@@ -113,7 +112,7 @@ impl Walk<'_> {
         let here = |e: Error| if path.is_empty() { e } else { e.with_entry(path) };
         let objects = self.out.groups.len() + self.out.datasets.len();
         // A link takes more than 8 bytes, whatever group it is of.
-        let room = (limits::MAX_OBJECTS - objects).min(self.len as usize / 8);
+        let room = (limits::MAX_OBJECTS - objects).min(self.image.len() as usize / 8);
         let links = self.lib.links(group, room).map_err(here)?;
         if links.len() > room {
             return Err(here(Error::new(Kind::Limit, "too many groups and datasets")));
@@ -150,12 +149,12 @@ impl Walk<'_> {
                 self.group(*object.id, path, depth + 1)
             }
             H5O_type_t::H5O_TYPE_DATASET => {
-                let d = Dataset::new(self.lib, self.disk, *object.id, self.len)?;
+                let d = Dataset::new(self.lib, self.disk, *object.id, self.image.len())?;
                 let mut attributes = self.attributes(object)?;
                 if d.bfloat16 && !attributes.iter().any(|(name, _)| name == "dtype") {
                     attributes.push(("dtype".into(), "bfloat16".into()));
                 }
-                let storage = d.storage(self.lib, *object.id, self.len)?;
+                let storage = d.storage(self.lib, *object.id, self.image.len())?;
                 let (path, dtype, nbytes) = (path.to_owned(), d.element, d.nbytes);
                 self.out.datasets.push(Found { path, dtype, shape: d.shape, nbytes, storage, attributes });
                 Ok(())
@@ -173,17 +172,63 @@ impl Walk<'_> {
             if name.count_bytes() > limits::MAX_ATTRIBUTE_NAME_BYTES {
                 return Err(Error::new(Kind::Limit, "attribute name is too long"));
             }
-            let value = self.value(*object.id, &name)?;
-            kept.extend(value.and_then(|v| Some((name.into_string().ok()?, String::from_utf8(v).ok()?))));
+            let value = self.value(object, &name)?;
+            kept.extend(value.and_then(|v| Some((name.into_string().ok()?, v))));
         }
         Ok(kept)
     }
 
-    fn value(&mut self, object: hid_t, name: &CStr) -> Result<Option<Vec<u8>>> {
-        let value = self.lib.read_string(object, name, self.room)?;
-        let taken = name.count_bytes() + value.as_ref().map_or(0, Vec::len);
-        self.room =
-            self.room.checked_sub(taken as u64).ok_or_else(|| Error::new(Kind::Limit, "too many attributes"))?;
+    fn take_room(&mut self, bytes: u64) -> Result<()> {
+        let too_much = || Error::new(Kind::Limit, "attributes are too large");
+        self.room = self.room.checked_sub(bytes).ok_or_else(too_much)?;
+        Ok(())
+    }
+
+    fn value(&mut self, object: &Object, name: &CStr) -> Result<Option<Value>> {
+        self.take_room(name.count_bytes() as u64)?;
+        let attribute = self.lib.attribute(*object.id, name)?;
+        let Some(count) = attribute.count() else { return Ok(None) };
+        let row = attribute.shape.as_ref().is_some_and(|shape| !shape.is_empty());
+        if count == 0 {
+            return Ok(Some(Value::List(Vec::new())));
+        }
+        if !attribute.string {
+            return Ok(None);
+        }
+        let (mut strings, length) = if attribute.variable {
+            // Every element may be one and the same long string: the library would allocate it many times.
+            let most = (count as u64).checked_mul(self.image.len()).filter(|&n| n <= self.room);
+            if row && most.is_none() {
+                return self.row_in_header(object, name).map(Some);
+            }
+            let strings = self.lib.read_strings(&attribute, count)?;
+            self.take_room(strings.iter().map(|s| 16 + s.len() as u64).sum())?;
+            (strings, 0)
+        } else {
+            let size = self.lib.H5Tget_size(attribute.dtype())?;
+            self.take_room((count as u64).saturating_mul(size as u64))?;
+            (self.lib.read_fixed(&attribute, count, size)?, size)
+        };
+        Ok(Some(match (row, attribute.variable) {
+            (true, true) => Value::List(strings),
+            (true, false) => Value::Fixed(length, strings),
+            (false, _) => match String::from_utf8(strings.pop().unwrap_or_default()) {
+                Ok(text) if attribute.utf8 => Value::Text(text),
+                Ok(text) => Value::Bytes(text.into_bytes()),
+                Err(error) => Value::Bytes(error.into_bytes()),
+            },
+        }))
+    }
+
+    /// A row of variable-length strings, read from the object header by the engine that counts before it allocates.
+    fn row_in_header(&mut self, object: &Object, name: &CStr) -> Result<Value> {
+        let address = u64::from_le_bytes(object.token[..8].try_into().expect("eight bytes"));
+        let found = direct::index::attributes(self.image, address, self.room)?;
+        let (_, value) = found
+            .into_iter()
+            .find(|(other, _)| other.as_bytes() == name.to_bytes())
+            .ok_or_else(|| Error::new(Kind::Limit, "attribute is too large"))?;
+        self.take_room(value.strings().iter().map(|s| 16 + s.len() as u64).sum())?;
         Ok(value)
     }
 }

@@ -15,7 +15,7 @@ use super::ffi::{Id, Library, OpenFile, VarString};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::h5::{ALIGNMENT, Chunked, Compression, Layout};
-use crate::tree::{Attribute, Tree};
+use crate::tree::{Attribute, Tree, Value};
 
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {
     let (file, places) =
@@ -157,8 +157,8 @@ struct Writer<'l, 't> {
     dataset_list: Id<'l>,
     chunked_list: Option<Id<'l>>, // all but the shape of the chunks, which is set every time
     utf8_link: Id<'l>,
-    string: VarString<'l>,
-    scalar: Id<'l>,
+    text: VarString<'l>,
+    bytes: VarString<'l>,
     types: HashMap<DType, Id<'l>>,
     spaces: HashMap<&'t [u64], Id<'l>>,
     made: HashSet<&'t str>,
@@ -178,7 +178,8 @@ impl<'l, 't> Writer<'l, 't> {
         let utf8_link = lib.H5Pcreate(*H5P_CLS_LINK_CREATE)?;
         lib.H5Pset_char_encoding(*utf8_link, H5T_cset_t::H5T_CSET_UTF8)?;
         let chunked_list = None;
-        let (string, scalar) = (lib.var_string()?, lib.create_space(&[])?);
+        let text = lib.var_string(H5T_cset_t::H5T_CSET_UTF8)?;
+        let bytes = lib.var_string(H5T_cset_t::H5T_CSET_ASCII)?;
         let (types, spaces, made, open) = Default::default();
         Ok(Self {
             lib,
@@ -187,8 +188,8 @@ impl<'l, 't> Writer<'l, 't> {
             dataset_list,
             chunked_list,
             utf8_link,
-            string,
-            scalar,
+            text,
+            bytes,
             types,
             spaces,
             made,
@@ -212,6 +213,9 @@ impl<'l, 't> Writer<'l, 't> {
 
     /// Creates everything; returns where each dataset is. `chunks` has the shapes of chunks, if there are any.
     fn write(mut self, tree: &'t Tree, chunks: &[Option<Vec<u64>>]) -> Result<Vec<Place>> {
+        if !tree.attributes().is_empty() {
+            self.attributes(*self.lib.open_group(self.file, "/")?, tree.attributes())?;
+        }
         for group in tree.groups() {
             let id = self.group(&group.path).map_err(|e| e.with_entry(&group.path))?;
             self.attributes(id, &group.attributes).map_err(|e| e.with_entry(&group.path))?;
@@ -279,9 +283,13 @@ impl<'l, 't> Writer<'l, 't> {
     }
 
     fn attributes(&self, id: hid_t, attributes: &[Attribute]) -> Result<()> {
-        attributes
-            .iter()
-            .try_for_each(|(name, value)| self.lib.write_string(id, name, &self.string, *self.scalar, value))
+        attributes.iter().try_for_each(|(name, value)| match value {
+            Value::Text(text) => self.lib.write_strings(id, name, &self.text, &[text.as_bytes()], false),
+            Value::Bytes(bytes) => self.lib.write_strings(id, name, &self.bytes, &[bytes], false),
+            Value::List(all) if all.is_empty() => self.lib.write_nothing(id, name),
+            Value::List(_) => self.lib.write_strings(id, name, &self.bytes, &value.strings(), true),
+            Value::Fixed(length, all) => self.lib.write_fixed(id, name, all, *length),
+        })
     }
 }
 

@@ -1,0 +1,125 @@
+"""The legacy HDF5 format beside stock Keras: ResNet50 with Adam, saved, loaded, and its weights loaded.
+
+    python benches/bench_legacy.py [--quick] [--turns 3]
+
+Each measurement is a process of its own, the sides in turns; "first" is the first run in it, "best" the least of three
+more. Both sides read the file that stock Keras wrote. Stock Keras does not give the optimizer its state back, hornbeam
+does; what is compared is the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import measure
+
+OPERATIONS = ("save", "load_model", "load_weights")
+
+
+def build(quick: bool) -> Any:
+    import keras
+    import numpy as np
+
+    keras.utils.set_random_seed(0)
+    if quick:
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(64), keras.layers.Dense(10)])
+    else:
+        model = keras.applications.ResNet50(weights=None)
+    model.compile(keras.optimizers.Adam(), keras.losses.CategoricalCrossentropy())
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for variable in model.optimizer.variables[2:]:
+        variable.assign(rng.random(variable.shape, np.float32))
+    return model
+
+
+def weights(model: Any) -> list[bytes]:
+    return [v.numpy().tobytes() for v in model.weights]
+
+
+def operate(task: dict[str, Any]) -> dict[str, Any]:
+    """One operation on one side, in this process."""
+    import keras
+
+    model, target = build(task["quick"]), Path(task["target"])
+    if task["side"] == "hornbeam":
+        import hornbeam
+
+        hornbeam.install()
+    expected = weights(model)
+    nbytes = 3 * sum(map(len, expected))
+    loaded: list[Any] = []
+    seconds = []
+    for _ in range(1 + task["runs"]):
+        loaded.clear()
+        measure.settle(2 * nbytes)
+        if task["operation"] == "save":
+            target.unlink(missing_ok=True)
+            work = lambda: model.save(target)  # noqa: E731
+        elif task["operation"] == "load_model":
+            work = lambda: loaded.append(keras.models.load_model(task["file"]))  # noqa: E731
+        else:
+            for variable in model.weights:
+                variable.assign(variable * 0)
+            work = lambda: model.load_weights(task["file"])  # noqa: E731
+        seconds.append(measure.timed(work)[1])
+    if task["operation"] == "save":
+        if task["side"] == "hornbeam":
+            hornbeam.uninstall()
+        loaded = [keras.models.load_model(target)]
+        target.unlink()
+    return {
+        "first": seconds[0],
+        "best": min(seconds[1:]),
+        "equal": weights(loaded[0] if loaded else model) == expected,
+    }
+
+
+def child(task: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(task)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    """Prints a row for each operation; 1 if anything was not equal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small model, once")
+    parser.add_argument("--turns", type=int, default=3, help="processes per side and operation")
+    parser.add_argument("--dir", type=Path, help="where to write files")
+    args = parser.parse_args()
+    turns, runs = (1, 1) if args.quick else (args.turns, 3)
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="hornbeam-bench-", dir=args.dir or Path.cwd()) as folder:
+        file = Path(folder) / "model.h5"
+        build(args.quick).save(file)
+        print(f"ResNet50 + Adam, legacy HDF5, {file.stat().st_size / 1e6:.0f} MB")
+        for operation in OPERATIONS:
+            task = {"file": str(file), "target": f"{folder}/saved.h5", "operation": operation, "quick": args.quick}
+            found: dict[str, list[dict[str, Any]]] = {"stock": [], "hornbeam": []}
+            for turn in range(turns):
+                for side in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                    found[side].append(child({**task, "side": side, "runs": runs}))
+            stock, ours = ({k: median(f[k] for f in found[side]) for k in ("first", "best")} for side in found)
+            equal = all(f["equal"] for side in found.values() for f in side)
+            wrong += not equal
+            both = (f"{row['first']:.2f} / {row['best']:.3f}" for row in (stock, ours))
+            times = stock["best"] / ours["best"]
+            print(f"| `{operation}` | {' | '.join(both)} | **{times:.1f}** | {'equal' if equal else 'NOT EQUAL'} |")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    measure.quiet()
+    if sys.argv[1:2] == ["--child"]:
+        answer = operate(json.loads(sys.argv[2]))
+        sys.stdout.write("\n" + json.dumps(answer) + "\n")
+    else:
+        sys.exit(main())
