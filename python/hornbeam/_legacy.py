@@ -120,7 +120,7 @@ def load_weights(
         file.assign(steps)
         report.stage("assign")
         partial = request.partial or by_name
-        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), root=root, partial=partial)
+        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=partial)
     return report
 
 
@@ -133,6 +133,8 @@ def is_legacy(filepath: Any) -> bool:
 def is_hdf5(filepath: Any) -> bool:
     """Whether the content of a local file is HDF5."""
     try:
+        if not os.path.isfile(filepath):
+            return False
         with open(filepath, "rb") as file:
             return file.read(8) == b"\x89HDF\r\n\x1a\n"
     except (OSError, TypeError):
@@ -435,7 +437,6 @@ def _settle(
     model: Any,
     *,
     outside: tuple[str, ...],
-    root: str = "model_weights",
     partial: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
@@ -449,9 +450,8 @@ def _settle(
             report.refused.append(path)
         else:
             (report.skipped if partial else report.unexpected).append(path)
-    variables = _load._variables(model) if root and not outside else model.weights
-    if partial:
-        variables = _asked_for(model, request)
+    whole = model.weights if outside else _load._variables(model)
+    variables = _asked_for(model, request) if partial else whole
     report.missing = [v.path for v in variables if id(v) not in journal.assigned]
     report.mismatched = file.mismatched
     report.cast = journal.cast

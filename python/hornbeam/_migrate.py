@@ -18,8 +18,6 @@ from hornbeam._state import logger
 #: `(module, class)` in Keras 2 → in Keras 3. `tf_keras` says `keras.src`, or its own name, by its version.
 _CLASSES = {
     ("engine.functional", "Functional"): ("keras.src.models.functional", "Functional"),
-    ("engine.sequential", "Sequential"): ("keras", "Sequential"),
-    ("engine.training", "Model"): ("keras", "Model"),
 }
 _ROOTS = ("keras.src.", "keras.", "tf_keras.src.")
 #: Modules of the public interface, as `tf_keras` may call them.
@@ -162,7 +160,8 @@ def slots(optimizer: Any, found: list[tuple[str, int]]) -> list[tuple[Any, int]]
         if parts[-1] in ("iter", "iteration"):
             pairs.append((optimizer.iterations, i))
         elif parts[-1] in ("learning_rate", "current_learning_rate"):
-            continue  # in the configuration, too
+            rate = getattr(optimizer, "_learning_rate", None)
+            pairs += [(rate, i)] if isinstance(rate, keras.Variable) else []
         else:
             slot = parts[1] if len(parts) > 2 and parts[1] in table else parts[-1]
             if slot not in table:

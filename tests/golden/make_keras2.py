@@ -84,9 +84,10 @@ def main() -> None:
         model.compile(optimizer, "mse" if name != "functional" else keras.losses.Huber(), metrics=["mae"])
         model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         model.save(HERE / f"{name}.keras")
-        if name != "subclassed":
+        if name in ("sequential", "functional"):
             model.save(HERE / f"{name}.h5")
-        model.save_weights(HERE / f"{name}_weights.h5")
+        if name == "functional":
+            model.save_weights(HERE / f"{name}_weights.h5")
         answers = model.predict(x, verbose=0).tolist()
         optimizer_names = [[v.name, list(v.shape)] for v in model.optimizer.variables]
         model.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
