@@ -530,7 +530,7 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
         }
     if type(model).compile is keras.Model.compile:
         how = ("run_eagerly", "steps_per_execution", "jit_compile")
-        arguments.update({name: config[name] for name in how if name in config})
+        arguments.update({name: config[name] for name in how if config.get(name) is not None})
     model.compile(**arguments)
     saving_utils.try_build_compiled_arguments(model)
     if model.built:
@@ -552,9 +552,12 @@ def _one(module: Any, config: Any) -> Any:
         if config not in _METRIC_NAMES:
             module.get(config)  # raises for what nobody knows
         return config
+    wrapped = _migrate.wrapped_function(config)
+    if wrapped is not None:
+        return _one(module, wrapped)
     found = module.deserialize(config)
-    if isinstance(found, str):  # no class of Keras 3: Keras 2 wrapped functions in other ones
-        return module.get(_migrate.wrapped_function(config))
+    if isinstance(found, str):  # no class of Keras 3
+        return module.get(config["config"]["name"])
     return found
 
 

@@ -44,7 +44,7 @@ _SLOTS: dict[str, dict[str, str]] = {
 
 
 #: What the text of every configuration has that needs a change.
-_MARKS = (b"keras.src.engine.", b"keras.engine.", b"tf_keras", b"is_legacy_optimizer")
+_MARKS = (b"keras.src.engine.", b"keras.engine.", b"tf_keras", b"is_legacy_optimizer", b"batch_input_shape")
 
 
 def keras_config(text: bytes, config: Any) -> Any:
@@ -63,6 +63,8 @@ def _migrated(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     migrated = {key: _migrated(value) for key, value in config.items()}
+    if "optimizer" in migrated and migrated.get("steps_per_execution", 1) is None:
+        migrated["steps_per_execution"] = 1  # what `compile` stood for with it
     module, name = config.get("module"), config.get("class_name")
     if isinstance(module, str) and isinstance(name, str):
         found = _class(module, name)
@@ -71,6 +73,9 @@ def _migrated(config: Any) -> Any:
             migrated["module"], migrated["class_name"] = found
             if migrated.get("registered_name") == name:
                 migrated["registered_name"] = found[1] if found[0] != "keras" else None
+        inner = migrated.get("config")
+        if isinstance(inner, dict) and migrated["class_name"] != "InputLayer" and module.startswith("keras.layers"):
+            inner.pop("batch_input_shape", None)  # the model has an InputLayer of it, too
         if _is_optimizer(migrated["module"], migrated["class_name"]):
             migrated["config"] = _optimizer_arguments(migrated.get("config"))
     return migrated
@@ -126,11 +131,12 @@ def optimizer_config(config: Any) -> Any:
     return {**config, "class_name": plain, "config": _optimizer_arguments(config.get("config"))}
 
 
-def wrapped_function(config: Any) -> Any:
-    """The function in a loss or metric of a class that Keras 3 does not have."""
+def wrapped_function(config: Any) -> str | None:
+    """The name of the function that Keras 2 wrapped in a metric or loss, where the file has no more of it."""
     inner = config.get("config")
-    inner = inner if isinstance(inner, dict) else {}
-    return inner.get("fn") if isinstance(inner.get("fn"), str) else inner.get("name")
+    if config.get("class_name") not in ("MeanMetricWrapper", "LossFunctionWrapper") or not isinstance(inner, dict):
+        return None
+    return inner["fn"] if isinstance(inner.get("fn"), str) else None
 
 
 def slots(optimizer: Any, found: list[tuple[str, int]]) -> list[tuple[Any, int]] | None:

@@ -37,9 +37,7 @@ def functional() -> Any:
     x = inputs_ = keras.Input((6,), name="features")
     left, right = layers.Dense(4, activation="tanh", name="left")(x), layers.Dense(4, name="right")(x)
     x = layers.Concatenate()([left, layers.Add()([left, right])])
-    inner_in = keras.Input((8,))
-    inner = keras.Model(inner_in, layers.Dense(3, name="inside")(inner_in), name="inner")
-    return keras.Model(inputs_, layers.Dense(2, name="out")(inner(x)), name="outer")
+    return keras.Model(inputs_, layers.Dense(2, name="out")(layers.Dense(3, name="inside")(x)), name="outer")
 
 
 def recurrent() -> Any:
