@@ -44,7 +44,14 @@ _SLOTS: dict[str, dict[str, str]] = {
 
 
 #: What the text of every configuration has that needs a change.
-_MARKS = (b"keras.src.engine.", b"keras.engine.", b"tf_keras", b"is_legacy_optimizer", b"batch_input_shape")
+_MARKS = (
+    b"keras.src.engine.",
+    b"keras.engine.",
+    b"tf_keras",
+    b"is_legacy_optimizer",
+    b"batch_input_shape",
+    b"time_major",
+)
 
 
 def keras_config(text: bytes, config: Any) -> Any:
@@ -76,6 +83,10 @@ def _migrated(config: Any) -> Any:
         inner = migrated.get("config")
         if isinstance(inner, dict) and migrated["class_name"] != "InputLayer" and module.startswith("keras.layers"):
             inner.pop("batch_input_shape", None)  # the model has an InputLayer of it, too
+            inner.pop("time_major", None)
+            axis = inner.get("axis")
+            if migrated["class_name"] == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
+                inner["axis"] = axis[0]
         if _is_optimizer(migrated["module"], migrated["class_name"]):
             migrated["config"] = _optimizer_arguments(migrated.get("config"))
     return migrated
