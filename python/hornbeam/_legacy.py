@@ -555,7 +555,7 @@ def _one(module: Any, config: Any) -> Any:
     wrapped = _migrate.wrapped_function(config)
     if wrapped is not None:
         return _one(module, wrapped)
-    found = module.deserialize(config)
+    found = module.deserialize(_migrate.loss_config(config))
     if isinstance(found, str):  # no class of Keras 3
         return module.get(config["config"]["name"])
     return found

@@ -81,6 +81,8 @@ def _migrated(config: Any) -> Any:
             if migrated.get("registered_name") == name:
                 migrated["registered_name"] = found[1] if found[0] != "keras" else None
         inner = migrated.get("config")
+        if module == "keras.losses":
+            migrated = loss_config(migrated)
         if isinstance(inner, dict) and migrated["class_name"] != "InputLayer" and module.startswith("keras.layers"):
             inner.pop("batch_input_shape", None)  # the model has an InputLayer of it, too
             inner.pop("time_major", None)
@@ -140,6 +142,15 @@ def optimizer_config(config: Any) -> Any:
     if plain != name:
         logger.info("'%s' of Keras 2 is read as 'keras.optimizers.%s'", name, plain)
     return {**config, "class_name": plain, "config": _optimizer_arguments(config.get("config"))}
+
+
+def loss_config(config: Any) -> Any:
+    """A loss of a class: Keras 2 wrote its function beside it, and `auto` for the usual reduction."""
+    inner = config.get("config")
+    if not isinstance(inner, dict) or inner.get("reduction") != "auto":
+        return config
+    kept = {key: value for key, value in inner.items() if key != "fn"}
+    return {**config, "config": {**kept, "reduction": "sum_over_batch_size"}}
 
 
 def wrapped_function(config: Any) -> str | None:
