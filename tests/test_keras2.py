@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hornbeam
-from hornbeam import _migrate, saving
+from hornbeam import _migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "keras2"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -64,7 +64,7 @@ def load(path: Path, **kwargs: Any) -> Any:
         return keras.models.load_model(path, **kwargs)
 
 
-@pytest.mark.parametrize("name", [*BUILTIN, "old_optimizer"])
+@pytest.mark.parametrize("name", ["sequential", "functional", "old_optimizer"])
 def test_whole_models_in_h5(name: str) -> None:
     check(load(GOLDEN / f"{name}.h5"), name, trained=True)
     report = hornbeam.last_report()
@@ -85,23 +85,14 @@ def test_keras_files(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert ("of Keras 2 is read as" in caplog.text) == moved
 
 
-@pytest.mark.parametrize("name", BUILTIN)
 @pytest.mark.parametrize("by_name", [None, True])
-def test_weights_in_h5(name: str, by_name: bool | None) -> None:
-    model = load(GOLDEN / f"{name}.h5", compile=False)
+def test_weights_in_h5(by_name: bool | None) -> None:
+    model = load(GOLDEN / "functional.h5", compile=False)
     for variable in model.weights:
         variable.assign(np.zeros(variable.shape))
     with hornbeam.installed(), hornbeam.options(strict=True):
-        model.load_weights(GOLDEN / f"{name}_weights.h5", by_name=by_name)
-    check(model, name)
-
-
-def test_weights_of_a_subclassed_model() -> None:
-    model = Subclassed()
-    x, _ = data("subclassed")
-    model(x)
-    saving.load_weights(model, GOLDEN / "subclassed_weights.h5")
-    check(model, "subclassed")
+        model.load_weights(GOLDEN / "functional_weights.h5", by_name=by_name)
+    check(model, "functional")
 
 
 def test_every_entry_of_the_table_is_in_a_file() -> None:

@@ -122,7 +122,7 @@ def load_weights(
         file.assign(steps)
         report.stage("assign")
         partial = request.partial or by_name
-        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), root=root, partial=partial)
+        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=partial)
     return report
 
 
@@ -135,6 +135,8 @@ def is_legacy(filepath: Any) -> bool:
 def is_hdf5(filepath: Any) -> bool:
     """Whether the content of a local file is HDF5."""
     try:
+        if not os.path.isfile(filepath):
+            return False
         with open(filepath, "rb") as file:
             return file.read(8) == b"\x89HDF\r\n\x1a\n"
     except (OSError, TypeError):
@@ -437,7 +439,6 @@ def _settle(
     model: Any,
     *,
     outside: tuple[str, ...],
-    root: str = "model_weights",
     partial: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
@@ -451,9 +452,8 @@ def _settle(
             report.refused.append(path)
         else:
             (report.skipped if partial else report.unexpected).append(path)
-    variables = _load._variables(model) if root and not outside else model.weights
-    if partial:
-        variables = _asked_for(model, request)
+    whole = model.weights if outside else _load._variables(model)
+    variables = _asked_for(model, request) if partial else whole
     report.missing = [v.path for v in variables if id(v) not in journal.assigned]
     report.mismatched = file.mismatched
     report.cast = journal.cast
@@ -532,7 +532,7 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
         }
     if type(model).compile is keras.Model.compile:
         how = ("run_eagerly", "steps_per_execution", "jit_compile")
-        arguments.update({name: config[name] for name in how if name in config})
+        arguments.update({name: config[name] for name in how if config.get(name) is not None})
     model.compile(**arguments)
     saving_utils.try_build_compiled_arguments(model)
     if model.built:
@@ -554,9 +554,12 @@ def _one(module: Any, config: Any) -> Any:
         if config not in _METRIC_NAMES:
             module.get(config)  # raises for what nobody knows
         return config
-    found = module.deserialize(config)
-    if isinstance(found, str):  # no class of Keras 3: Keras 2 wrapped functions in other ones
-        return module.get(_migrate.wrapped_function(config))
+    wrapped = _migrate.wrapped_function(config)
+    if wrapped is not None:
+        return _one(module, wrapped)
+    found = module.deserialize(_migrate.loss_config(config))
+    if isinstance(found, str):  # no class of Keras 3
+        return module.get(config["config"]["name"])
     return found
 
 

@@ -18,8 +18,6 @@ from hornbeam._state import logger
 #: `(module, class)` in Keras 2 → in Keras 3. `tf_keras` says `keras.src`, or its own name, by its version.
 _CLASSES = {
     ("engine.functional", "Functional"): ("keras.src.models.functional", "Functional"),
-    ("engine.sequential", "Sequential"): ("keras", "Sequential"),
-    ("engine.training", "Model"): ("keras", "Model"),
 }
 _ROOTS = ("keras.src.", "keras.", "tf_keras.src.")
 #: Modules of the public interface, as `tf_keras` may call them.
@@ -46,7 +44,14 @@ _SLOTS: dict[str, dict[str, str]] = {
 
 
 #: What the text of every configuration has that needs a change.
-_MARKS = (b"keras.src.engine.", b"keras.engine.", b"tf_keras", b"is_legacy_optimizer")
+_MARKS = (
+    b"keras.src.engine.",
+    b"keras.engine.",
+    b"tf_keras",
+    b"is_legacy_optimizer",
+    b"batch_input_shape",
+    b"time_major",
+)
 
 
 def keras_config(text: bytes, config: Any) -> Any:
@@ -65,6 +70,8 @@ def _migrated(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     migrated = {key: _migrated(value) for key, value in config.items()}
+    if "optimizer" in migrated and migrated.get("steps_per_execution", 1) is None:
+        migrated["steps_per_execution"] = 1  # what `compile` stood for with it
     module, name = config.get("module"), config.get("class_name")
     if isinstance(module, str) and isinstance(name, str):
         found = _class(module, name)
@@ -73,6 +80,15 @@ def _migrated(config: Any) -> Any:
             migrated["module"], migrated["class_name"] = found
             if migrated.get("registered_name") == name:
                 migrated["registered_name"] = found[1] if found[0] != "keras" else None
+        inner = migrated.get("config")
+        if module == "keras.losses":
+            migrated = loss_config(migrated)
+        if isinstance(inner, dict) and migrated["class_name"] != "InputLayer" and module.startswith("keras.layers"):
+            inner.pop("batch_input_shape", None)  # the model has an InputLayer of it, too
+            inner.pop("time_major", None)
+            axis = inner.get("axis")
+            if migrated["class_name"] == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
+                inner["axis"] = axis[0]
         if _is_optimizer(migrated["module"], migrated["class_name"]):
             migrated["config"] = _optimizer_arguments(migrated.get("config"))
     return migrated
@@ -128,11 +144,21 @@ def optimizer_config(config: Any) -> Any:
     return {**config, "class_name": plain, "config": _optimizer_arguments(config.get("config"))}
 
 
-def wrapped_function(config: Any) -> Any:
-    """The function in a loss or metric of a class that Keras 3 does not have."""
+def loss_config(config: Any) -> Any:
+    """A loss of a class: Keras 2 wrote its function beside it, and `auto` for the usual reduction."""
     inner = config.get("config")
-    inner = inner if isinstance(inner, dict) else {}
-    return inner.get("fn") if isinstance(inner.get("fn"), str) else inner.get("name")
+    if not isinstance(inner, dict) or inner.get("reduction") != "auto":
+        return config
+    kept = {key: value for key, value in inner.items() if key != "fn"}
+    return {**config, "config": {**kept, "reduction": "sum_over_batch_size"}}
+
+
+def wrapped_function(config: Any) -> str | None:
+    """The name of the function that Keras 2 wrapped in a metric or loss, where the file has no more of it."""
+    inner = config.get("config")
+    if config.get("class_name") not in ("MeanMetricWrapper", "LossFunctionWrapper") or not isinstance(inner, dict):
+        return None
+    return inner["fn"] if isinstance(inner.get("fn"), str) else None
 
 
 def slots(optimizer: Any, found: list[tuple[str, int]]) -> list[tuple[Any, int]] | None:
@@ -162,7 +188,8 @@ def slots(optimizer: Any, found: list[tuple[str, int]]) -> list[tuple[Any, int]]
         if parts[-1] in ("iter", "iteration"):
             pairs.append((optimizer.iterations, i))
         elif parts[-1] in ("learning_rate", "current_learning_rate"):
-            continue  # in the configuration, too
+            rate = getattr(optimizer, "_learning_rate", None)
+            pairs += [(rate, i)] if isinstance(rate, keras.Variable) else []
         else:
             slot = parts[1] if len(parts) > 2 and parts[1] in table else parts[-1]
             if slot not in table:
