@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hornbeam import _savedmodel
+from hornbeam import _cast, _safetensors, _savedmodel
+from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
 
@@ -20,7 +21,10 @@ def save_model(
     if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
-    return stock(model, filepath, overwrite, zipped, **kwargs)
+    if kwargs.get("dtype") is not None and str(filepath).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are saved in the types of the model. Received: {filepath}")
+    with _cast.asked(kwargs, "include_optimizer"):
+        return stock(model, filepath, overwrite, zipped, **kwargs)
 
 
 def load_model(
@@ -36,9 +40,14 @@ def save_weights(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_weights`."""
-    return stock(model, filepath, overwrite, max_shard_size, **kwargs)
+    with _cast.asked(kwargs):
+        if _safetensors.is_named(filepath):
+            return _safetensors.save_weights(model, filepath, overwrite, max_shard_size, **kwargs)
+        return stock(model, filepath, overwrite, max_shard_size, **kwargs)
 
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
+    if _safetensors.is_named(filepath):
+        return _safetensors.load_weights(model, filepath, skip_mismatch, **kwargs)
     return stock(model, filepath, skip_mismatch, **kwargs)

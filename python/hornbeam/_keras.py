@@ -296,6 +296,7 @@ def _dispatch_optimizer(self: Any, store: Any) -> None:
     from hornbeam._store import RecordStore
 
     if isinstance(store, RecordStore):
+        store.mark_optimizer()
         for i, variable in enumerate(self.variables):
             store[str(i)] = variable
     else:

@@ -16,7 +16,7 @@ from keras.src.saving import saving_api, serialization_lib
 from keras.src.utils import file_utils, io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _export
+from hornbeam import _async, _export
 from hornbeam._export import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
 
@@ -60,6 +60,7 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
         )
     if not isinstance(model, keras.Model):
         raise InvalidError(f"Only models can be saved as a SavedModel. Received: {model!r} (of type {type(model)})")
+    _async.refuse("a SavedModel")
     signature = stock_export.get_input_signature(model)
     if os.path.exists(target) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(filepath):
         return
