@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,62 @@ def test_by_command(tmp_path: Path) -> None:
 def done(stats: Any) -> None:
     """Every save and load of the guide, and of its checks, went through the core."""
     assert (stats.saves, stats.loads, stats.handovers) == (15, 16, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("m.keras", {}),
+        ("no_extension", {}),
+        ("m", {"save_format": "tf"}),
+        ("m.h5", {}),
+        ("m.hdf5", {}),
+        pytest.param(
+            *("m", {"save_format": "h5"}),
+            marks=pytest.mark.skipif(find_spec("hornbeam._legacy") is None, reason="stock Keras refuses the name"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("installed", [False, True])
+def test_every_format_comes_back_whole(name: str, arguments: dict[str, str], installed: bool, tmp_path: Path) -> None:
+    """Passing `save_format`, a name without an extension, or one that ends in `.h5`; `load_model` knows what it is."""
+    import keras
+    import numpy as np
+
+    import hornbeam.models
+    from helpers import saved
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("adam", "mean_squared_error")
+    x, y = np.ones((8, 4)), np.ones((8, 1))
+    model.fit(x, y, verbose=0)
+    if installed:
+        with hornbeam.installed():
+            model.save(tmp_path / name, **arguments)
+            loaded = keras.models.load_model(tmp_path / name)
+    else:
+        hornbeam.models.save_model(model, tmp_path / name, **arguments)
+        loaded = hornbeam.models.load_model(tmp_path / name)
+    assert type(loaded) is type(model)
+    assert [w.tobytes() for w in loaded.get_weights()] == [w.tobytes() for w in model.get_weights()]
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert loaded.loss == "mean_squared_error"
+    if find_spec("hornbeam._legacy") is not None or not name.endswith(("5", "f5")):  # stock Keras loses the state there
+        assert saved(loaded) == saved(model)
+
+
+def test_the_module_is_the_same_by_either_name() -> None:
+    import keras
+
+    import hornbeam.export
+    import hornbeam.models
+    import hornbeam.saving
+
+    assert hornbeam.models.save_model is hornbeam.saving.save_model
+    assert hornbeam.models.load_model is hornbeam.saving.load_model
+    same = ["register_keras_serializable", "custom_object_scope", "get_custom_objects", "serialize_keras_object"]
+    for name in [*same, "deserialize_keras_object", "get_registered_name", "get_registered_object"]:
+        assert getattr(hornbeam.saving, name) is getattr(keras.saving, name)  # one registry
+    for name in ("clone_model", "model_from_json", "Model", "Sequential"):
+        assert getattr(hornbeam.models, name) is getattr(keras.models, name)

@@ -41,13 +41,13 @@ def save_model(
     latest_wins: bool = False,
     **kwargs: Any,
 ) -> SaveReport | Handle:
-    """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
+    """Saves a model: as a `.keras` archive, a directory (`zipped=False`), or a SavedModel.
 
     The old file or directory stays as it was until the new one is complete.
 
     Args:
         model: The model.
-        filepath: Where to; ends in `.keras`.
+        filepath: Where to; ends in `.keras`. Without an extension, or with `save_format="tf"`, it is a SavedModel.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
