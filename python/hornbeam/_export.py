@@ -381,7 +381,7 @@ def _difference(place: str, wanted: Any, got: Any, tolerance: float | None) -> f
     if not largest <= allowed:  # a NaN is a difference, too
         error = VerificationError(
             f"Output '{place}' of the reloaded artifact differs from the model's by {largest:.3g}; "
-            f"{allowed:.3g} is allowed. (Endpoints that draw random numbers without Keras' seed generators cannot be compared.)"
+            f"{allowed:.3g} is allowed. (Where random numbers are drawn without Keras' seed generators it always does.)"
         )
         error.entry, error.expected, error.found = place, f"at most {allowed:.3g}", f"{largest:.3g}"
         raise error
