@@ -98,16 +98,15 @@ pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Res
     let sums = images.into_iter().map(|w| (w.index.datasets.iter().filter(decoded).map(|d| d.nbytes), w.stored));
     let (decoded, stored) =
         sums.fold((0, 0), |(all, stored), (sizes, more)| (sizes.fold(all, u64::saturating_add), stored + more));
-    check_sum(decoded, stored)
+    together(decoded, stored)
 }
 
-fn check_sum(decoded: u64, stored: u64) -> Result<()> {
-    if decoded <= limits::BOMB_FLOOR_BYTES.max(stored.saturating_mul(limits::DATASET_MAX_EXPANSION)) {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Limit, "Not allowed: refusing to decode datasets that together are a decompression bomb")
-        .with_found(format_args!("{decoded} bytes declared"), format_args!("{stored} bytes stored"))
-        .with_advice("Read them one by one with hornbeam.open, or write the file without compression."))
+fn together(decoded: u64, stored: u64) -> Result<()> {
+    let checked = limits::check_expansion(decoded, stored, limits::BOMB_FLOOR_BYTES, limits::MAX_DEFLATE);
+    checked.map_err(|e| {
+        e.with_entry("all that are compressed, together")
+            .with_advice("Read them one by one with hornbeam.open, or write the file without compression.")
+    })
 }
 
 /// What the HDF5 library may read from: its lock is held meanwhile, and waited for by `fork`, so nobody else's code may
@@ -259,7 +258,7 @@ impl Weights {
             }
         }
         let decoded: Vec<u64> = chunked.iter().map(|&i| datasets[i].nbytes).collect();
-        check_sum(decoded.iter().copied().fold(0, u64::saturating_add), self.stored)?;
+        together(decoded.iter().copied().fold(0, u64::saturating_add), self.stored)?;
         let weights = Arc::clone(self);
         let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
             let window = Window::new(source, weights.image.offset, weights.image.len);

@@ -23,7 +23,7 @@ from keras.src.saving import saving_lib
 
 from hornbeam import _async, _cast, _core, _keras, _progress, _report, _shortcuts, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
-from hornbeam.errors import UnsupportedError
+from hornbeam.errors import HornbeamError, UnsupportedError
 
 Stock = Callable[..., Any]
 _written = threading.local()
@@ -116,7 +116,11 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
         members = _members(model)  # before anything is written: the directory may have to be written in place
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
-        with _core.Directory(os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable) as directory:
+        target = os.fspath(dirpath)
+        with (
+            _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
+            _naming(target, str(directory.path)),
+        ):
             root = Path(directory.path)
             save = plan.start(
                 str(root / saving_lib._VARS_FNAME_H5),
@@ -125,7 +129,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
                 atomic=False,
                 durable=options.durable,
             )
-            info = _finish(save, plan, store, os.fspath(dirpath))
+            info = _finish(save, plan, store, target)
             for name, data in members:
                 _core.write_file(str(root / name), data, atomic=False, durable=options.durable)
             for name, path in assets.files():
@@ -138,6 +142,22 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             directory.commit()
     _count_save(plan, store, info["bytes"], os.fspath(dirpath))
     return None
+
+
+@contextmanager
+def _naming(target: str, temporary: str) -> Iterator[None]:
+    """Errors name the files of a directory as the user will know them, not where they are made."""
+    try:
+        yield
+    except (HornbeamError, OSError) as error:
+        error.args = tuple(a.replace(temporary, target) if isinstance(a, str) else a for a in error.args)
+        for name in ("path", "filename", "filename2"):
+            place = getattr(error, name, None)
+            if isinstance(place, str):
+                setattr(error, name, place.replace(temporary, target))
+        if isinstance(error, OSError) and isinstance(error.strerror, str):
+            error.strerror = error.strerror.replace(temporary, target)
+        raise
 
 
 def save_weights_only(

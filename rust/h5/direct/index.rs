@@ -314,9 +314,7 @@ impl Reader<'_> {
             return Err(unsupported("big-endian numbers"));
         }
         let nbytes = kind.dtype.nbytes(&shape).ok_or_else(|| malformed("a dataset's size overflows"))?;
-        if nbytes > limits::BOMB_FLOOR_BYTES && nbytes / limits::DATASET_MAX_EXPANSION > stored {
-            return Err(shape_bomb(nbytes, stored));
-        }
+        limits::check_dataset(nbytes, stored)?;
         let storage = match storage {
             _ if nbytes == 0 => Storage::Empty,
             Storage::Contiguous(UNDEFINED) if header.filled => return Err(unsupported("fill values")),
@@ -579,11 +577,6 @@ impl Reader<'_> {
             _ => Err(malformed("a string is not in its heap")),
         }
     }
-}
-
-fn shape_bomb(declared: u64, stored: u64) -> Error {
-    Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression/shape bomb")
-        .with_found(format_args!("{declared} bytes declared"), format_args!("{stored} bytes stored"))
 }
 
 fn link_name(bytes: &[u8]) -> Result<String> {

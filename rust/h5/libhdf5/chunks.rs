@@ -17,8 +17,6 @@ use crate::limits;
 const WORTH_A_THREAD: usize = 1 << 20;
 /// HDF5's own limit on the bytes of a chunk.
 const MAX_CHUNK_BYTES: u64 = u32::MAX as u64;
-/// Deflate cannot expand more than this.
-const MAX_DEFLATE: u64 = 1032;
 
 /// A filter that is undone here.
 #[derive(Clone, Copy)]
@@ -302,7 +300,7 @@ impl<'a> Place<'a> {
 
 /// Inflates a zlib stream to at most `limit` bytes.
 fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
-    let possible = (data.len() as u64).saturating_mul(MAX_DEFLATE) + 64;
+    let possible = (data.len() as u64).saturating_mul(limits::MAX_DEFLATE) + 64;
     out.clear();
     out.reserve((limit as u64).min(possible) as usize);
     zlib.reset(true);

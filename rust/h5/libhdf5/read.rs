@@ -232,16 +232,14 @@ impl<'l> Dataset<'l> {
         // It stores no more than the whole file; where its chunks must be counted to know, that has to be too little.
         let mut stored = if chunked { len } else { (lib.H5Dget_storage_size(id)? as u64).min(len) };
         let nbytes = element.nbytes(&shape).filter(|&n| i64::try_from(n).is_ok());
-        let bomb =
-            |n, stored: u64| n > limits::BOMB_FLOOR_BYTES && n > stored.saturating_mul(limits::DATASET_MAX_EXPANSION);
-        if chunked && nbytes.is_some_and(|n| n > limits::BOMB_FLOOR_BYTES && !bomb(n, stored)) {
+        let nbytes =
+            nbytes.ok_or_else(|| Error::new(Kind::Limit, format!("size of a dataset overflows: {shape:?}")))?;
+        limits::check_dataset(nbytes, stored)?;
+        if chunked && nbytes > limits::BOMB_FLOOR_BYTES {
             let chunks = chunks::written(lib, len, id, *list, lib.H5Tget_size(*dtype)?, &shape)?;
             stored = chunks.iter().map(|c| c.size).fold(0, u64::saturating_add).min(len);
+            limits::check_dataset(nbytes, stored)?;
         }
-        let Some(nbytes) = nbytes.filter(|&n| !bomb(n, stored)) else {
-            let what = format!("dataset is a shape bomb: it declares {shape:?} and stores {stored} bytes");
-            return Err(Error::new(Kind::Limit, what));
-        };
         Ok(Self { list, dtype, element, bfloat16, swap, shape, nbytes, layout, stored })
     }
 
