@@ -162,8 +162,11 @@ def test_an_old_one_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="not supported"):
         save_model(other, tmp_path / "m", nonsense=1)
     assert files(tmp_path / "m") == before
+    warm = tmp_path / "m" / "assets.extra" / "tf_serving_warmup_requests"
+    warm.write_text("mine")
     with hornbeam.options(durable=True):
         save_model(other, tmp_path / "m")
+    assert warm.read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert saved(load_model(tmp_path / "m")) == saved(other) != weights
     np.testing.assert_allclose(ask(tmp_path / "m", x), np.asarray(other(x)), atol=1e-6)
@@ -204,6 +207,20 @@ def test_overwriting_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("builtins.input", lambda _: "y")
     save_model(model, tmp_path / "m", overwrite=False)
     assert files(tmp_path / "m") != before
+
+
+def test_arguments_of_other_saves(tmp_path: Path) -> None:
+    model, *_ = trained()
+    report = save_model(model, tmp_path / "m", include_optimizer=False)
+    assert report.path == str(tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    assert [w.tobytes() for w in loaded.get_weights()] == [w.tobytes() for w in model.get_weights()]
+    assert int(loaded.optimizer.iterations) == 0 != int(model.optimizer.iterations)
+    before = files(tmp_path / "m")
+    for arguments in ({"dtype": "float16"}, {"asynchronous": True}):
+        with pytest.raises(UnsupportedError, match="SavedModel"):
+            save_model(model, tmp_path / "m", **arguments)
+    assert files(tmp_path / "m") == before
 
 
 def test_models_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +329,7 @@ def test_one_that_was_written_over_is_no_longer_the_model(tmp_path: Path) -> Non
     assert saved(load_model(tmp_path / "m" / "assets.extra" / "model.keras")) == saved(model)
     with hornbeam.installed():
         other.export(tmp_path / "m", verbose=False)
-    assert not (tmp_path / "m" / "assets.extra").exists()
+    assert not list((tmp_path / "m").glob("assets.extra/*"))
     np.testing.assert_allclose(ask(tmp_path / "m", x), np.asarray(other(x)), atol=1e-6)
 
 

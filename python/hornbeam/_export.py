@@ -175,12 +175,12 @@ def add_variable_collection(stock: Stock, self: Any, name: str, variables: Any) 
 
 def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> Any:
     """`ExportArchive.write_out`: the directory appears, or is replaced, when it is complete."""
-    request, _local.request = _local.request or Request(), None
+    request, _local.request, _local.report = _local.request or Request(), None, None
     target = os.fsdecode(filepath)
     if not self._endpoint_names:
         return stock(self, filepath, options, verbose)  # raises
     if saving_lib.file_utils.is_remote_path(target):
-        if request != Request():
+        if request != Request() or any(endpoint.verify for endpoint in _endpoints(self).values()):
             raise UnsupportedError(f"Stock Keras writes to remote paths, and does not verify. Received: {filepath}")
         return _state.hand_over("remote path", stock, self, filepath, options, verbose)
     others = _others(target)
@@ -189,9 +189,13 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         raise InvalidError(
             f"'{target}' holds what is no part of a SavedModel ({shown}), so it is not replaced. Choose another name."
         )
+    report = ExportReport(target, list(self._endpoint_names))
+    known = _endpoints(self)
+    unknown = [name for name in report.endpoints if name not in known]
+    if request.verify and unknown:
+        raise UnsupportedError(f"Endpoints that hornbeam did not see being added cannot be verified: {unknown}")
     _trace(self)
     current = _state.current()
-    report = ExportReport(target, list(self._endpoint_names))
     with _core.Directory(target, PARTS, atomic=current.atomic, durable=current.durable) as directory:
         root = Path(directory.path)
         in_place = os.path.realpath(root) == os.path.realpath(target)
@@ -202,7 +206,8 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         stock(self, str(root), options, False)
         if request.extra is not None and (root / FINGERPRINT).exists():
             shutil.copyfile(root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT))
-        compared = [name for name, e in _endpoints(self).items() if request.verify or e.verify]
+        _keep_extra(Path(target), root)
+        compared = [n for n in report.endpoints if request.verify or (n in known and known[n].verify)]
         if compared:
             artifact = tf.saved_model.load(str(root))  # its functions work as long as it is there
             for name in compared:
@@ -219,6 +224,16 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         _announce(self, filepath, report, verbose)
     _local.report = report
     return None
+
+
+def _keep_extra(old: Path, new: Path) -> None:
+    """What others put into `assets.extra/`, warm-up requests for example, stays."""
+    ours = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT))
+    for path in (old / "assets.extra").rglob("*"):
+        name = path.relative_to(old)
+        if path.is_file() and str(name) not in ours and not (new / name).exists():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, new / name)
 
 
 def _others(target: str) -> list[str]:
@@ -332,6 +347,8 @@ def _ask(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
 
 def _example(size: int, generator: np.random.Generator, spec: Any) -> Any:
     """A random value of this dtype and shape: a batch of 3, indices that any table has."""
+    if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+        raise UnsupportedError(f"An endpoint with such an input cannot be verified: {spec!r}")
     shape = [(3 if i == 0 else size) if n is None else n for i, n in enumerate(spec.shape.as_list())]
     dtype = spec.dtype
     if dtype == tf.string:
@@ -364,7 +381,7 @@ def _difference(place: str, wanted: Any, got: Any, tolerance: float | None) -> f
     if not largest <= allowed:  # a NaN is a difference, too
         error = VerificationError(
             f"Output '{place}' of the reloaded artifact differs from the model's by {largest:.3g}; "
-            f"{allowed:.3g} is allowed. Endpoints that draw random numbers cannot be compared."
+            f"{allowed:.3g} is allowed. (Where random numbers are drawn without Keras' seed generators it always does.)"
         )
         error.entry, error.expected, error.found = place, f"at most {allowed:.3g}", f"{largest:.3g}"
         raise error

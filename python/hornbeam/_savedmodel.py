@@ -16,7 +16,7 @@ from keras.src.saving import saving_api, serialization_lib
 from keras.src.utils import file_utils, io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _async, _export
+from hornbeam import _async, _export, _report
 from hornbeam._export import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
 
@@ -48,6 +48,9 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
         ImportError: Without TensorFlow.
     """
     target = os.fsdecode(filepath)
+    _async.refuse("a SavedModel")
+    if kwargs.get("dtype") is not None:
+        raise UnsupportedError(f"A SavedModel is saved in the types of the model. Received: filepath={filepath}")
     if backend.backend() not in ("tensorflow", "jax"):
         raise UnsupportedError(
             f"A SavedModel can be written from the TensorFlow and JAX backends, not from {backend.backend()}. "
@@ -60,7 +63,6 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
         )
     if not isinstance(model, keras.Model):
         raise InvalidError(f"Only models can be saved as a SavedModel. Received: {model!r} (of type {type(model)})")
-    _async.refuse("a SavedModel")
     signature = stock_export.get_input_signature(model)
     if os.path.exists(target) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(filepath):
         return
@@ -73,6 +75,9 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
     archive.track_and_add_endpoint(stock_export.DEFAULT_ENDPOINT_NAME, model, signature)
     with _export.requested(_export.Request(extra=whole, foreign=False)):
         archive.write_out(target, verbose=False)
+    report = _report.last_save_report()
+    if report is not None:
+        report.path = target  # it was written under another name
 
 
 def is_savedmodel(filepath: Any) -> bool:

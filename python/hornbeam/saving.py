@@ -43,14 +43,14 @@ def save_model(
     latest_wins: bool = False,
     **kwargs: Any,
 ) -> SaveReport | Handle:
-    """Saves a model as a `.keras` archive, a directory (`zipped=False`), or in the legacy HDF5 format.
+    """Saves a model: as a `.keras` archive, a directory (`zipped=False`), a SavedModel, or in the legacy HDF5 format.
 
     The old file or directory stays as it was until the new one is complete.
 
     Args:
         model: The model.
         filepath: Where to; ends in `.keras`, or in `.h5` or `.hdf5` for the legacy format, which `save_format="h5"`
-            writes under any other name, too.
+            writes under any other name, too. Without an extension, or with `save_format="tf"`, it is a SavedModel.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
