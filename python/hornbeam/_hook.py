@@ -16,7 +16,8 @@ from types import ModuleType
 
 SAVING_LIB = "keras.src.saving.saving_lib"
 SAVING_API = "keras.src.saving.saving_api"
-MODULES = (SAVING_LIB, SAVING_API)
+MODEL = "keras.src.models.model"
+MODULES = (SAVING_LIB, SAVING_API, MODEL)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()

@@ -38,11 +38,16 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "save_weights": ("model", "filepath", "overwrite", "max_shard_size", "kwargs"),
         "load_weights": ("model", "filepath", "skip_mismatch", "kwargs"),
     },
+    _hook.MODEL: {
+        "Model.to_json": ("self", "kwargs"),
+        "model_from_json": ("json_string", "custom_objects"),
+    },
 }
 #: Where hornbeam's own functions of the same names are (without a leading underscore); the first that has one.
 _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
+    _hook.MODEL: ("hornbeam._json",),
 }
 assert tuple(_SIGNATURES) == _hook.MODULES
 
@@ -59,7 +64,7 @@ def _active() -> bool:
 @functools.cache
 def _ours(module: str, name: str) -> Callable[..., Any]:
     for place in _OURS[module]:
-        function = getattr(importlib.import_module(place), name.lstrip("_"), None)
+        function = getattr(importlib.import_module(place), name.rpartition(".")[2].lstrip("_"), None)
         if function is not None:
             return function
     raise AttributeError(name)
@@ -84,11 +89,17 @@ def _is_known(module: str, name: str, function: Callable[..., Any] | None) -> bo
     return known
 
 
+def _place(module: ModuleType, name: str) -> tuple[Any, str]:
+    """What has the attribute, the module or a class in it, and what it is called there."""
+    owner, _, attribute = name.rpartition(".")
+    return (getattr(module, owner) if owner else module), attribute
+
+
 def patch(module: ModuleType) -> None:
     """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
     where = module.__name__
     with _lock:
-        originals = {name: getattr(module, name, None) for name in _SIGNATURES[where]}
+        originals = {name: getattr(*_place(module, name), None) for name in _SIGNATURES[where]}
         if any(hasattr(original, "__hornbeam__") for original in originals.values()):
             return
         if not all(_is_known(where, name, original) for name, original in originals.items()):
@@ -96,7 +107,7 @@ def patch(module: ModuleType) -> None:
         for name, original in originals.items():
             if original is not None:
                 _originals[where, name] = original
-                setattr(module, name, _dispatcher(where, name, original))
+                setattr(*_place(module, name), _dispatcher(where, name, original))
 
 
 def unpatch(module: ModuleType) -> None:
@@ -107,8 +118,8 @@ def unpatch(module: ModuleType) -> None:
             return
         for name in _SIGNATURES[where]:
             original = _originals.pop((where, name), None)
-            if original is not None and hasattr(getattr(module, name), "__hornbeam__"):
-                setattr(module, name, original)
+            if original is not None and hasattr(getattr(*_place(module, name)), "__hornbeam__"):
+                setattr(*_place(module, name), original)
 
 
 def follow_aliases() -> None:
@@ -119,7 +130,7 @@ def follow_aliases() -> None:
     """
     with _lock:
         for (where, name), original in list(_originals.items()):
-            now = getattr(sys.modules[where], name)
+            now = getattr(*_place(sys.modules[where], name))
             _replace_aliases(name, original, now)
 
 
@@ -127,7 +138,7 @@ def restore_aliases() -> None:
     """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
     with _lock:
         for (where, name), original in list(_originals.items()):
-            _replace_aliases(name, getattr(sys.modules[where], name), original, but=where)
+            _replace_aliases(name, getattr(*_place(sys.modules[where], name)), original, but=where)
 
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:

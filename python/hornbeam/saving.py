@@ -36,7 +36,7 @@ def save_model(
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     **kwargs: Any,
-) -> SaveReport:
+) -> None:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
 
     The old file or directory stays as it was until the new one is complete.
@@ -48,16 +48,14 @@ def save_model(
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers and metrics, and layers with quantised weights, stay what they are.
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_model`.
-
-    Returns:
-        What was saved, and what a cast cost; `hornbeam.last_save_report()` gives it again.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -70,7 +68,7 @@ def save_model(
     before = last_save_report()
     with scope(), how:
         saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-    return _save_report(filepath, before)
+    _remember_stock(filepath, before)
 
 
 def load_model(
@@ -124,26 +122,25 @@ def save_weights(
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     **kwargs: Any,
-) -> SaveReport:
-    """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
+) -> None:
+    """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`.
 
     Args:
         model: The model; it must be built.
-        filepath: Ends in `.weights.h5`, or `.weights.json` for shards.
+        filepath: Ends in `.weights.h5` or `.safetensors`; for shards, in `.weights.json`, `.safetensors` or
+            `.safetensors.index.json`.
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers and metrics, and layers with quantised weights, stay what they are.
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         **kwargs: As `keras.saving.save_weights`.
-
-    Returns:
-        What was saved, and what a cast cost; `hornbeam.last_save_report()` gives it again.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
@@ -154,7 +151,7 @@ def save_weights(
     before = last_save_report()
     with scope(), how:
         saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    return _save_report(filepath, before)
+    _remember_stock(filepath, before)
 
 
 def load_weights(
@@ -170,7 +167,7 @@ def load_weights(
     progress: Progressed = None,
     **kwargs: Any,
 ) -> LoadReport:
-    """Loads weights from a `.weights.h5`, `.weights.json`, `.keras` or legacy `.h5` file.
+    """Loads weights from a `.weights.h5`, `.weights.json`, `.safetensors`, `.keras` or legacy `.h5` file.
 
     The file is read and its checksum compared before the model is touched; whatever fails, the model stays bit for bit
     what it was.
@@ -231,12 +228,10 @@ def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _save_report(filepath: Any, before: SaveReport | None) -> SaveReport:
-    report = last_save_report()
-    if report is None or report is before:  # stock Keras' work, or none
-        report = SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None)
-        remember(report)
-    return report
+def _remember_stock(filepath: Any, before: SaveReport | None) -> None:
+    """Leaves no older report as the last one where stock Keras did the save."""
+    if last_save_report() is before:
+        remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
