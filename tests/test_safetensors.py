@@ -248,6 +248,20 @@ def test_the_state_of_an_optimizer_of_another_name_is_found(tmp_path: Path) -> N
     assert saved(other) == saved(model)
 
 
+def test_an_optimizer_is_loaded_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    model = train(two_layers(), floats(8, 4), floats(8, 2))[0]
+    saving.save_weights(model, tmp_path / "w.safetensors")
+    other = two_layers()
+    other.compile("adam", "mse")  # its slots are made by the first step
+    with pytest.warns(UserWarning, match="other variables for it"), hornbeam.options(strict=False):
+        report = saving.load_weights(other, tmp_path / "w.safetensors")
+    assert int(other.optimizer.iterations) == 0
+    assert saved(other)[:4] == saved(model)[:4]
+    assert not report.complete
+    with pytest.raises(IncompleteLoadError), pytest.warns(UserWarning, match="other variables for it"):
+        saving.load_weights(other, tmp_path / "w.safetensors", strict=True)
+
+
 def test_a_model_without_an_optimizer_skips_its_state(tmp_path: Path) -> None:
     model = train(two_layers(), floats(8, 4), floats(8, 2))[0]
     saving.save_weights(model, tmp_path / "w.safetensors")
