@@ -1,4 +1,4 @@
-"""Weights without a model, written and read by both engines of hornbeam, h5py and safetensors. Knows no Keras."""
+"""Weights without a model, written and read by the engines of hornbeam, h5py and safetensors. Knows no Keras."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def save_hornbeam(engine: str, path: Path, tensors: Tensors, *, archive: bool = 
 
     dtypes = {dtype: dtype.name for dtype in {a.dtype for a in tensors.values()}}  # slow, so cached as in _tensors.py
     datasets: list[Any] = [(name, dtypes[a.dtype], a.shape, []) for name, a in tensors.items()]
-    plan = _core.plan(_groups(tensors), datasets, engine=engine)
+    plan = _core.plan([] if engine == "safetensors" else _groups(tensors), datasets, engine=engine)
     buffers = [a.reshape(-1) for a in tensors.values()]
     save = plan.start(str(path), buffers, archive=archive, atomic=True, durable=False)
     save.finish([("config.json", b"{}")] if archive else [])
@@ -131,6 +131,7 @@ PEERS: dict[str, Peer] = {
     "hornbeam": Peer(partial(save_hornbeam, "direct"), partial(load_hornbeam, "direct")),
     "hornbeam, libhdf5": Peer(partial(save_hornbeam, "libhdf5"), partial(load_hornbeam, "libhdf5")),
     "h5py": Peer(_save_h5py, _load_h5py),
+    "hornbeam, safetensors": Peer(partial(save_hornbeam, "safetensors"), partial(load_hornbeam, "safetensors")),
     "safetensors": Peer(_save_safetensors, _load_safetensors),
 }
 

@@ -98,7 +98,7 @@ def narrow(store: RecordStore, model: Any, smaller: Smaller) -> SaveReport:
         return report
     dtype = _tensors.own_dtype(smaller.dtype, smaller.dtype)
     weights = {id(variable) for variable in getattr(model, "weights", ())}
-    quantised = {path.rpartition("/")[0] for path, d in store.datasets.items() if d.name in ("int8", "uint8", "int4")}
+    quantised = _quantised(store)
     for path, dataset in store.datasets.items():
         wider = dataset.name.startswith("float") and dataset.memory.dtype.itemsize > dtype.itemsize
         if not wider or id(dataset.variable) not in weights or path.rpartition("/")[0] in quantised:
@@ -106,6 +106,13 @@ def narrow(store: RecordStore, model: Any, smaller: Smaller) -> SaveReport:
         assert dataset.variable is not None
         store.datasets[path] = cast_dataset(dataset, dtype, path, smaller, report)
     return report
+
+
+def _quantised(store: RecordStore) -> set[str]:
+    """The groups with integers and their scales."""
+    integers = {path.rpartition("/")[0] for path, d in store.datasets.items() if d.name in ("int8", "uint8")}
+    scaled = {p.rpartition("/")[0] for p, d in store.datasets.items() if "scale" in getattr(d.variable, "name", "")}
+    return integers & scaled
 
 
 def cast_dataset(dataset: Dataset, dtype: np.dtype, path: str, smaller: Smaller, report: SaveReport) -> Dataset:

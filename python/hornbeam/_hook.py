@@ -16,9 +16,10 @@ from types import ModuleType
 
 SAVING_LIB = "keras.src.saving.saving_lib"
 SAVING_API = "keras.src.saving.saving_api"
-EXPORTS = "keras.src.export.saved_model"
 LEGACY_H5 = "keras.src.legacy.saving.legacy_h5_format"
-MODULES = (SAVING_LIB, SAVING_API, LEGACY_H5, EXPORTS)
+MODEL = "keras.src.models.model"
+EXPORTS = "keras.src.export.saved_model"
+MODULES = (SAVING_LIB, SAVING_API, LEGACY_H5, MODEL, EXPORTS)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()

@@ -42,6 +42,10 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "save_model_to_hdf5": ("model", "filepath", "overwrite", "include_optimizer"),
         "load_model_from_hdf5": ("filepath", "custom_objects", "compile", "safe_mode"),
     },
+    _hook.MODEL: {
+        "Model.to_json": ("self", "kwargs"),
+        "model_from_json": ("json_string", "custom_objects"),
+    },
     _hook.EXPORTS: {  # what the module has not is of the class of its archives
         "get_input_signature": ("model",),
         "track": ("self", "resource"),
@@ -55,6 +59,7 @@ _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
     _hook.LEGACY_H5: ("hornbeam._legacy_save", "hornbeam._legacy"),
+    _hook.MODEL: ("hornbeam._json",),
     _hook.EXPORTS: ("hornbeam._export",),
 }
 assert tuple(_SIGNATURES) == _hook.MODULES
@@ -72,7 +77,7 @@ def _active() -> bool:
 @functools.cache
 def _ours(module: str, name: str) -> Callable[..., Any]:
     for place in _OURS[module]:
-        function = getattr(importlib.import_module(place), name.lstrip("_"), None)
+        function = getattr(importlib.import_module(place), name.rpartition(".")[2].lstrip("_"), None)
         if function is not None:
             return function
     raise AttributeError(name)
@@ -104,10 +109,13 @@ def archive_class() -> Any:
     return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
 
 
-def _owner(where: str, name: str) -> Any:
-    """What has the function: the module, or the class of archives."""
+def _place(where: str, name: str) -> tuple[Any, str]:
+    """What has the function, a module or a class in it, and what it is called there."""
     module = sys.modules[where]
-    return archive_class() if where == _hook.EXPORTS and not hasattr(module, name) else module
+    owner, _, attribute = name.rpartition(".")
+    if where == _hook.EXPORTS and not hasattr(module, name):
+        return archive_class(), name
+    return (getattr(module, owner) if owner else module), attribute
 
 
 def patch(module: ModuleType) -> None:
@@ -116,7 +124,7 @@ def patch(module: ModuleType) -> None:
     if where == _hook.EXPORTS and archive_class() is None:
         return  # a backend that exports nothing
     with _lock:
-        originals = {name: getattr(_owner(where, name), name, None) for name in _SIGNATURES[where]}
+        originals = {name: getattr(*_place(where, name), None) for name in _SIGNATURES[where]}
         if any(hasattr(original, "__hornbeam__") for original in originals.values()):
             return
         if not all(_is_known(where, name, original) for name, original in originals.items()):
@@ -124,7 +132,7 @@ def patch(module: ModuleType) -> None:
         for name, original in originals.items():
             if original is not None:
                 _originals[where, name] = original
-                setattr(_owner(where, name), name, _dispatcher(where, name, original))
+                setattr(*_place(where, name), _dispatcher(where, name, original))
 
 
 def unpatch(module: ModuleType) -> None:
@@ -135,9 +143,8 @@ def unpatch(module: ModuleType) -> None:
             return
         for name in _SIGNATURES[where]:
             original = _originals.pop((where, name), None)
-            owner = _owner(where, name)
-            if original is not None and hasattr(getattr(owner, name), "__hornbeam__"):
-                setattr(owner, name, original)
+            if original is not None and hasattr(getattr(*_place(where, name)), "__hornbeam__"):
+                setattr(*_place(where, name), original)
 
 
 def follow_aliases() -> None:
@@ -148,7 +155,7 @@ def follow_aliases() -> None:
     """
     with _lock:
         for (where, name), original in list(_originals.items()):
-            now = getattr(_owner(where, name), name)
+            now = getattr(*_place(where, name))
             _replace_aliases(name, original, now)
 
 
@@ -156,7 +163,7 @@ def restore_aliases() -> None:
     """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
     with _lock:
         for (where, name), original in list(_originals.items()):
-            _replace_aliases(name, getattr(_owner(where, name), name), original, but=where)
+            _replace_aliases(name, getattr(*_place(where, name)), original, but=where)
 
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:

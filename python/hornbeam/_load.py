@@ -17,7 +17,7 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _build, _core, _journal, _keras, _migrate, _progress, _report, _state, _tensors
+from hornbeam import _async, _build, _core, _journal, _keras, _migrate, _progress, _registry, _report, _state, _tensors
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -266,11 +266,15 @@ def _source(fileobj: Any) -> Any:
 
 def _from_config(config: bytes, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._model_from_config` through the Rust codec."""
-    decoded = _migrate.keras_config(config, _core.decode_json(config, trusted=False))
-    if not compile:
-        decoded["compile_config"] = None
-    with saving_lib.ObjectSharingScope():
-        return saving_lib.deserialize_keras_object(decoded, custom_objects, safe_mode=safe_mode)
+
+    def decoded() -> Any:
+        found = _migrate.keras_config(config, _core.decode_json(config, trusted=False))
+        if not compile:
+            found["compile_config"] = None
+        return found
+
+    with saving_lib.ObjectSharingScope(), _registry.explained(decoded, custom_objects):
+        return saving_lib.deserialize_keras_object(decoded(), custom_objects, safe_mode=safe_mode)
 
 
 def _load_state(

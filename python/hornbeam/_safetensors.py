@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,10 @@ class Names:
         ours = _names(structure.values, structure)
         weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
         slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
+        theirs = {path for path in there if structure.is_optimizer(path)}
+        if slots and theirs and theirs != slots.keys():
+            warnings.warn("Skipping the optimizer's state: the file has other variables for it.", stacklevel=2)
+            slots = {}
         by_place = not by_name and not shapes.keys() >= set(weights.values()) and there.keys() >= weights.keys()
         if by_place:
             weights = {path: there[path] for path in weights}

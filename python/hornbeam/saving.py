@@ -42,7 +42,7 @@ def save_model(
     asynchronous: bool = False,
     latest_wins: bool = False,
     **kwargs: Any,
-) -> SaveReport | Handle:
+) -> Handle | None:
     """Saves a model: as a `.keras` archive, a directory (`zipped=False`), a SavedModel, or in the legacy HDF5 format.
 
     The old file or directory stays as it was until the new one is complete.
@@ -55,7 +55,8 @@ def save_model(
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers and metrics, and layers with quantised weights, stay what they are.
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
@@ -68,8 +69,7 @@ def save_model(
         **kwargs: As `keras.saving.save_model`.
 
     Returns:
-        What was saved, and what a cast cost (`hornbeam.last_save_report()` gives it again); of an asynchronous save,
-        its handle.
+        The handle of an asynchronous save, otherwise `None`; `hornbeam.last_save_report()` says what was saved.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -82,7 +82,10 @@ def save_model(
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-    return _outcome(filepath, before, request)
+    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
+        return request.handle
+    _remember_stock(filepath, before)
+    return None
 
 
 def load_model(
@@ -139,17 +142,19 @@ def save_weights(
     asynchronous: bool = False,
     latest_wins: bool = False,
     **kwargs: Any,
-) -> SaveReport | Handle:
-    """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
+) -> Handle | None:
+    """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`.
 
     Args:
         model: The model; it must be built.
-        filepath: Ends in `.weights.h5`, or `.weights.json` for shards.
+        filepath: Ends in `.weights.h5` or `.safetensors`; for shards, in `.weights.json`, `.safetensors` or
+            `.safetensors.index.json`.
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers and metrics, and layers with quantised weights, stay what they are.
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
@@ -162,8 +167,7 @@ def save_weights(
         **kwargs: As `keras.saving.save_weights`.
 
     Returns:
-        What was saved, and what a cast cost (`hornbeam.last_save_report()` gives it again); of an asynchronous save,
-        its handle.
+        The handle of an asynchronous save, otherwise `None`; `hornbeam.last_save_report()` says what was saved.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
@@ -174,7 +178,10 @@ def save_weights(
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    return _outcome(filepath, before, request)
+    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
+        return request.handle
+    _remember_stock(filepath, before)
+    return None
 
 
 def load_weights(
@@ -190,7 +197,7 @@ def load_weights(
     progress: Progressed = None,
     **kwargs: Any,
 ) -> LoadReport:
-    """Loads weights from a `.weights.h5`, `.weights.json`, `.keras` or legacy `.h5` file.
+    """Loads weights from a `.weights.h5`, `.weights.json`, `.safetensors`, `.keras` or legacy `.h5` file.
 
     The file is read and its checksum compared before the model is touched; whatever fails, the model stays bit for bit
     what it was.
@@ -249,14 +256,10 @@ def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request | None) -> SaveReport | Handle:
-    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
-        return request.handle
-    report = last_save_report()
-    if report is None or report is before:  # stock Keras' work, or none
-        report = SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None)
-        remember(report)
-    return report
+def _remember_stock(filepath: Any, before: SaveReport | None) -> None:
+    """Leaves no older report as the last one where stock Keras did the save."""
+    if last_save_report() is before:
+        remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,29 @@
+"""Architectures as JSON text, through the Rust codec: `Model.to_json` and `model_from_json`.
+
+Each function stands in for the one of `keras.src.models.model`; the first argument is the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras.src.saving import serialization_lib
+
+from hornbeam import _core, _registry
+
+Stock = Callable[..., Any]
+
+
+def to_json(stock: Stock, model: Any, **kwargs: Any) -> Any:
+    """`Model.to_json`; with arguments for `json.dumps`, stock Keras' own."""
+    if kwargs:
+        return stock(model, **kwargs)
+    return _core.encode_json(serialization_lib.serialize_keras_object(model)).decode()
+
+
+def model_from_json(stock: Stock, json_string: Any, custom_objects: Any = None) -> Any:
+    """`keras.models.model_from_json`."""
+    config = _core.decode_json(json_string)
+    with _registry.explained(lambda: _core.decode_json(json_string), custom_objects):
+        return serialization_lib.deserialize_keras_object(config, custom_objects=custom_objects)
