@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import weakref
 import zipfile
 from typing import Any
 
 import keras
 
-from hornbeam import _fit, _random, _training_state
+from hornbeam import _fit, _processes, _random, _training_state
 from hornbeam._keras import scope
 from hornbeam._state import logger
 from hornbeam.checkpoint import Checkpoint, CheckpointManager
@@ -170,7 +168,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 self._restore_metrics(resumed["metrics"])
                 if resumed["learning_rate"] is not None:  # a scheduler may have changed it again
                     self.model.optimizer.learning_rate = resumed["learning_rate"]
-            _random.restore(resumed["random"])
+            if _processes.current().rank == 0:  # it is that of the process that saved
+                _random.restore(resumed["random"])
         if self.seed is not None and not middle:
             _random.reseed(self.seed, epoch)
 
@@ -234,9 +233,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """Deletes the backup, unless it is to stay."""
         self.model._initial_epoch = None
         if self.delete_checkpoint:
-            self._manager.wait()
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self.backup_dir)
+            self._manager.delete_all()
         self._manager.close()
         self._input = None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hornbeam import _core, _random, _retention, _statefile, _training_state
+from hornbeam import _core, _processes, _random, _retention, _statefile, _training_state
 from hornbeam._lock import FileLock
 from hornbeam._save import checksum
 from hornbeam._state import logger, options
@@ -28,7 +28,7 @@ from hornbeam.saving import load_weights, save_model, save_weights
 
 __all__ = ["Checkpoint", "CheckpointManager"]
 
-_MANIFEST, _LOCK, _STATE = "checkpoints.json", ".lock", "state.zip"
+_MANIFEST, _LOCK, _STATE, _PROCESSES = "checkpoints.json", ".lock", "state.zip", ".processes"
 _WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 #: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
@@ -103,6 +103,7 @@ class CheckpointManager:
         mode: `"min"` or `"max"`: which value of it is better.
         save_weights_only: Weights and optimizer (`.weights.h5`), or the whole model (`.keras`).
         durable: `save` returns when everything is on stable storage.
+        timeout: Seconds that processes of one training wait for each other. The first one writes; all call `save`.
 
     Attributes:
         extra: What the last `restore` found of what was passed to `save`.
@@ -123,6 +124,7 @@ class CheckpointManager:
         mode: str = "min",
         save_weights_only: bool = True,
         durable: bool = True,
+        timeout: float = 600.0,
     ) -> None:
         _retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
@@ -134,10 +136,14 @@ class CheckpointManager:
         self.monitor, self.mode = monitor, mode
         self.save_weights_only = save_weights_only
         self.durable = durable
+        self.timeout = timeout
         self.extra: dict[str, Any] = {}
         self.random: dict[str, Any] | None = None
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
+        self._place = _processes.Place(0, 1)
+        self._group: _processes.Group | None = None
+        self._opened = False
 
     def __enter__(self) -> CheckpointManager:
         self._open()
@@ -153,7 +159,19 @@ class CheckpointManager:
         self.wait()
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+        self._lock = self._group = None
+        self._opened = False
+
+    def delete_all(self) -> None:
+        """Deletes the directory, when every process of the training has asked for it, and closes."""
+        self._open()
+        self.wait()
+        if self._group is not None:
+            self._group.meet(wait=self._place.rank == 0)
+        if self._place.rank == 0:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.directory)
+        self.close()
 
     def wait(self) -> None:
         """Waits for what is being deleted."""
@@ -213,8 +231,9 @@ class CheckpointManager:
     ) -> int:
         """Gives a model, and the process, the state that they had when a checkpoint was saved.
 
-        Weights, optimizer, seed generators, and the random state of Python, NumPy, Keras and the backend. Everything is
-        read and compared before anything is changed. What was passed as `extra` to `save` is in `self.extra`
+        Weights, optimizer, seed generators, and the random state of Python, NumPy, Keras and the backend, which is that
+        of the process that saved: others of the same training keep theirs. Everything is read and compared before
+        anything is changed. What was passed as `extra` to `save` is in `self.extra`
         afterwards, except what `extra` has an object for.
 
         Args:
@@ -266,14 +285,14 @@ class CheckpointManager:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
         _training_state.check(model, state["model"], where)
         optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and not optimizer.built:
+        if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
         load_weights(model, chosen.model, strict=True)
         _training_state.apply(model, state["model"], where)
         for name, item in extra.items():
             _training_state.give_state(item, state["extra"][name], f"{where}: {name}")
         self.random = state["model"]["random"]
-        if random_state:  # last: what was called above may have drawn numbers
+        if random_state and _processes.current().rank == 0:  # last: what was called above may have drawn numbers
             _random.restore(state["model"]["random"])
         self.extra = {name: value for name, value in state["extra"].items() if name not in extra}
         logger.info("restored step %d from '%s'", chosen.step, chosen.path)
@@ -312,15 +331,31 @@ class CheckpointManager:
         if self.keep_best is not None and self.monitor not in numbers:
             raise ValueError(f"`keep_best` needs '{self.monitor}'. Received: metrics={dict(metrics or {})}")
         self._open()
+        if self._group is None:
+            return self._save(step, model, numbers, extra or {})
+        _processes.refuse_remote([*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())])
+        if self._place.rank != 0:
+            self._group.meet()
+            return next(c for c in self.all() if c.step == step)
+        try:
+            saved = self._save(step, model, numbers, extra or {})
+        except BaseException as error:
+            self._group.meet(failed=f"{type(error).__name__}: {error}")
+            raise
+        self._group.meet()
+        return saved
+
+    def _save(self, step: int, model: Any, metrics: dict[str, float], extra: Mapping[str, Any]) -> Checkpoint:
         before = self.all()
         state = {
             "format": 1,
             "step": step,
+            "optimizer": bool(getattr(getattr(model, "optimizer", None), "built", False)),
             "model": _training_state.capture(model),
-            "extra": {name: _training_state.state_of(item) for name, item in (extra or {}).items()},
+            "extra": {name: _training_state.state_of(item) for name, item in extra.items()},
         }
         started = time.monotonic()
-        saved = self._write(self._unused_name(step), step, model, state, numbers)
+        saved = self._write(self._unused_name(step), step, model, state, metrics)
         kept = [c for c in before if c.step != step]
         listed = self._retain([*kept, saved])
         self._write_manifest(listed)
@@ -380,9 +415,21 @@ class CheckpointManager:
     # Ownership
 
     def _open(self) -> None:
-        """Takes the directory for writing, and clears what a killed writer left."""
-        if self._lock is not None and self._lock.held:
+        """Takes the directory for writing, and clears what a killed writer left; meets the other processes."""
+        if self._opened and (self._lock is None or self._lock.held):
             return
+        self._place = _processes.current()
+        if self._place.rank == 0:
+            self._take()
+        if self._place.count > 1:
+            try:
+                self._group = _processes.Group(self.directory / _PROCESSES, self._place, self.timeout)
+            except BaseException:
+                self.close()
+                raise
+        self._opened = True
+
+    def _take(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         listed = self.all()  # raises where there are checkpoints without a manifest
         try:
