@@ -102,6 +102,12 @@ impl DType {
         SAFETENSORS.iter().find(|row| row.0 == name).map(|row| (row.1, row.2))
     }
 
+    /// The name in a safetensors file; `tag` is the NumPy name of what is opaque. `None` where the format has none.
+    pub fn to_safetensors(self, tag: Option<&str>) -> Option<&'static str> {
+        let same = |row: &&(&str, Self, Option<&str>)| row.1 == self && (row.2.is_none() || row.2 == tag);
+        SAFETENSORS.iter().find(same).map(|row| row.0)
+    }
+
     /// Every dtype with a name of its own.
     pub fn named() -> impl Iterator<Item = Self> {
         TABLE.iter().map(|row| row.0)

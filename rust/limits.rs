@@ -14,8 +14,16 @@ pub const MAX_OBJECTS: usize = 4_000_000;
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;
 /// Chunks of one object header.
 pub const MAX_CONTINUATIONS: usize = 4096;
-/// Levels of a group's B-tree.
+/// Levels of a B-tree.
 pub const MAX_BTREE_LEVELS: u8 = 16;
+/// What reading the metadata of an image may take, as a multiple of its bytes: in a sound one every structure is there
+/// once, and looked at up to three times; a hostile one leads to the same place on many ways.
+pub const MAX_METADATA_READS: u64 = 8;
+/// Bytes that a chunk takes in an image, with its entry in an index, unless it is smaller itself: so many chunks it has
+/// at most.
+pub const MIN_CHUNK_BYTES: u64 = 16;
+/// Entries of an array of chunks beyond one for every 8 bytes of its image: those of what was never written.
+pub const MAX_EMPTY_CHUNKS: u64 = 1 << 20;
 
 /// Members of an archive; Python's zipfile writes zip64 from here on.
 pub const MAX_MEMBERS: u64 = 1 << 20;
@@ -23,7 +31,9 @@ pub const MAX_MEMBERS: u64 = 1 << 20;
 pub const MAX_DIRECTORY_BYTES: u64 = 1 << 30;
 /// Only what declares more than this many bytes can be a bomb; Keras' own thresholds for members come from its module.
 pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
-/// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
+/// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras). So are
+/// all that a load has to decode, together, against the bytes of their files: deflate cannot do more with what was
+/// ever written, and its index.
 pub const DATASET_MAX_EXPANSION: u64 = 1000;
 
 /// Bytes of the header of a safetensors file: the reference implementation's own limit.

@@ -1,19 +1,23 @@
-//! A `.safetensors` file → the index that an HDF5 image gives, so that everything behind it works for both.
+//! A `.safetensors` file: tree → layout, file → index, both as for an HDF5 image, so that everything behind works for it.
 //!
 //! The file is 8 bytes (the header's length), the header (a JSON object: name → `dtype`, `shape`, `data_offsets`, and
 //! `__metadata__` with strings), the values. As strict as the reference implementation: the values follow one another
-//! without holes, and nothing is left over.
+//! without holes, and nothing is left over. What we write begins at a multiple of 64, as far as it can: the header is
+//! padded with spaces, and tensors that keep the next one there come first.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Build, Scalar, Text};
+use crate::config::{self, Build, Encoder, Scalar, Text};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Engine, Found, Index, Layout, Storage};
+use crate::h5::{ALIGNMENT, Engine, Found, Index, Layout, Storage};
 use crate::io::ReadAt;
 use crate::limits;
-use crate::tree::{Attribute, Tree};
+use crate::tree::{Attribute, Dataset, Tree};
 
-/// The reader of safetensors; it writes none.
+/// The name of the entry that is no tensor; in a tree, the group whose attributes are the metadata.
+const METADATA: &str = "__metadata__";
+
+/// Lays out and indexes safetensors.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Safetensors;
 
@@ -22,8 +26,8 @@ impl Engine for Safetensors {
         "safetensors"
     }
 
-    fn lay_out(&self, _tree: &Tree) -> Result<Layout> {
-        Err(Error::new(Kind::Unsupported, "safetensors files are read only"))
+    fn lay_out(&self, tree: &Tree) -> Result<Layout> {
+        lay_out(tree)
     }
 
     fn index(&self, image: &dyn ReadAt) -> Result<Index> {
@@ -33,6 +37,86 @@ impl Engine for Safetensors {
     fn read(&self, _image: &dyn ReadAt, _paths: &[&str], _out: &mut [&mut [u8]]) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "safetensors hold contiguous tensors only"))
     }
+}
+
+/// Header first, then the tensors.
+fn lay_out(tree: &Tree) -> Result<Layout> {
+    let datasets = tree.datasets();
+    let mut order: Vec<usize> = (0..datasets.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse((datasets[i].nbytes % ALIGNMENT == 0, datasets[i].dtype.size()))); // stable
+    let mut header = Encoder::new();
+    header.begin_dict();
+    for group in tree.groups() {
+        if &*group.path != METADATA {
+            return Err(Error::new(Kind::Invalid, "safetensors files have no groups").with_entry(&group.path));
+        }
+        put_metadata(&group.attributes, &mut header);
+    }
+    let mut offsets = vec![None; datasets.len()];
+    let mut at = 0;
+    for i in order {
+        put_tensor(&datasets[i], at, &mut header).map_err(|e| e.with_entry(&datasets[i].path))?;
+        offsets[i] = (datasets[i].nbytes > 0).then_some(at);
+        at += datasets[i].nbytes;
+    }
+    header.end_dict();
+    let mut header = header.finish();
+    let start = (header.len() as u64 + 8).next_multiple_of(ALIGNMENT);
+    header.resize(start as usize - 8, b' ');
+    if header.len() as u64 > limits::MAX_SAFETENSORS_HEADER_BYTES {
+        return Err(Error::new(
+            Kind::Invalid,
+            "the names of these tensors do not fit into the header of a safetensors file",
+        )
+        .with_found(format_args!("at most {} bytes", limits::MAX_SAFETENSORS_HEADER_BYTES), header.len())
+        .with_advice("Save in shards."));
+    }
+    header.splice(..0, (header.len() as u64).to_le_bytes());
+    offsets.iter_mut().flatten().for_each(|offset| *offset += start);
+    Ok(Layout { metadata: vec![(0, header)], offsets, len: start + at })
+}
+
+fn put_metadata(attributes: &[Attribute], header: &mut Encoder) {
+    header.str(METADATA);
+    header.colon();
+    header.begin_dict();
+    for (name, value) in attributes {
+        header.str(name);
+        header.colon();
+        header.str(value);
+    }
+    header.end_dict();
+}
+
+/// The entry of a tensor that lies `at` bytes behind the header.
+fn put_tensor(dataset: &Dataset, at: u64, header: &mut Encoder) -> Result<()> {
+    if &*dataset.path == METADATA {
+        return Err(Error::new(Kind::Invalid, "a tensor cannot have this name in a safetensors file"));
+    }
+    let tag = dataset.attributes.iter().find(|a| a.0 == "dtype").map(|a| &*a.1);
+    let dtype = dataset.dtype.to_safetensors(tag).ok_or_else(|| {
+        Error::new(Kind::Invalid, "safetensors files have no such dtype")
+            .with_found("another", tag.map_or_else(|| dataset.dtype.name(), Into::into))
+    })?;
+    let list = |header: &mut Encoder, numbers: &[u64]| {
+        header.begin_list();
+        numbers.iter().for_each(|&n| header.int(n.cast_signed())); // below 1 << 60
+        header.end_list();
+    };
+    header.str(&dataset.path);
+    header.colon();
+    header.begin_dict();
+    header.str("dtype");
+    header.colon();
+    header.str(dtype);
+    header.str("shape");
+    header.colon();
+    list(header, &dataset.shape);
+    header.str("data_offsets");
+    header.colon();
+    list(header, &[at, at + dataset.nbytes]);
+    header.end_dict();
+    Ok(())
 }
 
 #[cold]
@@ -71,7 +155,7 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
     let mut index = Index::default();
     let mut ends = Vec::new();
     for (name, node) in header.into_entries() {
-        if name == "__metadata__" {
+        if name == METADATA {
             index.attributes = metadata(node).ok_or_else(|| malformed("its __metadata__ is no object of strings"))?;
             continue;
         }

@@ -41,6 +41,7 @@ pub struct Tree {
     datasets: Vec<Dataset>,
     nodes: HashMap<Arc<str>, Node>,
     last_group: Option<Arc<str>>,
+    flat: bool,
 }
 
 /// What stands at a path.
@@ -58,6 +59,11 @@ impl Tree {
     /// An empty tree.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty tree without levels: paths are names, in which a slash is a letter like any other.
+    pub fn flat() -> Self {
+        Self { flat: true, ..Self::default() }
     }
 
     /// Groups, in the order they were added.
@@ -116,6 +122,13 @@ impl Tree {
         let bad = |what: &str| Err(Error::new(Kind::Invalid, what).with_entry(path));
         if path.len() > limits::MAX_PATH_BYTES {
             return bad("path is too long for a weights file");
+        }
+        if self.flat {
+            let shared: Arc<str> = path.into();
+            return match self.nodes.insert(Arc::clone(&shared), node) {
+                None => Ok(shared),
+                Some(_) => bad("name is already taken"),
+            };
         }
         let mut depth = 0;
         for part in path.split('/') {
@@ -178,6 +191,17 @@ fn check_attributes(path: &str, attributes: &[Attribute]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_a_flat_tree_are_only_unique() {
+        let mut t = Tree::flat();
+        for name in ["a", "a/b", "a//b", "", "..", "/"] {
+            t.add_dataset(name, DType::F32, [2], vec![]).unwrap();
+        }
+        assert!(t.add_dataset("a/b", DType::F32, [2], vec![]).is_err());
+        assert!(t.add_group("a", vec![]).is_err());
+        assert_eq!(t.datasets().len(), 6);
+    }
 
     #[test]
     fn refuses_what_hdf5_cannot_hold() {

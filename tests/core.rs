@@ -2,6 +2,8 @@
 //!
 //! One rule runs through it: whatever was done to a file, reading it gives an error or the bytes that were written.
 
+mod hostile;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
@@ -25,8 +27,9 @@ use hornbeam::save::{self, Plan, Target, Written};
 use hornbeam::tree::{Attribute, Tree};
 use proptest::prelude::*;
 
-const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false };
-const OVER: commit::Options = commit::Options { atomic: false, durable: false };
+const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false, queued: false };
+const QUEUED: commit::Options = commit::Options { atomic: true, durable: false, queued: true };
+const OVER: commit::Options = commit::Options { atomic: false, durable: false, queued: false };
 
 /// Never interrupts a wait.
 const WAIT: Interrupt<'_> = &|| Ok(());
@@ -323,6 +326,17 @@ fn groups_of_any_size_are_read_back() {
         assert_eq!(read_all(&bytes, false).unwrap(), wanted, "{siblings}");
     }
     round_trip(&Tree::new(), 0);
+}
+
+/// B-trees of a few nodes with more leaves than there are atoms in the room. Without a bound this test would not end.
+#[test]
+fn trees_that_meet_again_are_refused() {
+    let (image, _) = to_memory(&small_tree(), Values::of(&small_tree(), 1), false, true, b"");
+    for (levels, empty) in [(3, false), (15, false), (15, true), (60, false)] {
+        let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
+        let error = Direct.index(&bad).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Limit | Kind::Hdf5), "{error}");
+    }
 }
 
 #[test]
@@ -721,7 +735,7 @@ mod replacing {
         let living = Pending::create(&path, ATOMIC).unwrap();
         assert!(!dead.exists() && !dead_directory.exists() && other.exists() && similar.exists());
         let before = names(root);
-        put(&path, "second", ATOMIC); // while the first still writes
+        put(&path, "second", QUEUED); // while the first still writes
         for name in &before {
             assert!(root.join(name).exists(), "{name} was in use");
         }
@@ -833,13 +847,37 @@ mod replacing {
         let one = |byte: u8| {
             for i in 0..100usize {
                 let bytes = vec![byte; 1000 + i];
-                commit::write(&path, &bytes, ATOMIC).unwrap();
+                commit::write(&path, &bytes, QUEUED).unwrap();
                 let found = fs::read(&path).unwrap();
                 assert!(found.len() >= 1000 && found.iter().all(|&b| b == found[0]), "a mixture");
             }
         };
         std::thread::scope(|s| (1..5).for_each(|b| drop(s.spawn(move || one(b)))));
         assert_eq!(names(directory.path()), ["m.keras"]);
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_while_the_first_lives() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.keras");
+        let first = Pending::create(&path, QUEUED).unwrap();
+        let refused = Pending::create(&path, ATOMIC).unwrap_err();
+        assert!(matches!(refused.kind(), Kind::Io(e) if e.kind() == std::io::ErrorKind::ResourceBusy), "{refused}");
+        let process = std::process::id().to_string();
+        assert!(refused.to_string().contains(&process) && refused.path() == Some(&path), "{refused}");
+        // Files whose names begin alike are other files.
+        put(&directory.path().join("m.kera"), "other", ATOMIC);
+        put(&directory.path().join("m.keras.0123456789abcdef.hornbeam-tmp"), "other", ATOMIC);
+        // A lock that outlives its process, in a child of it, stops nobody, and its file stays.
+        let orphan = directory.path().join(".m.keras.7fffffff89abcdef.hornbeam-tmp");
+        let held = fs::File::create(&orphan).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        drop(first);
+        put(&path, "second", ATOMIC);
+        assert!(orphan.exists());
+        drop(held);
+        put(&path, "third", ATOMIC);
+        assert!(!orphan.exists());
     }
 
     const NAMES: [&str; 2] = ["config.json", "assets"];
@@ -921,7 +959,7 @@ mod replacing {
         fs::write(inner.join("config.json"), "half").unwrap();
         let lock = inner.with_extension("hornbeam-tmp");
         assert!(lock.exists());
-        let second = commit::Directory::create(&target, &NAMES, ATOMIC).unwrap();
+        let second = commit::Directory::create(&target, &NAMES, QUEUED).unwrap();
         assert!(inner.exists() && lock.exists(), "the first one is alive");
         drop(second);
         drop(left);
@@ -1165,6 +1203,7 @@ fn tensors_that_overlap_or_leave_the_image_are_refused() {
 
 mod safetensors {
     use super::*;
+    use hornbeam::safetensors::Safetensors;
 
     /// A file: the header's length, the header, the values.
     fn file(header: &str, values: &[u8]) -> Vec<u8> {
@@ -1215,6 +1254,75 @@ mod safetensors {
             assert!(weights.read_part(i, 0, len + 1, WAIT).is_err());
             assert_eq!(weights.offset(i), None, "memory is no file");
         }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_aligned() {
+        let metadata = vec![("format".to_owned(), "keras".to_owned()), ("b".to_owned(), "ß\"\n".to_owned())];
+        let tag = |name: &str| vec![("dtype".to_owned(), name.to_owned())];
+        let mut tree = Tree::flat();
+        tree.add_group("__metadata__", metadata.clone()).unwrap();
+        for (name, dtype, shape, attributes) in [
+            ("odd", DType::U8, vec![3], vec![]),
+            ("a/b", DType::F32, vec![16, 4], tag("float32")),
+            ("a", DType::F64, vec![], vec![]),
+            ("größe/😀\u{1}", DType::Opaque(2), vec![5, 7], tag("bfloat16")),
+            ("", DType::Opaque(1), vec![4], tag("float8_e5m2")),
+            ("nothing", DType::C64, vec![0, 3], vec![]),
+            ("big", DType::I8, vec![700_032], vec![]),
+            ("flag", DType::Bool, vec![1], vec![]),
+        ] {
+            tree.add_dataset(name, dtype, shape, attributes).unwrap();
+        }
+        let mut values = Values::of(&tree, 7);
+        let plan = Plan::new(tree, &Safetensors).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let target = Target::Path(path.clone(), ATOMIC);
+        let written = save::write(&plan, target, &mut values, None, &Progress::default()).unwrap().commit().unwrap();
+        assert_eq!(Some(written.bytes), plan.weights_end(false));
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(crc32fast::hash(&bytes), written.crc);
+        let weights = Weights::open(load::open(&path).unwrap(), Choice::Safetensors).map(Arc::new).unwrap();
+        let index = weights.index();
+        let mut sorted = metadata;
+        sorted.sort();
+        assert_eq!(index.attributes, sorted);
+        assert_eq!(index.datasets.len(), plan.tree().datasets().len());
+        for (i, found) in index.datasets.iter().enumerate() {
+            let at = plan.tree().datasets().iter().position(|d| *d.path == *found.path).unwrap();
+            let wanted = &plan.tree().datasets()[at];
+            assert_eq!((found.dtype, &found.shape), (wanted.dtype, &wanted.shape));
+            assert_eq!(weights.read_part(i, 0, found.nbytes, WAIT).unwrap().bytes(), values.0[at]);
+            if let Some(offset) = weights.offset(i) {
+                let unit = if found.nbytes % ALIGNMENT == 0 { ALIGNMENT } else { found.dtype.size() as u64 };
+                assert_eq!(offset % unit, 0, "{}", found.path);
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_format_lacks_is_not_written() {
+        let refused = |path: &str, dtype, tag: &[Attribute], group: Option<&str>| {
+            let mut tree = Tree::flat();
+            if let Some(group) = group {
+                tree.add_group(group, vec![]).unwrap();
+            }
+            tree.add_dataset(path, dtype, [1], tag.to_vec()).unwrap();
+            Plan::new(tree, &Safetensors).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(refused("a", DType::F32, &[], None), "");
+        assert!(refused("a", DType::C128, &[], None).contains("no such dtype: expected another, found complex128"));
+        assert!(refused("a", DType::Opaque(2), &[], None).contains("found V2"));
+        assert!(refused("__metadata__", DType::F32, &[], None).contains("cannot have this name"));
+        assert!(refused("a", DType::F32, &[], Some("g")).contains("no groups"));
+        let long = "n".repeat(16_000);
+        let mut tree = Tree::flat();
+        for i in 0..6_300 {
+            tree.add_dataset(&format!("{long}{i}"), DType::U8, [0], vec![]).unwrap();
+        }
+        let error = Plan::new(tree, &Safetensors).err().unwrap().to_string();
+        assert!(error.contains("do not fit into the header") && error.contains("Save in shards"), "{error}");
     }
 
     fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {

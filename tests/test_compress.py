@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,31 @@ def test_a_pipe_gets_nothing_of_what_cannot_be_written_there() -> None:
     with hornbeam.installed(), hornbeam.options(compression=1), pytest.raises(HornbeamError, match="can seek"):
         saving_lib.save_model(compressible(), pipe)
     assert pipe.content == b""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_forks_while_a_file_object_is_read(tmp_path: Path) -> None:
+    """As a data loader does in another thread. The lock of the HDF5 library is waited for by `fork`, and whoever forks
+    has the interpreter, which a file object needs: it must not be read under that lock."""
+
+    class Forking(io.BytesIO):
+        forks = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads in this process, which the child does not need
+                child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+            self.forks += 1
+            return super().read(size)
+
+    model = compressible()
+    saving.save_model(model, tmp_path / "m.keras", compression=1)
+    file = Forking((tmp_path / "m.keras").read_bytes())
+    with hornbeam.installed():
+        loaded = saving_lib.load_model(file)
+    assert file.forks > 5
+    assert hornbeam.stats().engines == {"libhdf5": 2}
+    assert saved(loaded) == saved(model)

@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hornbeam import errors
+from hornbeam._async import Handle, wait
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
 from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, last_report
+from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report
 from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
@@ -27,10 +28,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointManager",
     "File",
+    "Handle",
     "HornbeamError",
     "IncompleteLoadError",
     "LoadReport",
     "Progress",
+    "SaveReport",
     "Stats",
     "Tensor",
     "UnsupportedError",
@@ -42,6 +45,7 @@ __all__ = [
     "install",
     "installed",
     "last_report",
+    "last_save_report",
     "models",
     "open",
     "options",
@@ -59,10 +63,6 @@ if build_info()["debug"]:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def wait() -> None:
-    """Waits until every asynchronous save is done. There are none yet, so it returns at once."""
 
 
 def __getattr__(name: str) -> Any:

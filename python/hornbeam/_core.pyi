@@ -19,6 +19,7 @@ __all__ = [
     "Save",
     "Weights",
     "build_info",
+    "check_expansion",
     "decode_json",
     "encode_json",
     "open",
@@ -76,7 +77,8 @@ def plan(
     Args:
         groups: The groups that have attributes, or are empty.
         datasets: The datasets, in the order they are written.
-        engine: Who lays it out.
+        engine: Who lays it out. `"safetensors"` takes names instead of paths, the NumPy name of what is opaque from an
+            attribute `dtype`, and its metadata from the attributes of a group `__metadata__`.
         compression: Level of deflate, 0 to 9; then datasets of 16 KiB and more are written in chunks, by libhdf5.
         shuffle: Transpose the bytes of the elements first.
         chunk_bytes: Bytes of a chunk, at most, before compression.
@@ -109,6 +111,7 @@ class Plan:
         base: int = 0,
         atomic: bool = True,
         durable: bool = False,
+        hold: bool = False,
     ) -> Save:
         """Starts a thread that writes to a path, a file object or writable memory.
 
@@ -119,6 +122,8 @@ class Plan:
             base: Offset in a file object or memory where the archive begins.
             atomic: Replace the file at a path when the new one is complete.
             durable: Wait for stable storage.
+            hold: Open the path now, and start the thread when `Save.finish` is called. Other saves of this process
+                may be writing to the same path then; otherwise they may not.
         """
 
 @final
@@ -182,6 +187,13 @@ class Directory:
 def open(target: _Path | _Buffer | _Seekable, *, archive: bool) -> File:
     """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
 
+def check_expansion(images: Sequence[Weights]) -> None:
+    """Refuses images whose chunked datasets take far more memory, together, than their files say.
+
+    Raises:
+        LimitError: When they do. `Weights.fetch` checks what is wanted of one image.
+    """
+
 @final
 class File:
     """An open file."""
@@ -190,8 +202,11 @@ class File:
         """`(name, bytes, bytes stored)` of every member of an archive."""
     def read(self, name: str) -> bytes:
         """A whole member, inflated, its CRC checked."""
-    def check_expansion(self, name: str, floor: int, max_expansion: int) -> None:
-        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores."""
+    def check_expansion(self, name: str | None, floor: int, max_expansion: int) -> None:
+        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores.
+
+        Without a name, all of them together.
+        """
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 

@@ -1,6 +1,6 @@
 """`install`, `uninstall`, `installed`: route Keras' own entry points through hornbeam. Imports no Keras.
 
-`install()` before `import keras` only leaves a hook on the import of Keras' saving module, so that the backend may
+`install()` before `import keras` only leaves a hook on the import of Keras' saving modules, so that the backend may
 still be chosen afterwards.
 """
 
@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 SAVING_LIB = "keras.src.saving.saving_lib"
+SAVING_API = "keras.src.saving.saving_api"
+EXPORTS = "keras.src.export.saved_model"
+MODULES = (SAVING_LIB, SAVING_API, EXPORTS)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()
@@ -41,12 +44,12 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Watches for the import of Keras' saving module."""
+    """Watches for the import of Keras' saving modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != SAVING_LIB:
+        if fullname not in MODULES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -57,10 +60,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 _finder = _Finder()
 
 
-def _patch(saving_lib: ModuleType) -> None:
+def _patch(module: ModuleType) -> None:
     from hornbeam import _keras
 
-    _keras.patch(saving_lib)
+    _keras.patch(module)
 
 
 def install() -> None:
@@ -85,20 +88,24 @@ def uninstall() -> None:
 
 
 def _update() -> None:
-    """Puts the dispatchers, or the hook that will, in place or away."""
-    module = sys.modules.get(SAVING_LIB)
+    """Puts the dispatchers, and the hook that will, in place or away."""
+    loaded = [sys.modules[name] for name in MODULES if name in sys.modules]
     if is_installed():
-        if module is not None:
+        for module in loaded:
             _patch(module)
-        elif _finder not in sys.meta_path:
+        if len(loaded) < len(MODULES) and _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)
-        return
-    if _finder in sys.meta_path:
+    elif _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    if module is not None:
+    if loaded:
         from hornbeam import _keras
 
-        _keras.unpatch(module)
+        if is_installed():
+            _keras.follow_aliases()
+        else:
+            _keras.restore_aliases()
+            for module in loaded:
+                _keras.unpatch(module)
 
 
 def is_installed() -> bool:

@@ -1,6 +1,6 @@
 """The only file that reaches into `keras.src`: detects what is there, patches it, restores it.
 
-Every save and load of Keras goes through a few functions of `saving_lib`, looked up on the module at each call. They
+Every save and load of Keras goes through a few functions of three modules, looked up on the module at each call. They
 are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.
 """
 
@@ -10,7 +10,9 @@ import collections
 import contextlib
 import functools
 import gc
+import importlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -19,19 +21,41 @@ from typing import Any
 from hornbeam import _hook
 from hornbeam._state import logger
 
-#: Function of `saving_lib` → parameters it is known to have, in order.
-_SIGNATURES = {
-    "save_model": ("model", "filepath", "weights_format", "zipped"),
-    "_save_model_to_fileobj": ("model", "fileobj", "weights_format"),
-    "_save_model_to_dir": ("model", "dirpath", "weights_format"),
-    "_load_model_from_fileobj": ("fileobj", "custom_objects", "compile", "safe_mode"),
-    "_load_model_from_dir": ("dirpath", "custom_objects", "compile", "safe_mode"),
-    "save_weights_only": ("model", "filepath", "max_shard_size", "objects_to_skip"),
-    "load_weights_only": ("model", "filepath", "skip_mismatch", "objects_to_skip"),
+#: Module of Keras → function → parameters it is known to have, in order.
+_SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
+    _hook.SAVING_LIB: {
+        "save_model": ("model", "filepath", "weights_format", "zipped"),
+        "_save_model_to_fileobj": ("model", "fileobj", "weights_format"),
+        "_save_model_to_dir": ("model", "dirpath", "weights_format"),
+        "_load_model_from_fileobj": ("fileobj", "custom_objects", "compile", "safe_mode"),
+        "_load_model_from_dir": ("dirpath", "custom_objects", "compile", "safe_mode"),
+        "save_weights_only": ("model", "filepath", "max_shard_size", "objects_to_skip"),
+        "load_weights_only": ("model", "filepath", "skip_mismatch", "objects_to_skip"),
+    },
+    _hook.SAVING_API: {
+        "save_model": ("model", "filepath", "overwrite", "zipped", "kwargs"),
+        "load_model": ("filepath", "custom_objects", "compile", "safe_mode"),
+        "save_weights": ("model", "filepath", "overwrite", "max_shard_size", "kwargs"),
+        "load_weights": ("model", "filepath", "skip_mismatch", "kwargs"),
+    },
+    _hook.EXPORTS: {  # what the module has not is of the class of its archives
+        "get_input_signature": ("model",),
+        "track": ("self", "resource"),
+        "add_endpoint": ("self", "name", "fn", "input_signature", "kwargs"),
+        "add_variable_collection": ("self", "name", "variables"),
+        "write_out": ("self", "filepath", "options", "verbose"),
+    },
 }
+#: Where hornbeam's own functions of the same names are (without a leading underscore); the first that has one.
+_OURS = {
+    _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
+    _hook.SAVING_API: ("hornbeam._formats",),
+    _hook.EXPORTS: ("hornbeam._export",),
+}
+assert tuple(_SIGNATURES) == _hook.MODULES
 
 _lock = threading.RLock()
-_originals: dict[str, Callable[..., Any]] = {}
+_originals: dict[tuple[str, str], Callable[..., Any]] = {}
 _users = 0  # scopes in force, in all threads
 _local = threading.local()
 
@@ -40,63 +64,111 @@ def _active() -> bool:
     return _hook.is_installed() or getattr(_local, "depth", 0) > 0
 
 
-def _ours(name: str) -> Callable[..., Any]:
-    from hornbeam import _load, _save
-
-    for module in (_save, _load):
-        function = getattr(module, name.lstrip("_"), None)
+@functools.cache
+def _ours(module: str, name: str) -> Callable[..., Any]:
+    for place in _OURS[module]:
+        function = getattr(importlib.import_module(place), name.lstrip("_"), None)
         if function is not None:
             return function
     raise AttributeError(name)
 
 
-def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         if not _active():
             return original(*args, **kwargs)
-        return _ours(name)(original, *args, **kwargs)
+        return _ours(module, name)(original, *args, **kwargs)
 
     dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
     return dispatch
 
 
-def patch(saving_lib: ModuleType) -> None:
-    """Puts the dispatchers in place; a Keras with an unknown signature among them stays stock as a whole."""
+@functools.cache
+def _is_known(module: str, name: str, function: Callable[..., Any] | None) -> bool:
+    known = function is not None and tuple(inspect.signature(function).parameters) == _SIGNATURES[module][name]
+    if not known:
+        logger.warning("this Keras is unknown to hornbeam and stays stock: see %s.%s", module, name)
+    return known
+
+
+def archive_class() -> Any:
+    """The class of Keras' that writes archives of endpoints, or `None`."""
+    module: Any = sys.modules[_hook.EXPORTS]
+    made = getattr(module, "BackendSavedModelExportArchive", module.ExportArchive)  # Keras 3.12 has one for all
+    return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
+
+
+def _owner(where: str, name: str) -> Any:
+    """What has the function: the module, or the class of archives."""
+    module = sys.modules[where]
+    return archive_class() if where == _hook.EXPORTS and not hasattr(module, name) else module
+
+
+def patch(module: ModuleType) -> None:
+    """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
+    where = module.__name__
+    if where == _hook.EXPORTS and archive_class() is None:
+        return  # a backend that exports nothing
     with _lock:
-        originals = {name: getattr(saving_lib, name, None) for name in _SIGNATURES}
+        originals = {name: getattr(_owner(where, name), name, None) for name in _SIGNATURES[where]}
         if any(hasattr(original, "__hornbeam__") for original in originals.values()):
             return
-        for name, original in originals.items():
-            if original is None or tuple(inspect.signature(original).parameters) != _SIGNATURES[name]:
-                logger.warning("this Keras is unknown to hornbeam and stays stock: see saving_lib.%s", name)
-                return
+        if not all(_is_known(where, name, original) for name, original in originals.items()):
+            return
         for name, original in originals.items():
             if original is not None:
-                _originals[name] = original
-                setattr(saving_lib, name, _dispatcher(name, original))
+                _originals[where, name] = original
+                setattr(_owner(where, name), name, _dispatcher(where, name, original))
 
 
-def unpatch(saving_lib: ModuleType) -> None:
+def unpatch(module: ModuleType) -> None:
     """Restores the originals, unless a scope or `install()` still needs the dispatchers."""
+    where = module.__name__
     with _lock:
         if _users or _hook.is_installed():
             return
-        for name, original in _originals.items():
-            if hasattr(getattr(saving_lib, name), "__hornbeam__"):
-                setattr(saving_lib, name, original)
-        _originals.clear()
+        for name in _SIGNATURES[where]:
+            original = _originals.pop((where, name), None)
+            owner = _owner(where, name)
+            if original is not None and hasattr(getattr(owner, name), "__hornbeam__"):
+                setattr(owner, name, original)
+
+
+def follow_aliases() -> None:
+    """Makes Keras' public names (`keras.models.load_model`, say) those that its modules have now.
+
+    References that anybody else took before stay what they were: they meet the dispatchers further inside, but the
+    arguments that stock Keras refuses at once are refused.
+    """
+    with _lock:
+        for (where, name), original in list(_originals.items()):
+            now = getattr(_owner(where, name), name)
+            _replace_aliases(name, original, now)
+
+
+def restore_aliases() -> None:
+    """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
+    with _lock:
+        for (where, name), original in list(_originals.items()):
+            _replace_aliases(name, getattr(_owner(where, name), name), original, but=where)
+
+
+def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == "keras" and module_name != but and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Routes the calling thread's saves and loads through hornbeam, whether or not it is installed."""
     global _users
-    from keras.src.saving import saving_lib
-
+    modules = [importlib.import_module(name) for name in _SIGNATURES]
     with _lock:
         _users += 1
-        patch(saving_lib)
+        for module in modules:
+            patch(module)
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         yield
@@ -104,7 +176,8 @@ def scope() -> Iterator[None]:
         _local.depth -= 1
         with _lock:
             _users -= 1
-            unpatch(saving_lib)
+            for module in modules:
+                unpatch(module)
 
 
 def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
@@ -223,6 +296,7 @@ def _dispatch_optimizer(self: Any, store: Any) -> None:
     from hornbeam._store import RecordStore
 
     if isinstance(store, RecordStore):
+        store.mark_optimizer()
         for i, variable in enumerate(self.variables):
             store[str(i)] = variable
     else:

@@ -17,7 +17,7 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _build, _core, _journal, _keras, _progress, _report, _state, _tensors
+from hornbeam import _async, _build, _core, _journal, _keras, _progress, _report, _state, _tensors
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -27,6 +27,8 @@ Stock = Callable[..., Any]
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
 _ALL = 1 << 62
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
+_LOADED = ("weights.h5", "weights.json", ".keras", *_SAFETENSORS)
 _local = threading.local()
 
 
@@ -41,7 +43,7 @@ def requested(request: Request) -> Iterator[None]:
         _local.request = before
 
 
-def _take_request() -> Request:
+def take_request() -> Request:
     """The request for this load; those inside of it are others."""
     request = getattr(_local, "request", None)
     _local.request = None
@@ -63,7 +65,7 @@ def _read_ahead() -> int:
 
 def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
-    request = _take_request()
+    request = take_request()
     source = _source(fileobj)
     path = source if isinstance(source, str) else None
     arguments = (fileobj, custom_objects, compile, safe_mode)
@@ -101,7 +103,7 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
 
 def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_dir`."""
-    request = _take_request()
+    request = take_request()
     root = Path(os.fspath(dirpath))
     weights_path = root / saving_lib._VARS_FNAME_H5
     arguments = (dirpath, custom_objects, compile, safe_mode)
@@ -175,9 +177,10 @@ def load_weights_only(
 
     Whatever fails, the model is bit for bit what it was.
     """
-    request = _take_request()
+    _async.settle(filepath, loads=True)
+    request = take_request()
     text = str(filepath)
-    if not model.built or not text.endswith(("weights.h5", "weights.json", ".keras")):
+    if not model.built or not text.endswith(_LOADED):
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
     reason = _keras.unsupported(path=text)
     if reason is not None:
@@ -186,13 +189,19 @@ def load_weights_only(
     opened = _open_weights(text)
     visited = {id(o) for o in objects_to_skip or ()}
     selection = None
-    if request.partial:
+    named = text.endswith(_SAFETENSORS)
+    if request.partial or named:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
         # A group in several shards has its attributes in the first.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
-        selection = Selection(request, Structure(model, visited), shapes, groups)
+        structure, names = Structure(model, visited), None
+        if named:
+            from hornbeam import _safetensors
+
+            names = _safetensors.Names(opened, structure, shapes, by_name=request.by_name)
+        selection = Selection(request, structure, shapes, groups, names)
     with ExitStack() as stack:
         wanted = None if selection is None or _state.current().verify else set(selection.source.values()).__contains__
         images = [Image(weights, name, wanted=wanted, read_ahead=_ALL) for name, weights in opened]
@@ -224,7 +233,13 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
-        return [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        shards = [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        _core.check_expansion([weights for _, weights in shards])
+        return shards
+    if text.endswith(_SAFETENSORS):
+        from hornbeam._safetensors import open_weights
+
+        return open_weights(text)
     file = _core.open(text, archive=text.endswith(".keras"))
     if text.endswith(".keras"):
         name = saving_lib._VARS_FNAME_H5
@@ -311,11 +326,12 @@ def _settle(
     if not has_optimizer:
         outside += ("optimizer/",)
     for name in names:
-        if name.startswith(failed):
+        place = name if selection is None else selection.place(name)
+        if place.startswith(failed):
             report.refused.append(name)
         elif name in store.taken:
             report.loaded.append(name)
-        elif selection is not None or name.startswith(outside):
+        elif request.partial or place.startswith(outside):
             report.skipped.append(name)
         else:
             report.unexpected.append(name)
@@ -333,7 +349,7 @@ def _settle(
     unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
     if (unfit and not skip_mismatch) or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
-        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors)}")
+        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors, selection)}")
         raised.path, raised.report = report.path, report
         raise raised
     if errors:
@@ -361,7 +377,7 @@ def _keras_message(errors: dict[int, Any]) -> str:
     raise AssertionError("Keras did not raise")
 
 
-def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any]) -> str:
+def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
     """Every difference between file and model, with what in the file is nearest."""
     files = [path for image in store.images for path, *_ in image.datasets]
     groups = sorted({path.rpartition("/vars/")[0] for path in files})
@@ -370,6 +386,11 @@ def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any]) -
         near = [] if place in groups else difflib.get_close_matches(place, groups, n=3)
         reason = why.splitlines()[0].partition(" Target variable: ")[0]
         lines.append(f"  {place}: {reason}{f' Nearest in the file: {near}' if near else ''}")
+    if selection is not None:
+        for path, name in selection.source.items():
+            wanted, found = tuple(getattr(selection.structure.values[path], "shape", ())), store.shape(path)
+            if wanted != found and wanted == found[::-1]:
+                lines.append(f"  {name}: {found} in the file is the transpose of {wanted}; transpose it there")
     # What belongs to an object that is listed already follows from it.
     listed = {v.path for saveable, _ in errors.values() for v in getattr(saveable, "variables", ())}
     starts = tuple(f"{place}/vars/" for place, _ in report.mismatched)
@@ -394,7 +415,7 @@ def _check_expansion(file: _core.File, name: str) -> None:
 
 def _check_extraction(file: _core.File) -> None:
     floor = getattr(saving_lib, "_ZIP_EXTRACT_BOMB_FLOOR_BYTES", saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES)
-    for name, *_ in file.members():
+    for name in (*(name for name, *_ in file.members()), None):  # each of them, and all together
         file.check_expansion(name, floor, saving_lib._ZIP_MEMBER_MAX_EXPANSION)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hornbeam import _core, _state, _tensors
+from hornbeam import _async, _core, _state, _tensors
 from hornbeam.errors import (
     ConfigError,
     HornbeamError,
@@ -58,6 +58,7 @@ def open(path: str | os.PathLike[str], *, mmap: bool = False) -> File:
             limit allows (`LimitError`), points outside itself (`UnsafeFileError`) or is of no kind known here
             (`UnsupportedError`).
     """
+    _async.settle(path, loads=True)
     return File(path, mmap=mmap)
 
 
@@ -84,7 +85,7 @@ class Tensor:
         tag = self.attributes.get("dtype")
         if weights.engine == "safetensors":  # the format has such types, and no attributes
             self.attributes = {}
-            self.dtype = _extended(dtype, tag)
+            self.dtype = _tensors.own_dtype(dtype, tag)
         else:
             self.dtype = _tensors.numpy_dtype(dtype, tag)
 
@@ -482,11 +483,6 @@ def _similar(wanted: str, names: Iterable[str]) -> list[str]:
     """The names that share most of their parts: comparing 10,000 letter by letter would take half a second."""
     parts = set(_PART.split(wanted))
     return heapq.nlargest(300, names, key=lambda name: len(parts.intersection(_PART.split(name))))
-
-
-@functools.cache
-def _extended(name: str, tag: str | None) -> np.dtype:
-    return np.dtype(name) if tag is None else _tensors.extended_dtype(tag)
 
 
 def _size(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What a load did: every tensor of the file and every variable of the model is in one of the lists."""
+"""What a load did: every tensor of the file and every variable of the model is in one of the lists. What a save did."""
 
 from __future__ import annotations
 
@@ -93,6 +93,84 @@ class LoadReport:
         return f"<table><caption>{head}</caption>{''.join(rows)}</table>"
 
 
+@dataclasses.dataclass
+class Cast:
+    """What a weight lost when it was saved in a narrower type.
+
+    Attributes:
+        name: Its variable.
+        dtype: The variable's type.
+        saved_as: The type in the file.
+        max_abs: The largest difference of a value from what was saved for it, those aside that are not finite.
+        max_rel: The same, relative to the value.
+        zeros: How many values became zero.
+        infinite: How many became infinite.
+    """
+
+    name: str
+    dtype: str
+    saved_as: str
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    zeros: int = 0
+    infinite: int = 0
+
+
+@dataclasses.dataclass
+class SaveReport:
+    """What a save did.
+
+    Attributes:
+        path: The file or directory, or `None` for a file object.
+        tensors: How many tensors it holds.
+        bytes: Bytes of the file; of a directory or shards, of their weights.
+        engine: `"direct"`, `"libhdf5"`, `"safetensors"` or `"stock"`, which reports nothing else.
+        dtype: What weights were cast to, or `None`.
+        cast: Those that were, and what they lost.
+        left_out: Names of what was left out: the optimizer's state.
+    """
+
+    path: str | None = None
+    tensors: int = 0
+    bytes: int = 0
+    engine: str = "stock"
+    dtype: str | None = None
+    cast: list[Cast] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference that a cast made."""
+        return max((c.max_abs for c in self.cast), default=0.0)
+
+    @property
+    def max_rel(self) -> float:
+        """The largest relative difference that a cast made."""
+        return max((c.max_rel for c in self.cast), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {**dataclasses.asdict(self), "max_abs": self.max_abs, "max_rel": self.max_rel}
+
+    def __str__(self) -> str:
+        rows = [f"saved {self.path or 'a file object'}", f"  {'tensors':<12}{self.tensors}, {_size(self.bytes)}"]
+        rows.append(f"  {'engine':<12}{self.engine}")
+        if self.cast:
+            absolute = max(self.cast, key=lambda c: c.max_abs)
+            relative = max(self.cast, key=lambda c: c.max_rel)
+            rows.append(f"  {'cast':<12}{len(self.cast)} to {self.dtype}")
+            rows.append(f"  {'error':<12}{absolute.max_abs:.3g} at most ({absolute.name})")
+            rows.append(f"  {'relative':<12}{relative.max_rel:.3g} at most ({relative.name})")
+        for name in ("zeros", "infinite"):
+            lost = [(getattr(c, name), c.name) for c in self.cast if getattr(c, name)]
+            if lost:
+                total = sum(n for n, _ in lost)
+                rows.append(f"  {name:<12}{total} values became so: {shorten([f'{n} of {c}' for n, c in lost])}")
+        if self.left_out:
+            rows.append(f"  {'left out':<12}{len(self.left_out)}: {shorten(self.left_out)}")
+        return "\n".join(rows)
+
+
 def _item(item: Any) -> str:
     if isinstance(item, str):
         return item
@@ -122,6 +200,11 @@ def last_report() -> LoadReport | None:
     return getattr(_local, "last", None)
 
 
-def remember(report: LoadReport) -> None:
+def last_save_report() -> SaveReport | None:
+    """The report of this thread's last save that went through hornbeam; `None` before there is one."""
+    return getattr(_local, "last_save", None)
+
+
+def remember(report: LoadReport | SaveReport) -> None:
     """Makes `report` the last one."""
-    _local.last = report
+    setattr(_local, "last_save" if isinstance(report, SaveReport) else "last", report)

@@ -7,9 +7,10 @@ import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import keras
+import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _keras
@@ -49,6 +50,7 @@ class Structure(RecordStore):
     def __init__(self, model: Any, visited: set[int]) -> None:
         super().__init__()
         self.values: dict[str, Any] = {}
+        self.datasets = self.values
         self._start = f"{model.name}/"
         with _keras.fast_walk():
             saving_lib._save_state(
@@ -56,16 +58,12 @@ class Structure(RecordStore):
             )
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.values[self._path(key)] = value
+        # Others may be refilled, or changed by who asks for them.
+        variable = isinstance(value, keras.Variable)
+        self.values[self._path(key)] = value if variable else np.array(saving_lib.backend.convert_to_numpy(value))
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[self._path(key)]
-
-    def __delitem__(self, key: str) -> None:
-        del self.values[self._path(key)]
-
-    def __contains__(self, key: object) -> bool:
-        return self._path(str(key)) in self.values
+        return np.array(saving_lib.backend.convert_to_numpy(self.values[self._path(key)]))
 
     def names(self, path: str) -> list[str]:
         """What a pattern may call the entry at `path`: its path, and its variable's, with and without the model."""
@@ -73,6 +71,19 @@ class Structure(RecordStore):
         if not isinstance(value, keras.Variable):
             return [path]
         return list(dict.fromkeys([path, value.path.removeprefix(self._start), value.path]))
+
+
+class Names(Protocol):
+    """What the names in a file stand for.
+
+    Attributes:
+        targets: Name → paths in the model.
+    """
+
+    targets: Mapping[str, list[str]]
+
+    def place(self, name: str) -> str:
+        """Where the file says that a name belongs."""
 
 
 class Selection:
@@ -83,6 +94,7 @@ class Selection:
         structure: What the model would store.
         shapes: The tensors of the file.
         groups: The groups of the file that have attributes.
+        names: What the file's names stand for, where they are no paths in the model.
 
     Attributes:
         source: Path in the model → path in the file, of what is loaded; everything else keeps its value.
@@ -99,35 +111,58 @@ class Selection:
         structure: Structure,
         shapes: Mapping[str, tuple[int, ...]],
         groups: Mapping[str, Attributes],
+        names: Names | None = None,
     ) -> None:
         self.structure = structure
-        known: dict[str, str | None] = {}  # None: of two entries
+        self._names = names
+        known: dict[str, list[str]] = {}
         for path in structure.values:
             for name in structure.names(path):
-                known[name] = path if known.get(name, path) == path else None
+                known.setdefault(name, []).append(path)
         selected = {path for path in structure.values if _selected(structure.names(path), request)}
         for pattern in (*(request.only or ()), *request.skip):
             if not any(_fits(name, pattern) for path in structure.values for name in structure.names(path)):
                 near = difflib.get_close_matches(pattern.rstrip("/*"), known, n=3, cutoff=0.4)
                 raise ValueError(f"No variable of the model fits {pattern!r}{_hint(near)}")
-        selected -= _foreign_slots(request, structure, shapes)
-        rename = _renamer(request, structure, groups)
+        if names is None:
+            selected -= _foreign_slots(request, structure, shapes)
+        rename = _renamer(request, structure, groups, names)
         self.source: dict[str, str] = {}
         for name in shapes:
-            target = rename(name) or ""
-            entry = known.get(target)
-            if entry is None and target in known and request.name_map is not None:
-                raise ValueError(f"Two variables of the model are called '{target}'; use their paths in the file.")
-            if entry is None or entry not in selected:
-                continue
-            if entry in self.source:
-                raise ValueError(f"Two tensors of the file go to '{entry}': '{self.source[entry]}' and '{name}'.")
-            self.source[entry] = name
+            target = rename(name)
+            for entry in [] if target is None else self._entries(target, known, request):
+                if entry not in selected:
+                    continue
+                if entry in self.source:
+                    raise ValueError(f"Two tensors of the file go to '{entry}': '{self.source[entry]}' and '{name}'.")
+                self.source[entry] = name
         self.missing = sorted(selected - self.source.keys())
-        self.lenient = {p for p in self.missing if request.by_name or p.startswith("optimizer/")}
+        self.lenient = {p for p in self.missing if request.by_name or structure.is_optimizer(p)}
+        self._places = {name: path for path, name in self.source.items()}
         self._loaded: dict[str, set[str]] = {}
         for path in self.source:
             self._loaded.setdefault(path.rpartition("/")[0], set()).add(path)
+
+    def _entries(self, name: str, known: Mapping[str, list[str]], request: Request) -> list[str]:
+        """The entries of the model that a name stands for: one, or all that are the same variable."""
+        if self._names is not None and (request.name_map is None or name in self._names.targets):
+            entries = self._names.targets.get(name, [])
+        else:
+            entries = known.get(name, [])
+        if len({id(self.structure.values[path]) for path in entries}) <= 1:
+            return entries
+        if request.name_map is None and self._names is None:
+            return []
+        raise ValueError(
+            f"Two variables of the model are called '{name}': those at '{entries[0]}' and '{entries[1]}'. Map the "
+            "name in the file to one of these with `name_map`."
+        )
+
+    def place(self, name: str) -> str:
+        """Where a tensor of the file belongs, as paths in `.weights.h5` go; its name, if nobody says."""
+        if self._names is None:
+            return name
+        return self._places.get(name) or self._names.place(name)
 
     def has(self, path: str) -> bool:
         """Whether anything of the object at `path` is loaded."""
@@ -179,22 +214,24 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")
 
 
-def _renamer(request: Request, structure: Structure, groups: Mapping[str, Attributes]) -> Callable[[str], str | None]:
+def _renamer(
+    request: Request, structure: Structure, groups: Mapping[str, Attributes], names: Names | None
+) -> Callable[[str], str | None]:
     name_map = request.name_map
     if callable(name_map):
         return name_map
     if name_map is not None:
         return lambda name: name_map.get(name, name)
-    if not request.by_name:
+    if not request.by_name or names is not None:
         return lambda name: name
     ours, theirs = _by_layer(structure.groups), _by_layer(groups)
     if not theirs:
         raise ValueError("The file does not say what its layers are called, so `by_name` cannot find them.")
     where = {}
-    for names in ours.keys() & theirs.keys():
-        if len(ours[names]) > 1 or len(theirs[names]) > 1:
-            raise ValueError(f"`by_name` cannot tell apart several layers that are called '{'/'.join(names)}'.")
-        where[theirs[names][0]] = ours[names][0]
+    for called in ours.keys() & theirs.keys():
+        if len(ours[called]) > 1 or len(theirs[called]) > 1:
+            raise ValueError(f"`by_name` cannot tell apart several layers that are called '{'/'.join(called)}'.")
+        where[theirs[called][0]] = ours[called][0]
 
     def rename(name: str) -> str | None:
         group, _, key = name.rpartition("/")

@@ -13,6 +13,7 @@ from keras.src.utils import dtype_utils
 
 from hornbeam import _core, _progress, _save, _state
 from hornbeam._open import read_index
+from hornbeam._report import SaveReport
 from hornbeam._store import RecordStore
 
 
@@ -43,6 +44,17 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
     shards, weight_map, total = _split(store, path, max_shard_size * 1024**3)
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
     planned = [(str(path.with_name(name)), shard, _save._plan(shard)) for name, shard in shards]
+    write(planned, path, index.encode(), options, store.report)
+
+
+def write(
+    planned: list[tuple[str, RecordStore, _core.Plan]],
+    path: Path,
+    index: bytes,
+    options: _state.Options,
+    report: SaveReport,
+) -> None:
+    """Writes planned shards, then the index at `path`, as `save_shards` promises."""
     running: list[tuple[_core.Save, int]] = []
     nbytes = sum(plan.nbytes for *_, plan in planned)
     with _progress.watch("save", str(path), nbytes, lambda: sum(save.written for save, _ in running)):
@@ -63,7 +75,9 @@ def save_shards(store: RecordStore, text: str, max_shard_size: float, options: _
             _core.write_file(str(path), b"", atomic=False)
     for (name, *_), (save, _) in zip(planned, running, strict=True):
         _save.log_in_place(save.commit(), name)
-    _core.write_file(str(path), index.encode(), atomic=options.atomic, durable=options.durable)
+    _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
+    total, tensors = sum(nbytes for _, nbytes in running), sum(len(shard.datasets) for _, shard, _ in planned)
+    _save.report_save(report, str(path), planned[0][2].engine, tensors, total)
     for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         _state.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
 

@@ -13,25 +13,33 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import keras
 import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _core, _tensors
+from hornbeam._report import SaveReport
+from hornbeam.errors import UnsupportedError
 
 Attributes = list[tuple[str, str]]
 
 
-class _Dataset:
+class Dataset:
     """A recorded value: what is known of it now, and its memory or how to get it."""
 
-    __slots__ = ("dtype", "memory", "name", "shape", "tag")
+    __slots__ = ("dtype", "memory", "name", "shape", "tag", "variable")
 
-    def __init__(self, memory: np.ndarray | _tensors.Deferred) -> None:
+    def __init__(self, memory: np.ndarray | _tensors.Deferred, variable: keras.Variable | None = None) -> None:
         self.memory = memory
+        self.variable = variable
         self.name = _tensors.keras_dtype(memory.dtype)
         self.dtype = _tensors.dtype_name(memory.dtype)
         self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
         self.shape = memory.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.memory.dtype.itemsize
 
     def array(self) -> np.ndarray:
         return self.memory.array() if isinstance(self.memory, _tensors.Deferred) else self.memory
@@ -43,8 +51,10 @@ class RecordStore(saving_lib.H5IOStore):
     def __init__(self) -> None:
         self.mode = "w"
         self.groups: dict[str, Attributes] = {}
-        self.datasets: dict[str, _Dataset] = {}
+        self.datasets: dict[str, Dataset] = {}
         self.order: list[tuple[str, str]] = []  # ("group" or "dataset", path)
+        self.optimizers: set[str] = set()  # groups
+        self.report = SaveReport()
         self._prefix = "vars"
 
     def __bool__(self) -> bool:
@@ -65,6 +75,23 @@ class RecordStore(saving_lib.H5IOStore):
             self.order.append(("group", self._prefix))
         return self
 
+    def mark_optimizer(self) -> None:
+        """Notes that the current group is an optimizer's."""
+        self.optimizers.add(self._prefix)
+
+    def is_optimizer(self, path: str) -> bool:
+        """Whether a group, or what is in one, is an optimizer's state."""
+        return path.startswith("optimizer/") or path in self.optimizers or path.rpartition("/")[0] in self.optimizers
+
+    def drop_optimizers(self) -> list[str]:
+        """Forgets the state of all optimizers; returns what that was."""
+        dropped = [path for path in self.datasets if self.is_optimizer(path)]
+        for known in (self.datasets, self.groups):
+            for path in [path for path in known if self.is_optimizer(path)]:
+                del known[path]
+        self.order = [(kind, path) for kind, path in self.order if not self.is_optimizer(path)]
+        return dropped
+
     def _path(self, key: str) -> str:
         return f"{self._prefix}/{key}"
 
@@ -72,13 +99,18 @@ class RecordStore(saving_lib.H5IOStore):
         path = self._path(key)
         if path in self.datasets:
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
+        if not _tensors.is_addressable(value):
+            raise UnsupportedError(
+                f"'{path}' is spread over several processes, of which this one can read only its part. Gather it, or "
+                "replicate it, before the model is saved."
+            )
         found = _tensors.view(value)
         # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
         if isinstance(found, _tensors.Deferred) and not _stored_by_keras(sys._getframe(1)):
             found = found.array()
-        self._note(path, _Dataset(found))
+        self._note(path, Dataset(found, value if isinstance(value, keras.Variable) else None))
 
-    def _note(self, path: str, dataset: _Dataset) -> None:
+    def _note(self, path: str, dataset: Dataset) -> None:
         self.datasets[path] = dataset
         self.order.append(("dataset", path))
 
@@ -197,6 +229,11 @@ class LoadStore(saving_lib.H5IOStore):
         """Whether there is a group or dataset at `path`."""
         return path in self.members or path in self.where or path in self.own
 
+    def shape(self, path: str) -> tuple[int, ...]:
+        """The shape that the file has for `path`."""
+        image, i = self.where[path]
+        return tuple(image.datasets[i][2])
+
     def keys(self) -> list[str]:
         """Names in the current group, in the order HDF5 lists them."""
         return [] if self._prefix is None else sorted(set(self.members[self._prefix]), key=str.encode)
@@ -265,6 +302,7 @@ class Image:
         self.datasets = weights.datasets()
         self.wanted = {i for i, (path, *_) in enumerate(self.datasets) if wanted is None or wanted(path)}
         self.whole = len(self.wanted) == len(self.datasets)
+        self._numpy_dtype = _tensors.own_dtype if weights.engine == "safetensors" else _tensors.numpy_dtype
         self.reading: _core.Reading | None = weights.fetch(
             sorted(self.wanted), verify=self.whole, read_ahead=read_ahead
         )
@@ -291,7 +329,7 @@ class Image:
     def take(self, i: int) -> np.ndarray:
         """The value of dataset `i`, in memory of its own."""
         _, name, shape, attributes = self.datasets[i]
-        dtype = _tensors.numpy_dtype(name, dict(attributes).get("dtype"))
+        dtype = self._numpy_dtype(name, dict(attributes).get("dtype"))
         if self.reading is None:
             raise ValueError("I/O operation on a closed store.")
         block: Any = self.reading.take(i) if self.whole or i in self.wanted else None
@@ -344,6 +382,13 @@ class AssetStore(saving_lib.DiskIOStore):
         # Links are followed, as Keras follows them.
         found = sorted(Path(top, name) for top, _, names in os.walk(root, followlinks=True) for name in names)
         return [(f"{self.root_path}/{p.relative_to(root).as_posix()}", str(p)) for p in found]
+
+    def move(self) -> AssetStore:
+        """Another store with the same files, which this one no longer removes."""
+        moved = AssetStore(self.mode)
+        moved.tmp_dir, moved._working_dir = self.tmp_dir, self._working_dir
+        self.tmp_dir = self._working_dir = None
+        return moved
 
     def close(self) -> None:
         """Removes the temporary directory."""

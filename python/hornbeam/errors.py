@@ -78,6 +78,10 @@ class IncompleteLoadError(HornbeamError, ValueError):
     report: LoadReport
 
 
+class VerificationError(HornbeamError, ValueError):
+    """An exported artifact does not answer as the model does."""
+
+
 class StorageError(HornbeamError, OSError):
     """The operating system refused an operation. Raised as a subclass that also is, say, `FileNotFoundError`."""
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import keras
 import keras.saving as _stock
+from keras.src.saving import saving_api
 
+from hornbeam import _async
+from hornbeam._async import Handle
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, last_report, remember
+from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report, remember
 from hornbeam._select import NameMap, Request
 from hornbeam._state import options
 from hornbeam.errors import UnsupportedError
@@ -27,12 +30,17 @@ def save_model(
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
+    include_optimizer: bool = True,
+    dtype: str | None = None,
+    allow_overflow: bool = False,
     compression: str | int | None = None,
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> SaveReport | Handle:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
 
     The old file or directory stays as it was until the new one is complete.
@@ -42,11 +50,23 @@ def save_model(
         filepath: Where to; ends in `.keras`.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
+        include_optimizer: Save the optimizer's state.
+        dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
+            optimizers and metrics, and layers with quantised weights, stay what they are.
+        allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_model`.
+
+    Returns:
+        What was saved, and what a cast cost (`hornbeam.last_save_report()` gives it again); of an asynchronous save,
+        its handle.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -55,8 +75,13 @@ def save_model(
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
-    with scope(), how:
-        _stock.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+    if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
+    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
+    before = last_save_report()
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
+        saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+    return _outcome(filepath, before, request)
 
 
 def load_model(
@@ -86,9 +111,10 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    _async.settle(filepath, loads=True)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
-        model = _stock.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
             raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {filepath}")
@@ -102,12 +128,17 @@ def save_weights(
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
+    include_optimizer: bool = True,
+    dtype: str | None = None,
+    allow_overflow: bool = False,
     compression: str | int | None = None,
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> SaveReport | Handle:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5`.
 
     Args:
@@ -115,19 +146,34 @@ def save_weights(
         filepath: Ends in `.weights.h5`, or `.weights.json` for shards.
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
+        include_optimizer: Save the optimizer's state.
+        dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
+            optimizers and metrics, and layers with quantised weights, stay what they are.
+        allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_weights`.
+
+    Returns:
+        What was saved, and what a cast cost (`hornbeam.last_save_report()` gives it again); of an asynchronous save,
+        its handle.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    with scope(), how:
-        _stock.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
+    before = last_save_report()
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
+        saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+    return _outcome(filepath, before, request)
 
 
 def load_weights(
@@ -173,7 +219,10 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    legacy = not str(filepath).endswith((".keras", ".weights.h5", ".weights.json"))
+    _async.settle(filepath, loads=True)
+    legacy = not str(filepath).endswith(
+        (".keras", ".weights.h5", ".weights.json", ".safetensors", ".safetensors.index.json")
+    )
     request = Request(
         strict=strict,
         only=None if only is None else _patterns(only),
@@ -187,10 +236,27 @@ def load_weights(
         kwargs["by_name"] = by_name
     with scope(), options(progress=progress), requested(request):
         before = last_report()
-        _stock.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
+        saving_api.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()
     if report is None or report is before:
         report = LoadReport(fspath(filepath))
+        remember(report)
+    return report
+
+
+def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -> dict[str, Any]:
+    """What goes to Keras' functions only where it is not what they do anyway."""
+    usual = {"include_optimizer": True, "dtype": None, "allow_overflow": False}
+    given = {"include_optimizer": include_optimizer, "dtype": dtype, "allow_overflow": allow_overflow}
+    return {name: value for name, value in given.items() if value != usual[name]}
+
+
+def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request | None) -> SaveReport | Handle:
+    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
+        return request.handle
+    report = last_save_report()
+    if report is None or report is before:  # stock Keras' work, or none
+        report = SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None)
         remember(report)
     return report
 

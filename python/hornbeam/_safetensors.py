@@ -1,0 +1,305 @@
+"""Weights as safetensors: `x.safetensors`, or shards and `x.safetensors.index.json`, as Hugging Face lays them out.
+
+A tensor's name is the path of its variable; what is no variable has the path that it has in `.weights.h5`. Which path
+each name stands for there is in the metadata, so that a file also fits a model whose automatic names differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras.src.saving import saving_lib
+from keras.src.utils import io_utils
+
+from hornbeam import _async, _core, _load, _save, _shards, _state
+from hornbeam._open import read_index
+from hornbeam._report import SaveReport
+from hornbeam._select import Structure
+from hornbeam._store import RecordStore
+from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
+
+_SUFFIX = ".safetensors"
+_INDEX = f"{_SUFFIX}.index.json"
+#: Entry of the metadata: path in `.weights.h5` → name, as JSON.
+_PATHS = "keras_paths"
+
+
+def is_named(filepath: Any) -> bool:
+    """Whether a path says that safetensors are meant."""
+    return str(filepath).endswith((_SUFFIX, _INDEX))
+
+
+def save_weights(
+    model: Any,
+    filepath: Any,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    objects_to_skip: Any = None,
+) -> None:
+    """Saves the weights and the optimizer's state, as `.weights.h5` does.
+
+    Args:
+        model: The model; it must be built.
+        filepath: Ends in `.safetensors` or, with `max_shard_size`, `.safetensors.index.json`.
+        overwrite: Replace an existing file without asking.
+        max_shard_size: Most bytes of the tensors of a shard in GB (1024³ bytes). What fits into one, at a path that
+            ends in `.safetensors`, is one file without an index.
+        objects_to_skip: Layers to leave out.
+
+    Raises:
+        ValueError: When the model is not built, or two of its variables have one name.
+    """
+    text = str(filepath)
+    if not model.built:
+        inspect.unwrap(saving_lib.save_weights_only)(model, filepath)  # raises
+    if text.endswith(_INDEX) and max_shard_size is None:
+        raise ValueError(
+            f"The filename must end in `{_SUFFIX}`, or `max_shard_size` be specified. Received: filepath={text}"
+        )
+    _check_local(text)
+    _async.refuse("safetensors")
+    _async.settle(text)
+    if _state.current().compression is not None:
+        raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
+    if not overwrite and os.path.exists(text) and not io_utils.ask_to_proceed_with_overwrite(text):
+        return
+    skipped = {id(o) for o in objects_to_skip or ()}
+    with _save._recorded(model, assets=False, visited=skipped) as (store, _):
+        named = _name(store)
+        shards = _split(named, None if max_shard_size is None else max_shard_size * 1024**3)
+        if len(shards) == 1 and text.endswith(_SUFFIX):
+            _save_one(named, text)
+        else:
+            _save_shards(shards, text)
+
+
+def _check_local(text: str) -> None:
+    if saving_lib.file_utils.is_remote_path(text):
+        raise UnsupportedError(f"safetensors files are saved and loaded at local paths only. Received: {text}")
+
+
+class _Named(RecordStore):
+    """What goes into one file, by the names that the tensors have there."""
+
+    def __init__(self, report: SaveReport) -> None:
+        super().__init__()
+        self.report = report
+        self.paths: dict[str, str] = {}  # path in `.weights.h5` → name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(d.nbytes for d in self.datasets.values())
+
+    def plan(self) -> _core.Plan:
+        metadata = [("format", "keras"), ("keras_version", keras.__version__), (_PATHS, json.dumps(self.paths))]
+        rows = [(name, d.dtype, d.shape, [("dtype", d.name)]) for name, d in self.datasets.items()]
+        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors")
+
+
+def _name(store: RecordStore) -> _Named:
+    """Gives everything its name.
+
+    Raises:
+        InvalidError: When two variables have the same.
+    """
+    named = _Named(store.report)
+    named.paths = _names({path: dataset.variable for path, dataset in store.datasets.items()}, store)
+    first: dict[str, str] = {}
+    for path, name in named.paths.items():
+        dataset = store.datasets[path]
+        if name not in named.datasets:
+            named.datasets[name] = dataset
+            first[name] = path
+        elif dataset.variable is None or dataset.variable is not named.datasets[name].variable:
+            raise InvalidError(
+                f"Two variables of the model are called '{name}', and in a safetensors file names are all there is: "
+                f"those that `.weights.h5` calls '{first[name]}' and '{path}'. Give the layers names of their own, or "
+                "save to `.weights.h5`."
+            )
+    return named
+
+
+def _names(values: Mapping[str, Any], store: RecordStore) -> dict[str, str]:
+    """Path in `.weights.h5` → name: a variable's own path; some optimizers call several of theirs the same."""
+    names = {path: getattr(value, "path", path) for path, value in values.items()}
+    variables: dict[str, set[int]] = {}
+    for path, name in names.items():
+        variables.setdefault(name, set()).add(id(values[path]))
+    return {
+        path: path if store.is_optimizer(path) and len(variables[name]) > 1 else name for path, name in names.items()
+    }
+
+
+def _split(named: _Named, limit: float | None) -> list[_Named]:
+    """Distributes the tensors: in order, a new shard when the next does not fit."""
+    if limit is None:
+        return [named]
+    shards: list[_Named] = []
+    size = 0.0
+    where: dict[str, _Named] = {}
+    for name, dataset in named.datasets.items():
+        if dataset.nbytes > limit:
+            raise ValueError(
+                f"The size of {name} is {saving_lib.readable_memory_size(dataset.nbytes)} which exceeds the maximum "
+                f"shard size {saving_lib.readable_memory_size(limit)}. You can increase the `max_shard_size` "
+                "parameter to accommodate the size."
+            )
+        size += dataset.nbytes
+        if not shards or size > limit:
+            shards.append(_Named(named.report))
+            size = dataset.nbytes
+        shards[-1].datasets[name] = dataset
+        where[name] = shards[-1]
+    for path, name in named.paths.items():
+        where[name].paths[path] = name
+    return shards or [named]
+
+
+def _save_one(named: _Named, text: str) -> None:
+    options = _state.current()
+    plan = named.plan()
+    save = plan.start(text, _save._buffers(named), archive=False, atomic=options.atomic, durable=options.durable)
+    info = _save._finish(save, plan, named, text)
+    _save.log_in_place(info["in_place"], text)
+    _save._count_save(plan, named, info["bytes"], text)
+
+
+def _save_shards(shards: list[_Named], text: str) -> None:
+    """Every shard is complete before the first takes its place; the old index goes first, the new one comes last."""
+    options, report = _state.current(), shards[0].report
+    base = Path(text.removesuffix(_INDEX).removesuffix(_SUFFIX))
+    index_path = base.with_name(f"{base.name}{_INDEX}")
+    names = [f"{base.name}-{i:05}-of-{len(shards):05}{_SUFFIX}" for i in range(1, len(shards) + 1)]
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.datasets}
+    total = sum(shard.nbytes for shard in shards)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    old = _old_shards(index_path, base.name)
+    files = [(str(index_path.with_name(name)), shard, shard.plan()) for name, shard in zip(names, shards, strict=True)]
+    _shards.write(files, index_path, index.encode(), options, report)
+    # What would be taken for this save by who looks for one file first, and what no index names any more.
+    stale = [base.with_name(f"{base.name}{_SUFFIX}"), *(index_path.with_name(n) for n in old if n not in names)]
+    for path in stale:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _old_shards(index_path: Path, base: str) -> list[str]:
+    """The shards of an older save to the same place."""
+    try:
+        _, names = read_index(index_path)
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if name.startswith(f"{base}-") and name.endswith(_SUFFIX)]
+
+
+def load_weights(
+    model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None, by_name: bool | None = None
+) -> None:
+    """Loads weights; everything is read before the model is touched.
+
+    Args:
+        model: The model; it must be built.
+        filepath: Ends in `.safetensors` or `.safetensors.index.json`; the index stands in for a file that is not there.
+        skip_mismatch: Warn about layers that do not fit, instead of raising.
+        objects_to_skip: Layers to leave alone.
+        by_name: What is not in the file keeps its value.
+
+    Raises:
+        ValueError: When the file does not fit the model.
+        OSError: For a damaged file.
+    """
+    _check_local(str(filepath))
+    request = _load.take_request()
+    stock = inspect.unwrap(saving_lib.load_weights_only)
+    with _load.requested(dataclasses.replace(request, by_name=request.by_name or bool(by_name))):
+        _load.load_weights_only(stock, model, filepath, skip_mismatch, objects_to_skip)
+
+
+def open_weights(text: str) -> list[tuple[str, _core.Weights]]:
+    """The file, or the shards that the index names.
+
+    Raises:
+        WeightsFileError: When a tensor that the index names is not there.
+    """
+    if text.endswith(_SUFFIX):
+        index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"
+        if os.path.exists(text) or not os.path.exists(index):
+            return [(text, _core.open(text, archive=False).weights(engine="safetensors"))]
+        text = index
+    path = Path(text)
+    content, names = read_index(path)
+    opened = [
+        (name, _core.open(str(path.with_name(name)), archive=False).weights(engine="safetensors")) for name in names
+    ]
+    there = {name for _, weights in opened for name in weights.names()}
+    missing = next((name for name in content["weight_map"] if name not in there), None)
+    if missing is not None:
+        raise WeightsFileError(f"'{text}' names '{missing}', which is in none of its shards")
+    return opened
+
+
+class Names:
+    """What the names in a file stand for: the model's variables by their paths.
+
+    Where those are not what the model has (automatic names count on: `dense_1`), the places in the model that the
+    metadata gives, if all are there: never half by the one and half by the other. The same for the optimizer's state,
+    whatever the optimizer itself is called.
+
+    Attributes:
+        targets: Name → paths in the model.
+    """
+
+    def __init__(
+        self,
+        opened: list[tuple[str, _core.Weights]],
+        structure: Structure,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        by_name: bool,
+    ) -> None:
+        there = _paths(opened)
+        self._places = {name: path for path, name in there.items()}
+        ours = _names(structure.values, structure)
+        weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
+        slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
+        by_place = not by_name and not shapes.keys() >= set(weights.values()) and there.keys() >= weights.keys()
+        if by_place:
+            weights = {path: there[path] for path in weights}
+            same = all(shapes.get(there.get(path, "")) == tuple(structure.values[path].shape) for path in slots)
+            slots = {path: there[path] for path in slots} if same else {}
+        elif not shapes.keys() >= set(slots.values()):
+            same = all(_tail(there.get(path, "")) == _tail(name) for path, name in slots.items())
+            slots = {path: there[path] for path in slots} if same else {}
+        targets: dict[str, list[str]] = {}
+        for path, name in (*weights.items(), *slots.items()):
+            targets.setdefault(name, []).append(path)
+        self.targets: Mapping[str, list[str]] = targets
+
+    def place(self, name: str) -> str:
+        """Where the file says that a name belongs; its name, if it does not."""
+        return self._places.get(name, name)
+
+
+def _tail(name: str) -> str:
+    """The name without the optimizer's."""
+    return name.partition("/")[2]
+
+
+def _paths(opened: list[tuple[str, _core.Weights]]) -> dict[str, str]:
+    """Path in `.weights.h5` → name, as the metadata has it; empty for files of other programs."""
+    found: dict[str, str] = {}
+    for name, weights in opened:
+        text = dict(weights.attributes).get(_PATHS)
+        paths = _core.decode_json(text, trusted=False) if text is not None else {}
+        if not isinstance(paths, dict) or not all(isinstance(value, str) for value in paths.values()):
+            raise WeightsFileError(f"'{name}': its metadata '{_PATHS}' maps no paths to names")
+        found.update(paths)
+    return found
