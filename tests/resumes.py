@@ -218,6 +218,23 @@ def case_loop(root: Path) -> Any:
     return model
 
 
+def case_readme(root: Path) -> Any:
+    """The example of README.md, as it stands there."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [part.split("```")[0] for part in text.split("```python\n") if "ckpt.restore" in part.split("```")[0]]
+    model = build()
+    model.train_on_batch = ticking(model.train_on_batch)
+    x, y = arrays()
+    os.chdir(root)
+    exec(code, {"model": model, "x": x, "y": y})
+    return model
+
+
+def case_async(root: Path) -> Any:
+    data = resumable(arrays(), batch_size=8, shuffle=True, seed=2)
+    return fit(root, build(), [data], backup={"save_freq": 1, "asynchronous": True})
+
+
 def case_tape(root: Path) -> Any:
     import tensorflow as tf
 

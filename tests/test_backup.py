@@ -29,23 +29,11 @@ pytestmark = pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this b
 
 #: Trainings of `resumes.py`; those of the first list run for every change, all of them in `make soak`.
 SHORT = {
-    "tensorflow": [
-        "arrays",
-        "pydataset",
-        "steps_arrays",
-        "steps_tfdata",
-        "mixed",
-        "ema",
-        "eager",
-        "jit",
-        "early",
-        "loop",
-        "tape",
-        "mirrored",
-    ],
+    "tensorflow": ["arrays", "pydataset", "steps_arrays", "steps_tfdata", "async", "mixed", "ema", "eager", "jit"],
     "jax": ["arrays", "steps_arrays", "loop"],
-    "torch": ["arrays", "pydataset", "steps_arrays", "ema", "loop"],
+    "torch": ["arrays", "pydataset", "steps_arrays", "async", "ema", "loop"],
 }
+SHORT["tensorflow"] += ["early", "loop", "tape", "readme", "mirrored"]
 LONG = ["unshuffled", "batchwise", "tfdata", "tfdata_endless", "steps_pydataset", "steps_tfdata_endless", "schedule"]
 NEEDS_TENSORFLOW = {"tape", "mirrored"}
 CASES = SHORT.get(BACKEND, [])
@@ -250,17 +238,12 @@ def test_keras_own_tests_pass(tmp_path: Path) -> None:
     )
     path = [str(Path(hornbeam.__file__).parents[1]), str(Path(__file__).parent), str(tmp_path)]
     report = tmp_path / "report.json"
+    options = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(source), "-q"]
+    options += ["-p", "keras_plugin", "-p", "ours", "-p", "no:cacheprovider"]
+    plain = {"HORNBEAM_SUITE": "stock", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
-        [
-            sys.executable,
-            *f"-m pytest -q -p keras_plugin -p ours -p no:cacheprovider --rootdir {source} {test}".split(),
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "HORNBEAM_SUITE_REPORT": str(report)}
-        | {
-            "HORNBEAM_SUITE": "stock",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTEST_ADDOPTS": f"-c {tmp_path / 'pytest.ini'}",
-        },
+        [sys.executable, "-m", "pytest", *options, str(test)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "HORNBEAM_SUITE_REPORT": str(report)} | plain,
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -22,7 +22,7 @@ class Place:
     """This process among those of its training.
 
     Attributes:
-        rank: 0 for the chief, which writes.
+        rank: 0 for the chief, which writes; -1 for one that does not train: an evaluator, a parameter server.
         count: How many there are.
     """
 
@@ -34,7 +34,7 @@ def current() -> Place:
     """Asks the backend; TensorFlow's `TF_CONFIG` where it is TensorFlow.
 
     Raises:
-        CheckpointError: `TF_CONFIG` is malformed, or this process is no worker: an evaluator only reads.
+        CheckpointError: `TF_CONFIG` is malformed.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -51,6 +51,11 @@ def current() -> Place:
     return Place(0, 1)
 
 
+def is_chief() -> bool:
+    """Whether this process is the one that writes files."""
+    return current().rank == 0
+
+
 def _from_tf_config(text: str) -> Place:
     try:
         config = json.loads(text)
@@ -61,7 +66,7 @@ def _from_tf_config(text: str) -> Place:
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"TF_CONFIG is malformed: {error}. Received: {text!r}") from error
     if kind in ("evaluator", "ps"):
-        raise CheckpointError(f"A process whose TF_CONFIG says '{kind}' writes no checkpoints; it may read them.")
+        return Place(-1, max(chiefs + workers, 1))
     return Place(index + (chiefs if kind == "worker" else 0), max(chiefs + workers, 1))
 
 
@@ -153,7 +158,7 @@ class Group:
         missing = []
         for rank in range(self._place.count):
             said = self._heard(rank) if rank != self._place.rank else {"run": self._run, "met": self._met}
-            if said.get("run") != self._run or said["met"] < self._met:
+            if said.get("run") != self._run or int(said.get("met", -1)) < self._met:
                 missing.append(rank)
             elif said.get("failed"):
                 raise CheckpointError(f"process {rank} could not save: {said['failed']}")
