@@ -33,7 +33,7 @@ _MANIFEST, _LOCK, _STATE, _PROCESSES = "checkpoints.json", ".lock", "state.zip",
 _WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 #: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
-_LEFTOVER = re.compile(r"\.step-\d{8,}(-\d+)?\.[0-9a-f]{16}\.hornbeam-tmp")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}(-\d+)?|checkpoints\.json)\.[0-9a-f]{16}\.hornbeam-tmp")
 
 
 @dataclasses.dataclass(frozen=True)
