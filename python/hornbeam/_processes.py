@@ -157,8 +157,10 @@ class Group:
     def _all_here(self) -> list[int]:
         missing = []
         for rank in range(self._place.count):
-            said = self._heard(rank) if rank != self._place.rank else {"run": self._run, "met": self._met}
-            if said.get("run") != self._run or int(said.get("met", -1)) < self._met:
+            if rank == self._place.rank:
+                continue
+            said = self._heard(rank)
+            if said.get("run") != self._run or said["met"] < self._met:
                 missing.append(rank)
             elif said.get("failed"):
                 raise CheckpointError(f"process {rank} could not save: {said['failed']}")
