@@ -15,7 +15,9 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py
+BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py $(RESUME_TESTS)
+RESUME_TESTS := tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py
+SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -29,7 +31,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python soak check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-rust test-python soak soak-resume check fmt bench docs wheel test-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +59,10 @@ test-backend-%: setup ## The parity tests on another backend of .venv: jax, nump
 
 soak: $(VENV)/.group-build ## Damaged files by the hundred thousand (SOAK=1000000 for more, HORNBEAM_SEED=2 for others)
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
+	$(MAKE) soak-resume
+
+soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: about an hour
+	for backend in tensorflow jax; do HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest $(SOAK_TESTS) || exit 1; done
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"

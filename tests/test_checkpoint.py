@@ -352,3 +352,107 @@ def test_arguments_of_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monitor"):
         CheckpointManager(tmp_path).best()
     assert json.loads((tmp_path / "checkpoints.json").read_text()) == {"format": 1, "checkpoints": []}
+
+
+def test_asynchronous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, note = build(), np.zeros(3)
+    with CheckpointManager(tmp_path, asynchronous=True, keep_last=2) as ckpt:
+        for step in range(4):
+            fill(model, step)
+            note[:] = step
+            assert ckpt.save(step, model, extra={"note": note}) is None
+            fill(model, -1)  # what comes after the call is in no checkpoint
+            note[:] = -1
+        ckpt.wait()
+        assert [c.step for c in ckpt.all()] == [2, 3]
+        for step in (2, 3):
+            assert ckpt.restore(model, step=step) == step + 1
+            assert all((np.asarray(v) == step).all() for v in model.get_weights())
+            assert (ckpt.extra["note"] == step).all()
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError("no space")
+
+        monkeypatch.setattr(_statefile, "write", refuse)
+        ckpt.save(4, model)
+        with pytest.raises(OSError, match="no space"):
+            ckpt.wait()
+        ckpt.save(5, model)
+        with pytest.raises(OSError, match="no space"):
+            ckpt.save(6, model)
+        monkeypatch.undo()
+        assert [c.step for c in ckpt.all()] == [2, 3]
+        ckpt.save(7, model)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints.json", "step-00000003", "step-00000007"]
+
+
+KILLED = r"""
+import os, random, signal, sys, time
+import keras, numpy as np
+from hornbeam.checkpoint import CheckpointManager
+
+root, kills = sys.argv[1], int(sys.argv[2])
+inputs = keras.Input((500,))
+model = keras.Model(inputs, keras.layers.Dense(300)(keras.layers.Dense(2000)(inputs)))
+keep = {"keep_last": 2, "keep_best": 1, "keep_every": 5, "monitor": "m", "asynchronous": sys.argv[3] == "True"}
+
+def fill(step):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, step, "float32"))
+
+def train(ckpt, step):
+    fill(step)
+    ckpt.save(step, model, metrics={"m": -(step % 7)}, extra={"step": step})
+    ckpt.wait()
+
+rng = random.Random(5)
+started = time.perf_counter()
+with CheckpointManager(root, **keep) as ckpt:
+    train(ckpt, 0)
+once, step, seen = time.perf_counter() - started, 0, []
+for kill in range(kills):
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receive)
+        try:
+            with CheckpointManager(root, **keep) as ckpt:
+                while True:
+                    step += 1
+                    os.write(send, b"start\n")
+                    train(ckpt, step)
+                    os.write(send, b"%d\n" % step)
+        finally:
+            os._exit(1)
+    os.close(send)
+    wanted, text = rng.randrange(1, 4), b""
+    while text.count(b"start\n") < wanted:
+        text += os.read(receive, 1)
+    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
+    while time.perf_counter() < end:
+        pass
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    while block := os.read(receive, 1000):
+        text += block
+    os.close(receive)
+    told = int([b"%d" % step, *(word for word in text.split() if word != b"start")][-1])
+    reader = CheckpointManager(root, **keep)  # before anybody clears up
+    fill(-1)
+    step = reader.restore(model) - 1
+    assert step in (told, told + 1), (step, told)
+    for checkpoint in reader.all():
+        reader.restore(model, step=checkpoint.step)
+        assert reader.extra == {"step": checkpoint.step}
+        assert all((np.asarray(v.value) == checkpoint.step).all() for v in model.variables)
+    seen.append(len(os.listdir(root)) - 2 - len(reader.all()))
+    with CheckpointManager(root, **keep) as ckpt:
+        pass
+    assert sorted(os.listdir(root)) == sorted([".lock", "checkpoints.json", *(c.path.name for c in reader.all())])
+assert sum(n > 0 for n in seen) >= kills // 10, seen  # some hit in the middle of something
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_at_any_moment(asynchronous: bool, tmp_path: Path) -> None:
+    run(KILLED, tmp_path, 300 if SOAK else 20, asynchronous, backend="numpy")

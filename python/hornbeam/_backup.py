@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import weakref
 import zipfile
 from typing import Any
 
 import keras
 
-from hornbeam import _fit, _random, _training_state
+from hornbeam import _fit, _processes, _random, _training_state
 from hornbeam._keras import scope
 from hornbeam._state import logger
 from hornbeam.checkpoint import Checkpoint, CheckpointManager
@@ -52,7 +50,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         delete_checkpoint: Delete the directory when training is complete.
         seed: Makes the randomness of each epoch a function of this and the epoch's number: Python, NumPy, backend and
             the shuffling of arrays on TensorFlow.
-        durable: A backup is on stable storage before training goes on.
+        asynchronous: Training goes on while a backup is written.
+        durable: A backup is on stable storage before the one before it is deleted.
 
     Raises:
         ValueError: As Keras' own.
@@ -66,11 +65,14 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         delete_checkpoint: bool = True,
         *,
         seed: int | None = None,
+        asynchronous: bool = False,
         durable: bool = True,
     ) -> None:
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.seed = seed
-        self._manager = CheckpointManager(backup_dir, keep_last=2 if double_checkpoint else 1, durable=durable)
+        keep = 2 if double_checkpoint else 1
+        self._manager = CheckpointManager(backup_dir, keep_last=keep, asynchronous=asynchronous, durable=durable)
+        self._number = 0  # of the next backup
         self._others: list[Any] = []
         self._input: _fit.Input | None = None
         self._resumed: dict[str, Any] | None = None  # the backup, until its epoch begins
@@ -100,6 +102,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._postponed = False
         self._resumed = None
         backups = self._manager.all()
+        self._number = max((c.step for c in backups), default=-1) + 1
         if not backups:
             with scope():
                 super().on_train_begin(logs)  # one that Keras' own callback made
@@ -170,7 +173,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 self._restore_metrics(resumed["metrics"])
                 if resumed["learning_rate"] is not None:  # a scheduler may have changed it again
                     self.model.optimizer.learning_rate = resumed["learning_rate"]
-            _random.restore(resumed["random"])
+            if _processes.is_chief():  # it is that of the process that saved
+                _random.restore(resumed["random"])
         if self.seed is not None and not middle:
             _random.reseed(self.seed, epoch)
 
@@ -220,8 +224,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             "learning_rate": float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None,
             "callbacks": [(type(c).__name__, _callback_state(c)) for c in self._others],
         }
-        number = max((c.step for c in self._manager.all()), default=-1) + 1
-        self._manager.save(number, model, extra={"fit": state})
+        self._manager.save(self._number, model, extra={"fit": state})
+        self._number += 1
         self._note_paths()
 
     def _note_paths(self) -> None:
@@ -234,9 +238,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """Deletes the backup, unless it is to stay."""
         self.model._initial_epoch = None
         if self.delete_checkpoint:
-            self._manager.wait()
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self.backup_dir)
+            self._manager.delete_all()
         self._manager.close()
         self._input = None
 

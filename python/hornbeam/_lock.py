@@ -28,6 +28,7 @@ class FileLock:
             BlockingIOError: Somebody holds it.
             OSError: The file cannot be made.
         """
+        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             _lock(self._descriptor)
@@ -51,6 +52,9 @@ class FileLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()  # closing the descriptor, which nothing else would
 
 
 _held: weakref.WeakSet[FileLock] = weakref.WeakSet()

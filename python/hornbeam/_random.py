@@ -18,7 +18,7 @@ def capture() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "keras": None if generator is None else np.array(keras.ops.convert_to_numpy(generator.state)),
-        keras.backend.backend(): _capture_backend(),
+        "backend": (keras.backend.backend(), _capture_backend()),
     }
 
 
@@ -28,8 +28,8 @@ def restore(state: dict[str, Any]) -> None:
         global_seed_generator().state.assign(state["keras"])  # first: a new one draws its seed from Python's generator
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    backend = state.get(keras.backend.backend())
-    if backend is not None:
+    name, backend = state["backend"]
+    if name == keras.backend.backend() and backend is not None:
         _restore_backend(backend)
 
 

@@ -31,7 +31,7 @@ _written = threading.local()
 
 @contextmanager
 def checksum() -> Iterator[Callable[[], int | None]]:
-    """What it yields tells the CRC-32 of the weights file that this thread saved inside; `None` if stock Keras did."""
+    """What it yields tells the CRC-32 of the weights that this thread wrote inside; `None` if stock Keras did."""
     _written.crc = None
     yield lambda: _written.crc
 
@@ -232,6 +232,7 @@ def _defer(
     def write() -> int:
         with _progress.watch("save", path, plan.nbytes, lambda: save.written):
             info = save.finish([*(members or []), *((name, Path(file)) for name, file in kept.files())])
+        _written.crc = info["crc"]
         log_in_place(info["in_place"], path)
         _count_save(plan, store, info["bytes"], path)
         return info["bytes"]

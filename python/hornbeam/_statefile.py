@@ -7,7 +7,7 @@ The archive holds the arrays as a weights image (`arrays/0`, `arrays/1`, …) an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,29 +17,45 @@ from hornbeam.errors import ArchiveError, InvalidError
 _STATE = "state.json"
 
 
-def write(path: Path, state: Any, *, durable: bool) -> int:
-    """Writes `state` to a new file.
+class Encoded(NamedTuple):
+    """A state, ready to be written.
+
+    Attributes:
+        text: Its JSON.
+        arrays: Its arrays.
+    """
+
+    text: bytes
+    arrays: list[np.ndarray]
+
+
+def encode(state: Any, *, copy: bool) -> Encoded:
+    """Makes a state ready to be written.
 
     Args:
-        path: The file.
         state: None, bools, numbers, texts, bytes, lists, tuples, dicts, NumPy arrays and scalars, tensors.
-        durable: Wait for stable storage.
-
-    Returns:
-        Bytes of the file.
+        copy: Copy arrays, which somebody may change before they are written.
 
     Raises:
         InvalidError: For anything else in `state`.
-        OSError: When the file cannot be written.
     """
     arrays: list[np.ndarray] = []
     text = _core.encode_json(_encode(state, arrays, "state"))
+    return Encoded(text, [array.copy() for array in arrays] if copy else arrays)
+
+
+def write(path: Path, state: Encoded, *, durable: bool) -> None:
+    """Writes a state to a new file.
+
+    Raises:
+        OSError: When the file cannot be written.
+    """
     datasets: list[tuple[str, str, tuple[int, ...], list[tuple[str, str]]]]
-    datasets = [(f"arrays/{i}", _tensors.dtype_name(a.dtype), a.shape, []) for i, a in enumerate(arrays)]
+    datasets = [(f"arrays/{i}", _tensors.dtype_name(a.dtype), a.shape, []) for i, a in enumerate(state.arrays)]
     plan = _core.plan([], datasets)
-    buffers = [_tensors.as_buffer(array) for array in arrays]
+    buffers = [_tensors.as_buffer(array) for array in state.arrays]
     save = plan.start(str(path), buffers, archive=True, atomic=False, durable=durable)
-    return int(save.finish([(_STATE, text)])["bytes"])
+    save.finish([(_STATE, state.text)])
 
 
 def read(path: Path) -> Any:

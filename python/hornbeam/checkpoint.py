@@ -13,13 +13,14 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hornbeam import _core, _random, _retention, _statefile, _training_state
+from hornbeam import _core, _processes, _random, _retention, _statefile, _training_state
+from hornbeam._async import Handle
 from hornbeam._lock import FileLock
 from hornbeam._save import checksum
 from hornbeam._state import logger, options
@@ -28,11 +29,11 @@ from hornbeam.saving import load_weights, save_model, save_weights
 
 __all__ = ["Checkpoint", "CheckpointManager"]
 
-_MANIFEST, _LOCK, _STATE = "checkpoints.json", ".lock", "state.zip"
+_MANIFEST, _LOCK, _STATE, _PROCESSES = "checkpoints.json", ".lock", "state.zip", ".processes"
 _WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 #: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
-_LEFTOVER = re.compile(r"\.step-\d{8,}(-\d+)?\.[0-9a-f]{16}\.hornbeam-tmp")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}(-\d+)?|checkpoints\.json)\.[0-9a-f]{16}\.hornbeam-tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,10 @@ class CheckpointManager:
         monitor: The name in `metrics` that says which one is the best.
         mode: `"min"` or `"max"`: which value of it is better.
         save_weights_only: Weights and optimizer (`.weights.h5`), or the whole model (`.keras`).
-        durable: `save` returns when everything is on stable storage.
+        asynchronous: `save` returns when the values are safe from what training does next, and `None`; a thread writes.
+            The next `save`, `wait` and `close` wait for it, and raise what went wrong.
+        durable: A checkpoint is on stable storage before the manifest names it.
+        timeout: Seconds that processes of one training wait for each other. The first one writes; all call `save`.
 
     Attributes:
         extra: What the last `restore` found of what was passed to `save`.
@@ -122,7 +126,9 @@ class CheckpointManager:
         monitor: str | None = None,
         mode: str = "min",
         save_weights_only: bool = True,
+        asynchronous: bool = False,
         durable: bool = True,
+        timeout: float = 600.0,
     ) -> None:
         _retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
@@ -133,11 +139,17 @@ class CheckpointManager:
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.monitor, self.mode = monitor, mode
         self.save_weights_only = save_weights_only
+        self.asynchronous = asynchronous
         self.durable = durable
+        self.timeout = timeout
         self.extra: dict[str, Any] = {}
         self.random: dict[str, Any] | None = None
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
+        self._pending: _Pending | None = None
+        self._place = _processes.Place(0, 1)
+        self._group: _processes.Group | None = None
+        self._opened = False
 
     def __enter__(self) -> CheckpointManager:
         self._open()
@@ -146,20 +158,51 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            logger.exception("a save failed, too, while '%s' was left by an exception", self.directory)
 
     def close(self) -> None:
-        """Waits for what is under way, and gives the directory back. Harmless when it is closed."""
+        """Waits for what is under way, and gives the directory back. Harmless when it is closed.
+
+        Raises:
+            OSError: As `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = self._group = None
+            self._opened = False
+
+    def delete_all(self) -> None:
+        """Deletes the directory, when every process of the training has asked for it, and closes."""
+        self._open()
         self.wait()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        if self._group is not None:
+            self._group.meet(wait=self._place.rank == 0)
+        if self._place.rank == 0:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.directory)
+        self.close()
 
     def wait(self) -> None:
-        """Waits for what is being deleted."""
+        """Waits for what is being written or deleted.
+
+        Raises:
+            OSError: An asynchronous save could not be written; or whatever else it raised. Once.
+        """
+        pending, self._pending = self._pending, None
+        failed = pending.wait() if pending is not None else None
         if self._cleaner is not None:
             self._cleaner.join()
             self._cleaner = None
+        if failed is not None:
+            raise failed
 
     # Reading
 
@@ -213,8 +256,9 @@ class CheckpointManager:
     ) -> int:
         """Gives a model, and the process, the state that they had when a checkpoint was saved.
 
-        Weights, optimizer, seed generators, and the random state of Python, NumPy, Keras and the backend. Everything is
-        read and compared before anything is changed. What was passed as `extra` to `save` is in `self.extra`
+        Weights, optimizer, seed generators, and the random state of Python, NumPy, Keras and the backend, which is that
+        of the process that saved: others of the same training keep theirs. Everything is read and compared before
+        anything is changed. What was passed as `extra` to `save` is in `self.extra`
         afterwards, except what `extra` has an object for.
 
         Args:
@@ -231,6 +275,7 @@ class CheckpointManager:
             CheckpointError: There is no such checkpoint, it is damaged, or of another model.
             ValueError: The weights are of another model.
         """
+        self.wait()
         for _ in range(10):
             chosen = self._choose(step)
             if chosen is None:
@@ -266,14 +311,14 @@ class CheckpointManager:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
         _training_state.check(model, state["model"], where)
         optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and not optimizer.built:
+        if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
         load_weights(model, chosen.model, strict=True)
         _training_state.apply(model, state["model"], where)
         for name, item in extra.items():
             _training_state.give_state(item, state["extra"][name], f"{where}: {name}")
         self.random = state["model"]["random"]
-        if random_state:  # last: what was called above may have drawn numbers
+        if random_state and _processes.is_chief():  # last: what was called above may have drawn numbers
             _random.restore(state["model"]["random"])
         self.extra = {name: value for name, value in state["extra"].items() if name not in extra}
         logger.info("restored step %d from '%s'", chosen.step, chosen.path)
@@ -288,7 +333,7 @@ class CheckpointManager:
         *,
         metrics: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> Checkpoint:
+    ) -> Checkpoint | None:
         """Saves a checkpoint; the old ones stay until it is complete and named by the manifest.
 
         Args:
@@ -299,7 +344,7 @@ class CheckpointManager:
                 optimizers, metrics, layers and seed generators that are no part of the model.
 
         Returns:
-            What was committed.
+            What was committed; `None` if that is still to come (`asynchronous`).
 
         Raises:
             CheckpointError: Another process, or manager, writes to this directory.
@@ -312,45 +357,81 @@ class CheckpointManager:
         if self.keep_best is not None and self.monitor not in numbers:
             raise ValueError(f"`keep_best` needs '{self.monitor}'. Received: metrics={dict(metrics or {})}")
         self._open()
-        before = self.all()
+        self.wait()
+        if self._group is None:
+            return self._save(step, model, numbers, extra or {}, self.asynchronous)
+        _processes.refuse_remote([*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())])
+        if self._place.rank != 0:
+            self._group.meet()
+            return next((c for c in self.all() if c.step == step), None)
+        try:
+            saved = self._save(step, model, numbers, extra or {}, False)
+        except BaseException as error:
+            self._group.meet(failed=f"{type(error).__name__}: {error}")
+            raise
+        self._group.meet()
+        return saved
+
+    def _save(
+        self, step: int, model: Any, metrics: dict[str, float], extra: Mapping[str, Any], asynchronous: bool
+    ) -> Checkpoint | None:
+        """Takes the values, and writes and commits them now or in the writer's thread."""
+        started = time.monotonic()
         state = {
             "format": 1,
             "step": step,
+            "optimizer": bool(getattr(getattr(model, "optimizer", None), "built", False)),
             "model": _training_state.capture(model),
-            "extra": {name: _training_state.state_of(item) for name, item in (extra or {}).items()},
+            "extra": {name: _training_state.state_of(item) for name, item in extra.items()},
         }
-        started = time.monotonic()
-        saved = self._write(self._unused_name(step), step, model, state, numbers)
-        kept = [c for c in before if c.step != step]
-        listed = self._retain([*kept, saved])
+        encoded = _statefile.encode(state, copy=asynchronous)
+        target = self.directory / self._unused_name(step)
+        file = _WEIGHTS if self.save_weights_only else _MODEL
+        write: Callable[..., Any] = save_weights if self.save_weights_only else save_model
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(_core.Directory(target, [file, _STATE], durable=self.durable))
+            root = Path(directory.path)
+            with options(durable=self.durable, atomic=False), checksum() as crc:
+                handle = write(model, root / file, asynchronous=asynchronous)
+            temporary = stack.pop_all()
+
+        def finish() -> Checkpoint:
+            with temporary:
+                _statefile.write(root / _STATE, encoded, durable=self.durable)
+                files = {inner: (root / inner).stat().st_size for inner in (file, _STATE)}
+                directory.commit()
+            known = crc() if self.save_weights_only else None
+            saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, known)
+            self._commit(saved, time.monotonic() - started)
+            return saved
+
+        if not asynchronous:
+            saved = finish()
+            self._delete(self._unlisted())
+            return saved
+        self._pending = _Pending(handle, finish, temporary, lambda: _remove(self._unlisted()))
+        return None
+
+    def _commit(self, saved: Checkpoint, seconds: float) -> None:
+        """Makes it one of those that the manifest names."""
+        before = self.all()
+        listed = self._retain([*(c for c in before if c.step != saved.step), saved])
         self._write_manifest(listed)
-        gone = {c.path.name for c in before} - {c.path.name for c in listed}
         logger.info(
-            "saved step %d to '%s': %.1f MB in %.2f s, %d kept, %d deleted",
-            step,
+            "saved step %d to '%s': %.1f MB in %.2f s, %d kept, %d to be deleted",
+            saved.step,
             saved.path,
             saved.bytes / 1e6,
-            time.monotonic() - started,
+            seconds,
             len(listed),
-            len(gone),
+            len(before) + 1 - len(listed),
+            extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": [c.step for c in listed]},
         )
-        self._delete(gone)
-        return saved
 
-    def _write(self, name: str, step: int, model: Any, state: Any, metrics: dict[str, float]) -> Checkpoint:
-        target = self.directory / name
-        file = _WEIGHTS if self.save_weights_only else _MODEL
-        with (
-            _core.Directory(target, [file, _STATE], durable=self.durable) as directory,
-            options(durable=self.durable, atomic=False),
-            checksum() as crc,
-        ):
-            root = Path(directory.path)
-            (save_weights if self.save_weights_only else save_model)(model, root / file)
-            _statefile.write(root / _STATE, state, durable=self.durable)
-            files = {inner: (root / inner).stat().st_size for inner in (file, _STATE)}
-            directory.commit()
-        return Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, crc())
+    def _unlisted(self) -> list[Path]:
+        """Directories of checkpoints that the manifest does not name."""
+        listed = {c.path.name for c in self.all()}
+        return [path for path in self._directories() if path.name not in listed]
 
     def _retain(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         gone = _retention.plan_retention(
@@ -380,9 +461,23 @@ class CheckpointManager:
     # Ownership
 
     def _open(self) -> None:
-        """Takes the directory for writing, and clears what a killed writer left."""
-        if self._lock is not None and self._lock.held:
+        """Takes the directory for writing, and clears what a killed writer left; meets the other processes."""
+        if self._opened and (self._lock is None or self._lock.held):
             return
+        self._place = _processes.current()
+        if self._place.rank < 0:
+            raise CheckpointError(f"TF_CONFIG says that this process does not train: it only reads '{self.directory}'.")
+        if self._place.rank == 0:
+            self._take()
+        if self._place.count > 1:
+            try:
+                self._group = _processes.Group(self.directory / _PROCESSES, self._place, self.timeout)
+            except BaseException:
+                self.close()
+                raise
+        self._opened = True
+
+    def _take(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         listed = self.all()  # raises where there are checkpoints without a manifest
         try:
@@ -395,7 +490,7 @@ class CheckpointManager:
         try:
             if not (self.directory / _MANIFEST).exists():
                 self._write_manifest(listed)
-            self._delete({p.name for p in self._directories()} - {c.path.name for c in self.all()})
+            self._delete(self._unlisted())
             self._clear_leftovers()
         except BaseException:
             self.close()
@@ -422,13 +517,42 @@ class CheckpointManager:
             path.unlink(missing_ok=True)
             held.release()
 
-    def _delete(self, names: Iterable[str]) -> None:
+    def _delete(self, paths: list[Path]) -> None:
         """Deletes in a thread: freeing the pages of large files takes the kernel a while."""
-        paths = [self.directory / name for name in names]
-        self.wait()
         if paths:
             self._cleaner = threading.Thread(target=_remove, args=(paths,), name="hornbeam-delete")
             self._cleaner.start()
+
+
+class _Pending:
+    """An asynchronous save, until it is committed or has failed."""
+
+    def __init__(
+        self, handle: Handle, finish: Callable[[], Any], temporary: contextlib.ExitStack, clean: Callable[[], None]
+    ) -> None:
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._finish, self._temporary, self._clean = finish, temporary, clean
+        handle.add_done_callback(self._written)
+
+    def _written(self, handle: Handle) -> None:
+        """Called by the writer's thread."""
+        try:
+            error = handle.exception()
+            if error is not None:
+                self._temporary.__exit__(type(error), error, None)
+                raise error
+            self._finish()
+            self._clean()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def wait(self) -> BaseException | None:
+        """Waits for the end; what went wrong."""
+        self._done.wait()
+        return self._error
 
 
 def _remove(paths: list[Path]) -> None:

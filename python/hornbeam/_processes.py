@@ -1,0 +1,187 @@
+"""Trainings of several processes: who writes, and how the others wait for it, through files beside the checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from hornbeam import _core
+from hornbeam.errors import CheckpointError, UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """This process among those of its training.
+
+    Attributes:
+        rank: 0 for the chief, which writes; -1 for one that does not train: an evaluator, a parameter server.
+        count: How many there are.
+    """
+
+    rank: int
+    count: int
+
+
+def current() -> Place:
+    """Asks the backend; TensorFlow's `TF_CONFIG` where it is TensorFlow.
+
+    Raises:
+        CheckpointError: `TF_CONFIG` is malformed.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return Place(jax.process_index(), jax.process_count())
+    if backend == "torch":
+        import torch
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if backend == "tensorflow" and os.environ.get("TF_CONFIG"):
+        return _from_tf_config(os.environ["TF_CONFIG"])
+    return Place(0, 1)
+
+
+def is_chief() -> bool:
+    """Whether this process is the one that writes files."""
+    return current().rank == 0
+
+
+def _from_tf_config(text: str) -> Place:
+    try:
+        config = json.loads(text)
+        cluster, task = config.get("cluster", {}), config.get("task", {})
+        chiefs = len(cluster.get("chief", ())) + len(cluster.get("master", ()))
+        workers = len(cluster.get("worker", ()))
+        kind, index = task.get("type", "worker"), int(task.get("index", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"TF_CONFIG is malformed: {error}. Received: {text!r}") from error
+    if kind in ("evaluator", "ps"):
+        return Place(-1, max(chiefs + workers, 1))
+    return Place(index + (chiefs if kind == "worker" else 0), max(chiefs + workers, 1))
+
+
+def refuse_remote(variables: Iterable[Any]) -> None:
+    """Refuses arrays of which this process has only a part.
+
+    Raises:
+        UnsupportedError: With the names of all of them.
+    """
+    remote = [variable.path for variable in variables if not _is_here(variable.value)]
+    if remote:
+        raise UnsupportedError(
+            "These variables are spread over several processes, of which none has all of their values; checkpoints of "
+            f"such models are not supported yet: {', '.join(remote)}"
+        )
+
+
+def _is_here(value: Any) -> bool:
+    return bool(getattr(value, "is_fully_addressable", True) or getattr(value, "is_fully_replicated", True))
+
+
+class Group:
+    """The processes of a training, which meet at a shared directory.
+
+    Each has a file there with its nonce, the run's identity and the number of its last meeting. What an earlier run
+    left is of another identity: the chief chooses it, and tells it with the nonces of those it is meant for.
+    """
+
+    def __init__(self, directory: Path, place: Place, timeout: float) -> None:
+        """Waits for all of them.
+
+        Raises:
+            CheckpointError: Not all came in time.
+        """
+        self._directory, self._place, self._timeout = directory, place, timeout
+        self._nonce, self._run, self._met = secrets.token_hex(8), "", 0
+        directory.mkdir(parents=True, exist_ok=True)
+        if place.rank == 0:
+            self._run = secrets.token_hex(8)
+            self._tell()
+            self._wait(self._gather, "join")
+        else:
+            self._tell()
+            self._wait(self._join, "lead")
+        self._tell()
+
+    def meet(self, *, failed: str | None = None, wait: bool = True) -> None:
+        """Says that this process is here, and waits until all are.
+
+        Args:
+            failed: Why what the others wait for did not happen; they raise it.
+            wait: Wait for the others.
+
+        Raises:
+            CheckpointError: Not all came in time, or the chief has failed.
+        """
+        self._met += 1
+        self._tell(failed)
+        if wait and failed is None:
+            self._wait(self._all_here, "come to save")
+
+    def _file(self, rank: int) -> Path:
+        return self._directory / f"process-{rank}.json"
+
+    def _tell(self, failed: str | None = None) -> None:
+        said = {"nonce": self._nonce, "run": self._run, "met": self._met, "failed": failed}
+        _core.write_file(self._file(self._place.rank), json.dumps(said).encode())
+
+    def _heard(self, rank: int) -> dict[str, Any]:
+        return _read(self._file(rank))
+
+    def _gather(self) -> list[int]:
+        """Of the chief: tells everybody's nonce back with the identity; who does not answer with it is missing."""
+        heard = {rank: self._heard(rank) for rank in range(1, self._place.count)}
+        nonces = {str(rank): said.get("nonce") for rank, said in heard.items()}
+        told = {"run": self._run, "nonces": nonces}
+        if _read(self._directory / "run.json") != told:
+            _core.write_file(self._directory / "run.json", json.dumps(told).encode())
+        return [rank for rank, said in heard.items() if said.get("run") != self._run]
+
+    def _join(self) -> list[int]:
+        told = _read(self._directory / "run.json")
+        if told.get("nonces", {}).get(str(self._place.rank)) != self._nonce:
+            return [0]
+        self._run = told["run"]
+        return []
+
+    def _all_here(self) -> list[int]:
+        missing = []
+        for rank in range(self._place.count):
+            if rank == self._place.rank:
+                continue
+            said = self._heard(rank)
+            if said.get("run") != self._run or said["met"] < self._met:
+                missing.append(rank)
+            elif said.get("failed"):
+                raise CheckpointError(f"process {rank} could not save: {said['failed']}")
+        return missing
+
+    def _wait(self, missing: Callable[[], list[int]], what: str) -> None:
+        end, pause = time.monotonic() + self._timeout, 0.005
+        while late := missing():
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"Process {self._place.rank} of {self._place.count} has waited {self._timeout:g} s at "
+                    f"'{self._directory}' for others to {what}: {late}. All must call the same saves, and share "
+                    "the directory."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

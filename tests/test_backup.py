@@ -1,0 +1,257 @@
+"""`BackupAndRestore`: killed trainings end as others do, Keras' own tests, what is logged, what is left."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import hornbeam
+from helpers import values
+from hornbeam.callbacks import BackupAndRestore
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.data import resumable
+from hornbeam.errors import CheckpointError
+
+BACKEND = keras.backend.backend()
+SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
+pytestmark = pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this backend cannot train")
+
+#: Trainings of `resumes.py`; those of the first list run for every change, all of them in `make soak`.
+SHORT = {
+    "tensorflow": ["arrays", "pydataset", "steps_arrays", "steps_tfdata", "async", "mixed", "ema", "eager", "jit"],
+    "jax": ["arrays", "steps_arrays", "loop"],
+    "torch": ["arrays", "pydataset", "steps_arrays", "async", "ema", "loop"],
+}
+SHORT["tensorflow"] += ["early", "loop", "tape", "readme", "mirrored"]
+LONG = ["unshuffled", "batchwise", "tfdata", "tfdata_endless", "steps_pydataset", "steps_tfdata_endless", "schedule"]
+NEEDS_TENSORFLOW = {"tape", "mirrored"}
+CASES = SHORT.get(BACKEND, [])
+if SOAK:
+    others = [case for case in {case: 0 for list in SHORT.values() for case in list} if case not in CASES]
+    CASES = [case for case in [*CASES, *others, *LONG] if BACKEND == "tensorflow" or case not in NEEDS_TENSORFLOW]
+    if importlib.util.find_spec("tensorflow") is None:
+        CASES = [case for case in CASES if "tfdata" not in case]
+
+
+@functools.cache
+def resumes() -> dict[str, Any]:
+    """What each training ended with; all of them run in one process, which forks."""
+    source = Path(hornbeam.__file__).parents[1]
+    command = [sys.executable, str(Path(__file__).with_name("resumes.py")), ",".join(CASES)]
+    done = subprocess.run(
+        [*command, "20" if SOAK else "1", "11"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).parent)])},
+        capture_output=True,
+        text=True,
+        timeout=None if SOAK else 280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_restarted(case: str) -> None:
+    found = resumes()[case]
+    assert found["kills"] >= 1
+    for result in found["found"]:
+        assert result["digest"] == found["reference"]["digest"]
+        assert result["left"] == found["reference"]["left"]
+
+
+X = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
+Y = X[:, :1] * 2
+
+
+def build(**compiled: Any) -> Any:
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dropout(0.3), keras.layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.Adam(0.01), "mse", **compiled)
+    return model
+
+
+class Interrupt(keras.callbacks.Callback):
+    def __init__(self, epoch: int | None = None, batch: int | None = None) -> None:
+        super().__init__()
+        self.at, self.epoch = (epoch, batch), -1
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.at == (self.epoch, batch):
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.at == (epoch, None):
+            raise KeyboardInterrupt
+
+
+def test_metrics_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    def data() -> Any:
+        return resumable((X, Y), batch_size=4, shuffle=True, seed=1)
+
+    whole = build(metrics=["mae"]).fit(data(), epochs=2, verbose=0, callbacks=[BackupAndRestore(tmp_path / "a", 2)])
+    with pytest.raises(KeyboardInterrupt):
+        build(metrics=["mae"]).fit(
+            data(), epochs=2, verbose=0, callbacks=[BackupAndRestore(tmp_path / "b", 2), Interrupt(1, 4)]
+        )
+    steps: list[int] = []
+    seen = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(batch))
+    again = build(metrics=["mae"]).fit(
+        data(), epochs=2, verbose=0, callbacks=[BackupAndRestore(tmp_path / "b", 2), seen]
+    )
+    assert steps == [4, 5]
+    assert again.epoch == [1]
+    assert {name: value[-1:] for name, value in whole.history.items()} == again.history
+
+
+def test_where_it_stands_in_the_list_does_not_matter(tmp_path: Path) -> None:
+    def train(root: Path, first: bool, interrupted: bool) -> Any:
+        model = build()
+        mine = [keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=0, min_delta=10.0)]
+        saver = BackupAndRestore(root, seed=3)
+        callbacks = [saver, *mine] if first else [*mine, saver]
+        model.fit(X, Y, epochs=4, verbose=0, callbacks=[*callbacks, Interrupt(epoch=2 if interrupted else None)])
+        return values(model)
+
+    expected = train(tmp_path / "a", False, False)
+    for first in (True, False):
+        root = tmp_path / str(first)
+        with pytest.raises(KeyboardInterrupt):
+            train(root, first, True)
+        assert train(root, first, False) == expected
+        assert not root.exists()
+
+
+def test_a_training_that_had_stopped_stays_stopped(tmp_path: Path) -> None:
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.stop_training = epoch == 1
+
+    model = build()
+    keep = BackupAndRestore(tmp_path / "a", delete_checkpoint=False, seed=3)
+    assert model.fit(X, Y, epochs=5, verbose=0, callbacks=[Stop(), keep]).epoch == [0, 1]
+    again = build()
+    more = BackupAndRestore(tmp_path / "a", seed=3)
+    assert again.fit(X, Y, epochs=5, verbose=0, callbacks=[Stop(), more]).epoch == []
+    assert values(again)[:4] == values(model)[:4]
+    assert again._initial_epoch is None
+
+
+def test_keras_own_backups_are_taken_over(tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            X, Y, epochs=3, verbose=0, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "b"), Interrupt(epoch=1)]
+        )
+    again = build()
+    assert again.fit(X, Y, epochs=3, verbose=0, callbacks=[BackupAndRestore(tmp_path / "b")]).epoch == [2]
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_damaged_backup(double: bool, tmp_path: Path) -> None:
+    root = tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt):
+        build().fit(
+            X,
+            Y,
+            epochs=4,
+            verbose=0,
+            callbacks=[BackupAndRestore(root, double_checkpoint=double, seed=1), Interrupt(epoch=1)],
+        )
+    backups = CheckpointManager(root).all()
+    assert len(backups) == 1 + double
+    data = bytearray(backups[-1].model.read_bytes())
+    data[-3] ^= 1
+    backups[-1].model.write_bytes(data)
+    again = BackupAndRestore(root, double_checkpoint=double, seed=1)
+    if double:
+        assert build().fit(X, Y, epochs=4, verbose=0, callbacks=[again]).epoch == [1, 2, 3]
+    else:
+        with pytest.raises(CheckpointError, match="damaged"):
+            build().fit(X, Y, epochs=4, verbose=0, callbacks=[again])
+
+
+def test_the_second_of_two_writers_is_told(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "b"), pytest.raises(CheckpointError, match="in use"):
+        build().fit(X, Y, verbose=0, callbacks=[BackupAndRestore(tmp_path / "b")])
+
+
+def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def batches() -> Any:
+        while True:
+            yield X[:4], Y[:4]
+
+    def said(data: Any, backup: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
+        caplog.clear()
+        saver = BackupAndRestore(tmp_path / "b", **(backup or {}))
+        with caplog.at_level(logging.WARNING, "hornbeam"):
+            for _ in range(2):
+                build().fit(*data, verbose=0, callbacks=[saver], **kwargs)
+        return [record.getMessage() for record in caplog.records]
+
+    (text,) = said([batches()], steps_per_epoch=2)
+    assert "GeneratorData" in text
+    (text,) = said([X, Y], {"seed": 1}, steps_per_epoch=2, batch_size=4)
+    assert "steps_per_epoch" in text
+    (text,) = said([X, Y], {"seed": 1, "save_freq": 2})
+    assert "resumable" in text
+    assert said([X, Y], {"seed": 1}) == []
+    assert said([X, Y], shuffle=False) == []
+    assert said([resumable((X, Y))], {"save_freq": 2}) == []
+    assert (said([X, Y]) == []) == (BACKEND != "tensorflow")
+    if importlib.util.find_spec("tensorflow") is not None:
+        import tensorflow as tf
+
+        data = tf.data.Dataset.from_tensor_slices((X, Y))
+        assert said([data.batch(4)], shuffle=False) == []
+        tf.random.set_seed(None)  # else it seeds the shuffling
+        (text,) = said([data.shuffle(9).batch(4)], shuffle=False)
+        assert "without a seed" in text
+        (text,) = said([data.map(lambda x, y: (x + tf.random.normal((3,)), y)).batch(4)], shuffle=False)
+        assert "stateful" in text
+
+
+def test_keras_own_tests_pass(tmp_path: Path) -> None:
+    source = Path(importlib.util.find_spec("keras").submodule_search_locations[0]) / "src"
+    test = source / "callbacks" / "backup_and_restore_test.py"
+    if not test.exists():
+        pytest.skip("this wheel of Keras has no tests")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "ours.py").write_text(
+        "import keras.src.callbacks, hornbeam.callbacks\n"
+        "keras.src.callbacks.BackupAndRestore = hornbeam.callbacks.BackupAndRestore\n"
+    )
+    path = [str(Path(hornbeam.__file__).parents[1]), str(Path(__file__).parent), str(tmp_path)]
+    report = tmp_path / "report.json"
+    options = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(source), "-q"]
+    options += ["-p", "keras_plugin", "-p", "ours", "-p", "no:cacheprovider"]
+    plain = {"HORNBEAM_SUITE": "stock", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(test)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "HORNBEAM_SUITE_REPORT": str(report)} | plain,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    results = json.loads(report.read_text())
+    assert [r["outcome"] for r in results.values()].count("passed") >= 7
+    assert sum(r["stats"]["saves"] for r in results.values()) >= 20

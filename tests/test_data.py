@@ -1,0 +1,121 @@
+"""`resumable`: from any position on, the rest is what it would have been."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from hornbeam.data import Resumable, resumable
+from hornbeam.errors import CheckpointError, UnsupportedError
+
+X = np.arange(10.0)[:, None]
+has_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="tf.data needs TensorFlow")
+
+
+class Rows(keras.utils.PyDataset):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, i: int) -> Any:
+        return np.full((2, 1), i), np.zeros((2, 1))
+
+
+def pipeline(shuffle: int = 5, **kwargs: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.range(10).shuffle(shuffle, seed=3, **kwargs).batch(3).prefetch(2)
+
+
+MAKERS: dict[str, Callable[[], Resumable]] = {
+    "shuffled": lambda: resumable((X, X), batch_size=3, shuffle=True, seed=1),
+    "in order": lambda: resumable(X, batch_size=4),
+    "PyDataset": lambda: resumable(Rows(), shuffle=True, seed=2),
+    "tf.data": lambda: resumable(pipeline()),
+    "tf.data, one buffer": lambda: resumable(pipeline(20)),
+    "tf.data, always the same": lambda: resumable(pipeline(reshuffle_each_iteration=False)),
+}
+
+
+def rows(batch: Any) -> list[Any]:
+    return [np.asarray(leaf).ravel().tolist() for leaf in keras.tree.flatten(batch)]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[has_tensorflow] if "tf.data" in k else []) for k in MAKERS])
+def test_every_position(kind: str) -> None:
+    data, epochs = MAKERS[kind](), 3
+    whole, states = [], [data.get_state()]
+    while data.epoch < epochs:
+        for batch in data:
+            whole.append(rows(batch))
+            states.append(data.get_state())
+    per_epoch = len(whole) // epochs
+    assert per_epoch == data.num_batches
+    first, second = whole[:per_epoch], whole[per_epoch : 2 * per_epoch]
+    assert (first == second) == (kind in ("in order", "tf.data, always the same"))
+    for taken, state in enumerate(states):
+        other, rest = MAKERS[kind](), []
+        other.set_state(state)
+        while other.epoch < epochs:
+            for batch in other:
+                rest.append(rows(batch))
+        assert rest == whole[taken:], taken
+
+
+@has_tensorflow
+def test_what_cannot_be_resumed_is_refused() -> None:
+    import tensorflow as tf
+
+    data = tf.data.Dataset.range(4)
+    with pytest.raises(UnsupportedError, match="without a seed"):
+        resumable(data.shuffle(2).batch(2))
+    with pytest.raises(UnsupportedError, match="stateful"):
+        resumable(data.map(lambda _: tf.random.uniform(())))
+    with pytest.raises(ValueError, match="batches and shuffles itself"):
+        resumable(data, batch_size=2)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        resumable(X, shuffle=True)
+    with pytest.raises(ValueError, match="one length"):
+        resumable((X, X[1:]))
+    with pytest.raises(ValueError, match="must be"):
+        resumable(iter([1]))
+    with pytest.raises(ValueError, match="batches itself"):
+        resumable(Rows(), batch_size=2)
+    state = resumable(X, batch_size=4).get_state()
+    with pytest.raises(CheckpointError, match="other data"):
+        resumable(X, batch_size=2).set_state(state)
+
+
+@pytest.mark.skipif(keras.backend.backend() in ("numpy", "openvino"), reason="this backend cannot train")
+@pytest.mark.parametrize("kind", ["shuffled", "PyDataset", pytest.param("tf.data", marks=has_tensorflow)])
+def test_fit_takes_it(kind: str) -> None:
+    seen: list[float] = []
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x: Any) -> Any:
+            return self.dense(x)
+
+    class Note(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            seen.append(batch)
+
+    data = MAKERS[kind]()
+    if kind == "tf.data":
+        data = resumable(pipeline().map(lambda x: (x[:, None], x[:, None])))
+    model = Model()
+    model.build((None, 1))
+    model.compile("sgd", "mse")
+    model.fit(data, epochs=2, verbose=0, callbacks=[Note()])
+    assert seen == list(range(data.num_batches)) * 2
+    assert np.isfinite(model.evaluate(data, verbose=0))
