@@ -199,8 +199,8 @@ def _defer(
         del dataset.memory
 
     def write() -> int:
-        with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-            info = save.finish([*(members or []), *((name, Path(file)) for name, file in kept.files())])
+        files = [(name, Path(file)) for name, file in kept.files()]
+        info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         log_in_place(info["in_place"], path)
         _count_save(plan, store, info["bytes"])
         return info["bytes"]
@@ -275,10 +275,11 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, work: Callable[[], Any]) -> Any:
-    """Runs `work` while the writer writes; stops the writer if it fails."""
+def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], Any]) -> Any:
+    """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
-        return work()
+        with _progress.watch("save", path, nbytes, lambda: save.written):
+            return work()
     except BaseException:
         save.cancel()
         raise
@@ -305,10 +306,13 @@ def _write(
         durable=options.durable,
     )
     path = target if isinstance(target, str) else None
-    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        members: list[tuple[str, Any]] = [*(early or _finishing(save, lambda: _members(model)))]
+
+    def work() -> dict[str, Any]:
+        members: list[tuple[str, Any]] = [*(early or _members(model))]
         members += [(name, Path(path)) for name, path in assets.files()]
-        info = save.finish(members, _puller(store))
+        return save.finish(members, _puller(store))
+
+    info: dict[str, Any] = _finishing(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_in_place(info["in_place"], target)
     return info
@@ -316,8 +320,7 @@ def _write(
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        return save.finish([], _puller(store))
+    return _finishing(save, path, plan.nbytes, lambda: save.finish([], _puller(store)))
 
 
 def _write_memory(
