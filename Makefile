@@ -14,7 +14,7 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py
+BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_async.py tests/test_model_checkpoint.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -28,7 +28,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-rust test-python soak check fmt bench docs wheel test-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
 test-backend-%: setup ## The parity tests on another backend of .venv: jax, numpy
 	@echo "==> Python tests, $* backend"
 	KERAS_BACKEND=$* $(PY) -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+
+soak: setup ## The long campaigns: hundreds of kills during saves, a thousand failing ones (some twenty minutes)
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest tests/test_crash.py tests/test_faults.py $(PYTEST_ARGS)
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"
