@@ -146,8 +146,7 @@ class Told(ModelCheckpoint):
     def _confirm(self, record, *rest):
         super()._confirm(record, *rest)
         if self.pipe is not None:
-            os.write(self.pipe, b"%d
-" % record["step"])
+            os.write(self.pipe, b"%d\n" % record["step"])
 
 def save(callback, step):
     for variable in model.variables:
@@ -188,16 +187,14 @@ for kill in range(kills):
             callback.pipe = send
             while True:
                 step += 1
-                os.write(send, b"start
-")
+                os.write(send, b"start\n")
                 save(callback, step)
         finally:
             os._exit(1)
     os.close(send)
     wanted = rng.randrange(1, 5)
     text = b""
-    while text.count(b"start
-") < wanted:
+    while text.count(b"start\n") < wanted:
         text += os.read(receive, 1)
     end = time.perf_counter() + rng.uniform(0, 1.2 * once)
     while time.perf_counter() < end:
