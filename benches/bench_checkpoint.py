@@ -111,7 +111,7 @@ def measure(workload: str, way: str, root: Path) -> dict[str, Any]:
 
     for _ in range(3):
         step()
-    save, wait = saver(way, model, root)
+    save, wait = saver(way, model, root / "run")
     save(0)  # imports, first copies
     wait()
     alone = Peak()
@@ -119,7 +119,6 @@ def measure(workload: str, way: str, root: Path) -> dict[str, Any]:
     baseline = [step() for _ in range(2 * every)]
     alone.stop.set()
     alone.join()
-    save, wait = saver(way, model, root / "run")
     os.sync()
     peak = Peak()
     peak.start()
