@@ -80,6 +80,7 @@ fmt: $(VENV)/.group-dev ## Format the code and mend what the linters can
 bench: setup ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet50 --turns 1"); the Rust stages: cargo bench
 	KERAS_BACKEND=tensorflow $(PY) benches/run.py $(BENCH_ARGS)
 	$(PY) benches/report.py
+	$(PY) benches/bench_checkpoint.py
 
 docs: setup ## Run the examples of README.md and docs/ (pytest's 5: there are none)
 	KERAS_BACKEND=tensorflow $(PY) -m pytest --doctest-glob='*.md' README.md docs || [ $$? -eq 5 ]
