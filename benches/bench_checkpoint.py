@@ -58,7 +58,9 @@ def saver(way: str, model: Any, root: Path) -> tuple[Callable[[int], None], Call
     if way == "tf async":
         import tensorflow as tf
 
-        manager = tf.train.CheckpointManager(tf.train.Checkpoint(model=model), str(root / "tf"), max_to_keep=1)
+        # Of the variables: of a compiled model, with its `tf.function`, the asynchronous save fails.
+        values = [v.value for v in [*model.variables, *model.optimizer.variables]]
+        manager = tf.train.CheckpointManager(tf.train.Checkpoint(values=values), str(root / "tf"), max_to_keep=1)
         how = tf.train.CheckpointOptions(enable_async=True)
         return lambda i: manager.save(i, options=how), manager._checkpoint.sync
     if way == "orbax":
