@@ -15,8 +15,8 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-BACKEND_TESTS ?= tests/test_parity.py tests/test_backends.py $(RESUME_TESTS)
-RESUME_TESTS := tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py
+MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py
+BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py tests/test_data.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
@@ -57,8 +57,9 @@ test-backend-%: setup ## The parity tests on another backend of .venv: jax, nump
 	@echo "==> Python tests, $* backend"
 	KERAS_BACKEND=$* $(PY) -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
 
-soak: $(VENV)/.group-build ## Damaged files by the hundred thousand (SOAK=1000000 for more, HORNBEAM_SEED=2 for others)
+soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2), kills and failures during saves, restarts
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest tests/test_crash.py tests/test_faults.py $(PYTEST_ARGS)
 	$(MAKE) soak-resume
 
 soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: about an hour
@@ -88,6 +89,7 @@ bench: setup ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet
 	KERAS_BACKEND=tensorflow $(PY) benches/run.py $(BENCH_ARGS)
 	KERAS_BACKEND=tensorflow $(PY) benches/bench_legacy.py
 	$(PY) benches/report.py
+	$(PY) benches/bench_checkpoint.py
 
 docs: setup ## Run the examples of README.md and docs/ (pytest's 5: there are none)
 	KERAS_BACKEND=tensorflow $(PY) -m pytest --doctest-glob='*.md' README.md docs || [ $$? -eq 5 ]
@@ -119,9 +121,9 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 
 test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The parity tests on torch, and on the oldest Keras supported
 	@echo "==> Python tests, torch backend"
-	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras 3.12.4"
-	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 clean: ## Remove everything these targets made
 	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -83,7 +83,9 @@ fn put_metadata(attributes: &[Attribute], header: &mut Encoder) -> Result<()> {
     for (name, value) in attributes {
         header.str(name);
         header.colon();
-        header.str(value.text().ok_or_else(|| Error::new(Kind::Invalid, "safetensors metadata is text").with_entry(name))?);
+        header.str(
+            value.text().ok_or_else(|| Error::new(Kind::Invalid, "safetensors metadata is text").with_entry(name))?,
+        );
     }
     header.end_dict();
     Ok(())

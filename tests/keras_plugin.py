@@ -47,6 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, lines in (("filterwarnings", _FILTERS), ("markers", _MARKERS)):
         for line in lines:
             config.addinivalue_line(name, line)
+    if os.environ.get("HORNBEAM_SUITE_CALLBACKS"):
+        _replace_callbacks(json.loads(os.environ["HORNBEAM_SUITE_CALLBACKS"]))
+
+
+def _replace_callbacks(arguments: dict[str, Any]) -> None:
+    """Has Keras' tests make our callback, with arguments of ours."""
+    from keras.src import callbacks
+
+    from hornbeam.callbacks import ModelCheckpoint
+
+    def make(*args: Any, **kwargs: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(*args, **kwargs, **arguments)
+
+    callbacks.ModelCheckpoint = make
 
 
 @pytest.hookimpl(wrapper=True)

@@ -120,19 +120,157 @@ print(json.dumps({"left": left, "seen": seen}))
 """
 
 
-def serve(form: str, root: Path, kills: int, number: int) -> Any:
+CALLBACK = r"""
+import json, os, random, signal, sys, time
+import keras, numpy as np
+from keras import layers
+import hornbeam
+from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
+from hornbeam.saving import load_model
+
+form, root, kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+retention = "retention" in form
+pattern = os.path.join(root, "m-{epoch}.keras" if retention else "m.keras")
+how = {"asynchronous": "async" in form, "durable": "durable" in form, "keep_last": 2}
+if retention:
+    how["keep_best"] = 1
+inputs = keras.Input((500,))
+model = keras.Model(inputs, layers.Dense(300)(layers.Dense(2000)(layers.Dense(900)(inputs))))
+
+def score(step):
+    return random.Random(step).random()
+
+class Told(ModelCheckpoint):
+    pipe = None
+
+    def _confirm(self, record, *rest):
+        super()._confirm(record, *rest)
+        if self.pipe is not None:
+            os.write(self.pipe, b"%d\n" % record["step"])
+
+def save(callback, step):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, step, "float32"))
+    callback.on_epoch_begin(step - 1)
+    callback.on_epoch_end(step - 1, {"val_loss": score(step)})
+
+def begin():
+    callback = Told(pattern, **how)
+    callback.set_model(model)
+    callback.on_train_begin()
+    return callback
+
+def step_of(path):
+    found = {float(v) for w in load_model(path).get_weights() for v in np.unique(w)}
+    assert len(found) == 1, found
+    return int(found.pop())
+
+def files():
+    return sorted(n for n in os.listdir(root) if not n.endswith(".json"))
+
+rng = random.Random(seed)
+known = {}  # step -> score of every one that was ever seen committed
+callback = begin()
+save(callback, 1)
+started = time.perf_counter()
+save(callback, 2)
+callback.on_train_end()
+once = time.perf_counter() - started
+step, left, newer = 2, 0, 0
+for kill in range(kills):
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receive)
+        try:
+            callback = begin()
+            callback.pipe = send
+            while True:
+                step += 1
+                os.write(send, b"start\n")
+                save(callback, step)
+        finally:
+            os._exit(1)
+    os.close(send)
+    wanted = rng.randrange(1, 5)
+    text = b""
+    while text.count(b"start\n") < wanted:
+        text += os.read(receive, 1)
+    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
+    while time.perf_counter() < end:
+        pass
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), status
+    while block := os.read(receive, 1000):
+        text += block
+    os.close(receive)
+    words = text.split()
+    told = max([step, *(int(word) for word in words if word != b"start")])
+    last = step + words.count(b"start")  # the last that can have begun
+    latest = latest_checkpoint(pattern)
+    found = step_of(latest)
+    assert told <= found <= last, (told, found, last)
+    newer += found > told
+    left += any(n.endswith("-tmp") for n in files())
+    if retention:
+        assert int(os.path.basename(latest)[2:-6]) == found
+        best = best_checkpoint(pattern)
+        name = int(os.path.basename(best)[2:-6])
+        assert step_of(best) == name
+        low = min(range(1, found + 1), key=score)  # of all that were ever committed
+        assert name == low, (name, low, found)
+    step = found + 1
+    callback = begin()
+    save(callback, step)  # clears what the kill left
+    callback.on_train_end()
+    latest = latest_checkpoint(pattern)
+    assert step_of(latest) == step
+    names = files()
+    if retention:
+        low = min(range(1, step + 1), key=score)
+        assert {f"m-{step}.keras", f"m-{low}.keras"} <= set(names)
+        for name in names:
+            assert name.endswith("-tmp") or step_of(os.path.join(root, name)) == int(name[2:-6]), name
+        assert len([n for n in names if not n.endswith("-tmp")]) <= 3, names
+    else:
+        assert names == ["m.keras"], names
+print(json.dumps({"kills": kills, "left": left, "newer": newer, "step": step}))
+"""
+
+
+def run_server(script: str, *arguments: Any, timeout: float = 240) -> Any:
     source = Path(hornbeam.__file__).parent.parent
     environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", SERVER, form, str(root), str(kills), str(number)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+#: `make soak`: as many kills and failures as the campaigns are for; a short version with fixed seeds otherwise.
+SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
+
+
+@pytest.mark.parametrize("form", ["sync", "async", "async retention", "durable async retention"])
+def test_a_killed_callback_leaves_the_newest_committed(form: str, tmp_path: Path) -> None:
+    """Also with saves pending, files being deleted and the account being written."""
+    kills = 100 if SOAK else 8
+    found = run_server(CALLBACK, form, tmp_path, kills, 7 if SOAK else 3, timeout=3000 if SOAK else 240)
+    assert found["kills"] == kills
+    if SOAK:
+        assert found["left"] >= 3  # some hit while a file was written
+
+
+def serve(form: str, root: Path, kills: int, number: int) -> Any:
+    return run_server(SERVER, form, root, kills, number, timeout=3000 if SOAK else 240)
 
 
 @pytest.mark.parametrize(("form", "kills"), [("archive", 30), ("weights", 15), ("directory", 15)])
 def test_a_killed_save_leaves_the_old_or_the_new(form: str, kills: int, tmp_path: Path) -> None:
     root = tmp_path / "only"
     root.mkdir()
+    kills = 100 if SOAK else kills
     found = serve(form, root, kills, 9)
     assert len(found["seen"]) >= kills
     assert found["left"] >= 3, found

@@ -146,7 +146,9 @@ def run(group: str) -> dict[str, dict[str, Any]]:
     return pytest_on(GROUPS[group].files, select=GROUPS[group].select)
 
 
-def pytest_on(tests: Iterable[str], *, select: str = "", stock: bool = False) -> dict[str, dict[str, Any]]:
+def pytest_on(
+    tests: Iterable[str], *, select: str = "", stock: bool = False, callbacks: str = ""
+) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as tmp:
         report, config = Path(tmp) / "report.json", Path(tmp) / "pytest.ini"
         config.write_text("[pytest]\n")  # else pytest takes our own, if the environment is below it
@@ -159,6 +161,7 @@ def pytest_on(tests: Iterable[str], *, select: str = "", stock: bool = False) ->
                 "KERAS_BACKEND": BACKEND,
                 "HORNBEAM_SUITE": "stock" if stock else "hornbeam",
                 "HORNBEAM_SUITE_REPORT": str(report),
+                "HORNBEAM_SUITE_CALLBACKS": callbacks,
                 "PYTEST_ADDOPTS": "",
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
                 "PYTHONPATH": os.pathsep.join([str(Path(hornbeam.__file__).parents[1]), str(Path(__file__).parent)]),
@@ -205,6 +208,15 @@ def test_file(group: str, file: str) -> None:
         assert passed >= expected.passed > 0
         assert saves >= expected.saves
         assert loads >= expected.loads
+
+
+@pytest.mark.parametrize("arguments", [{}, {"asynchronous": True, "keep_every": 1, "remember": False}])
+def test_our_model_checkpoint(arguments: dict[str, Any]) -> None:
+    """Keras' tests of its callback pass with ours, as it is by default, and with everything else behind it."""
+    tests = pytest_on(["callbacks/model_checkpoint_test.py"], callbacks=json.dumps(arguments))
+    assert failures(tests) == {}
+    assert sum(r["outcome"] == "passed" for r in tests.values()) >= 2
+    assert sum(r["stats"]["saves"] for r in tests.values()) >= 35
 
 
 def test_baseline() -> None:

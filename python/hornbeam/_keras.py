@@ -333,6 +333,52 @@ def fast_walk() -> Iterator[None]:
             _local.walk = before
 
 
+class FitWatcher:
+    """Who wants to know how a `fit` ends, and has called `fit_watchers().append(self)` inside it."""
+
+    def fit_failed(self, error: BaseException) -> None:
+        """An exception is about to leave `fit`."""
+
+    def fit_ended(self) -> None:
+        """Called last, whatever happened."""
+
+
+def fit_watchers() -> list[FitWatcher] | None:
+    """Those of the calling thread's innermost `fit`; `None` outside of Keras' own."""
+    found: list[list[FitWatcher]] = getattr(_local, "fits", [])
+    return found[-1] if found else None
+
+
+def watch_fit() -> None:
+    """Has `fit` tell its watchers how it ends. Keras has no callback for an exception."""
+    import keras
+
+    with _lock:
+        owner = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))
+        original = vars(owner)["fit"]
+        if hasattr(original, "__hornbeam__"):
+            return
+
+        @functools.wraps(original)
+        def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fits = _local.__dict__.setdefault("fits", [])
+            watchers: list[FitWatcher] = []
+            fits.append(watchers)
+            try:
+                return original(self, *args, **kwargs)
+            except BaseException as error:
+                for watcher in watchers:
+                    watcher.fit_failed(error)
+                raise
+            finally:
+                fits.pop()
+                for watcher in watchers:
+                    watcher.fit_ended()
+
+        fit.__hornbeam__ = True  # type: ignore[attr-defined]
+        owner.fit = fit
+
+
 _collector_lock = threading.Lock()
 _collector_users = 0
 

@@ -226,12 +226,12 @@ def _defer(
         hold=True,
     )
     kept = assets.move() if assets is not None else AssetStore("w")
+    files = [(name, Path(file)) for name, file in kept.files()]  # now: one that is gone later is an error
     for dataset in store.datasets.values():  # the core holds the memory, and lets it go first
         del dataset.memory
 
     def write() -> int:
-        with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-            info = save.finish([*(members or []), *((name, Path(file)) for name, file in kept.files())])
+        info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         _written.crc = info["crc"]
         log_in_place(info["in_place"], path)
         _count_save(plan, store, info["bytes"], path)
@@ -315,10 +315,11 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, work: Callable[[], Any]) -> Any:
-    """Runs `work` while the writer writes; stops the writer if it fails."""
+def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], Any]) -> Any:
+    """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
-        return work()
+        with _progress.watch("save", path, nbytes, lambda: save.written):
+            return work()
     except BaseException:
         save.cancel()
         raise
@@ -345,10 +346,13 @@ def _write(
         durable=options.durable,
     )
     path = target if isinstance(target, str) else None
-    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        members: list[tuple[str, Any]] = [*(early or _finishing(save, lambda: _members(model)))]
+
+    def work() -> dict[str, Any]:
+        members: list[tuple[str, Any]] = [*(early or _members(model))]
         members += [(name, Path(path)) for name, path in assets.files()]
-        info = save.finish(members, _puller(store))
+        return save.finish(members, _puller(store))
+
+    info: dict[str, Any] = _finishing(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_in_place(info["in_place"], target)
     return info
@@ -356,8 +360,7 @@ def _write(
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        info = save.finish([], _puller(store))
+    info = _finishing(save, path, plan.nbytes, lambda: save.finish([], _puller(store)))
     _written.crc = info["crc"]
     return info
 

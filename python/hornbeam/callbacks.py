@@ -8,16 +8,10 @@ import keras.callbacks as _stock
 
 from hornbeam._backup import BackupAndRestore
 from hornbeam._keras import scope
+from hornbeam._ledger import best_checkpoint, latest_checkpoint
+from hornbeam._model_checkpoint import ModelCheckpoint
 
-__all__ = ["BackupAndRestore", "ModelCheckpoint"]
-
-
-class ModelCheckpoint(_stock.ModelCheckpoint):
-    """`keras.callbacks.ModelCheckpoint` whose files are written by hornbeam; arguments and behaviour are Keras'."""
-
-    def _save_model(self, *args: Any, **kwargs: Any) -> None:
-        with scope():
-            super()._save_model(*args, **kwargs)
+__all__ = ["BackupAndRestore", "ModelCheckpoint", "best_checkpoint", "latest_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ impl Plan {
     /// Starts the writer thread. `buffers[i]` is the memory of dataset `i`, or `None` to be asked for later. With
     /// `hold`, a path is opened now, and the thread starts when [`Save::finish`] is called.
     #[pyo3(signature = (target, buffers, *, archive, base = 0, atomic = true, durable = false, hold = false))]
-    #[allow(clippy::too_many_arguments)] // named ones
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // named ones
     fn start(
         &self,
         target: &Bound<'_, PyAny>,

@@ -1,0 +1,382 @@
+"""`ModelCheckpoint`: Keras' own, and, when asked for, asynchronous, with retention, a memory and a last save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import keras.callbacks as _stock
+from keras.src.utils.io_utils import print_msg
+
+from hornbeam import _async, _keras, _processes, _retention
+from hornbeam._ledger import Ledger
+from hornbeam._state import logger, options
+from hornbeam.errors import UnsupportedError
+
+
+class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
+    """`keras.callbacks.ModelCheckpoint` through hornbeam, as Keras has it while only its arguments are given.
+
+    With any of the others, the callback also keeps an account of its checkpoints in a hidden JSON file beside them:
+    `latest_checkpoint` and `best_checkpoint` read it, and so does the next process, which goes on from the best score.
+
+    Args:
+        filepath: As Keras, like all up to `initial_value_threshold`.
+        monitor: …
+        verbose: …
+        save_best_only: …
+        save_weights_only: …
+        mode: …
+        save_freq: …
+        initial_value_threshold: …
+        asynchronous: Training goes on while the file is written. Errors end training at the next save or at its end.
+        keep_last: The newest so many checkpoints are kept, others are deleted once a newer one is complete.
+        keep_best: The best so many are kept, by `monitor`.
+        keep_every: Those whose epoch, or step of the optimizer when saved after a batch, is a multiple of it are kept.
+        every_seconds: Save also at the first batch end after so many seconds without a save.
+        durable: A checkpoint counts as saved when it is on stable storage.
+        save_on_exception: Save once more when an exception leaves `fit`, to `<name>-interrupted.<extension>`.
+        save_on_signal: Signals, say `(signal.SIGTERM,)`, after which the next batch end saves; then whatever would have
+            handled the signal does. With `save_best_only` to `<name>-interrupted.<extension>`.
+        remember: Whether the best score of earlier processes counts; by default, if any argument from `asynchronous` on
+            is given.
+
+    Attributes:
+        history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stalled`, and when it is complete
+            `bytes`, `written`, `kept` and `deleted`.
+
+    Raises:
+        ValueError: For arguments that mean nothing.
+        UnsupportedError: For an asynchronous save to legacy HDF5.
+    """
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        asynchronous: bool = False,
+        keep_last: int | None = None,
+        keep_best: int | None = None,
+        keep_every: int | None = None,
+        every_seconds: float | None = None,
+        durable: bool = True,
+        save_on_exception: bool = False,
+        save_on_signal: Iterable[int] = (),
+        remember: bool | None = None,
+    ) -> None:
+        super().__init__(
+            filepath,
+            monitor=monitor,
+            verbose=verbose,
+            save_best_only=save_best_only,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            save_freq=save_freq,
+            initial_value_threshold=initial_value_threshold,
+        )
+        _retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        if every_seconds is not None and not every_seconds > 0:
+            raise ValueError(f"`every_seconds` must be more than 0, or None. Received: {every_seconds}")
+        if asynchronous and self.filepath.endswith(".h5") and not self.filepath.endswith(".weights.h5"):
+            raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
+        self.asynchronous = asynchronous
+        self.durable = durable
+        self.every_seconds = every_seconds
+        self.save_on_exception = save_on_exception
+        self.save_on_signal = tuple(signal.Signals(number) for number in save_on_signal)
+        self.history: list[dict[str, Any]] = []
+        self._rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+        wanted = (asynchronous, every_seconds, save_on_exception, self.save_on_signal, *self._rules.values(), remember)
+        self._extended = any(w not in (None, False, ()) for w in wanted)
+        self._remember = self._extended if remember is None else remember
+        self._ledger: Ledger | None = None
+        self._lock = threading.RLock()  # the writer's thread confirms
+        self._failure: BaseException | None = None
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved_at = time.monotonic()
+        if save_on_exception or self.save_on_signal:
+            _keras.watch_fit()
+
+    # ---- what Keras calls ----
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Recalls the best score, and watches for signals."""
+        super().on_train_begin(logs)
+        if not self._extended:
+            return
+        self._saved_at = time.monotonic()
+        self._recall()
+        if self.save_on_exception or self.save_on_signal:
+            watchers = _keras.fit_watchers()
+            if watchers is None:
+                logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
+            else:
+                watchers.append(self)
+        self._catch_signals()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves if it is time."""
+        super().on_train_batch_end(batch, logs)
+        if not self._extended:
+            return
+        if self._signal is not None:
+            self._answer(self._current_epoch, batch, logs)
+        elif self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds:
+            self._save(self._current_epoch, batch, logs, "seconds")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves if it is time."""
+        super().on_epoch_end(epoch, logs)
+        if self._signal is not None:
+            self._answer(epoch, None, logs)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Waits for pending saves, and raises what went wrong with them."""
+        super().on_train_end(logs)
+        if not self._extended:
+            return
+        if self._signal is not None:
+            self._answer(self._current_epoch, None, logs)
+        if self.asynchronous:
+            _async.wait()
+        self._raise_failure()
+        self.fit_ended()
+
+    def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
+        if self._extended:
+            self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
+            return
+        with _keras.scope(), options(durable=self.durable):
+            super()._save_model(epoch, batch, logs)
+
+    def _should_save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, filepath: str) -> bool:
+        if self.save_best_only and self.best is not None and self.monitor_op is None and self._extended:
+            self._set_monitor_op()  # Keras does it at the end of the first epoch; a recalled score is compared before
+        return bool(super()._should_save_model(epoch, batch, logs, filepath))
+
+    # ---- saving ----
+
+    def _save(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> None:
+        """As Keras' `_save_model`, with all that was asked for."""
+        self._raise_failure()
+        logs = logs or {}
+        filepath = self._get_file_path(epoch, batch, logs)
+        before = self.best
+        if not self._should_save_model(epoch, batch, logs, filepath):
+            return
+        if self.monitor_op is None and self._rules["keep_best"] is not None:
+            self._set_monitor_op()
+        if not _processes.is_chief():
+            return
+        try:
+            self._write(filepath, epoch, batch, _number(logs.get(self.monitor)), reason, before)
+        except IsADirectoryError as error:
+            raise OSError(
+                "Please specify a non-directory filepath for ModelCheckpoint. Filepath used is an existing directory: "
+                f"{filepath}"
+            ) from error
+
+    def _write(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str, before: Any) -> None:
+        """Saves; `before` was the best score."""
+        model = self.model
+        record: dict[str, Any] = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
+        record["step"] = epoch + 1 if batch is None else self._steps(batch)
+        ledger = self._account()
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with self._lock:
+            if self.monitor_op is not None:
+                ledger.mode = "max" if self.monitor_op is keras.ops.greater else "min"
+            pending = ledger.begin(path, record["step"], metric)
+        since = time.perf_counter()
+        try:
+            # A save after a signal has to be complete before the signal goes its way.
+            asynchronous = self.asynchronous and reason != "signal"
+            with _keras.scope(), options(durable=self.durable), _async.asked(asynchronous, False) as request:
+                if self.save_weights_only:
+                    model.save_weights(path, overwrite=True)
+                else:
+                    model.save(path, overwrite=True)
+        except BaseException:
+            with self._lock:
+                ledger.abandon(pending)
+                self.best = before
+            raise
+        record["stalled"] = time.perf_counter() - since
+        self._saved_at = time.monotonic()
+        self.history.append(record)
+        handle = request.handle if request is not None else None
+        if handle is None:
+            self._confirm(record, pending, os.path.getsize(path), record["stalled"])
+            self._raise_failure()
+            return
+
+        def ended(handle: _async.Handle) -> None:
+            if handle._error is None:
+                self._confirm(record, pending, handle.bytes, handle.written)
+            else:
+                with self._lock:
+                    ledger.abandon(pending)
+                    self.best = before
+
+        handle.add_done_callback(ended)
+
+    def _confirm(self, record: dict[str, Any], pending: dict[str, Any], size: Any, written: Any) -> None:
+        """The file is in its place: notes it, deletes old ones, tells the log."""
+        ledger = self._account()
+        try:
+            with self._lock:
+                deleted = ledger.confirm(pending, durable=self.durable, **self._rules)
+                kept = [e.name for e in ledger.entries]
+        except Exception as error:  # in the writer's thread nobody would see it
+            self._failure = error
+            return
+        record.update(bytes=size, written=written, kept=kept, deleted=deleted)
+        logger.info(
+            "saved '%s': %.1f MB, training stood still for %.3f s, written in %.2f s; %d kept%s",
+            record["path"],
+            size / 1e6,
+            record["stalled"],
+            written,
+            len(kept),
+            f", deleted {', '.join(deleted)}" if deleted else "",
+            extra={"hornbeam": record},
+        )
+        if self.verbose > 0:
+            print_msg(f"\nEpoch {record['epoch'] + 1}: finished saving model to {record['path']}")
+
+    def _steps(self, batch: int) -> int:
+        optimizer = getattr(self.model, "optimizer", None)
+        return batch + 1 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+    def _account(self) -> Ledger:
+        if self._ledger is None:
+            self._ledger = Ledger(self.filepath)
+            self._ledger.monitor = self.monitor
+        return self._ledger
+
+    def _recall(self) -> None:
+        """Goes on where an earlier process was; once."""
+        if self._ledger is not None or not self._remember:
+            return
+        ledger = self._account()
+        known = ledger.read()
+        if known and ledger.monitor != self.monitor:
+            text = "the scores in '%s' are of %s, not of %s: they do not count"
+            logger.warning(text, ledger.path, ledger.monitor, self.monitor)
+            ledger.entries = [e._replace(metric=None) for e in ledger.entries]
+        ledger.monitor = self.monitor
+        best = ledger.best()
+        if best is None or best.metric is None or not self.save_best_only:
+            return
+        better: Callable[..., float] = max if ledger.mode == "max" else min
+        self.best = best.metric if self.best is None else better(self.best, best.metric)
+        logger.info("the best %s so far is %s, in '%s'", self.monitor, best.metric, ledger.full(best.name))
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    # ---- signals and exceptions ----
+
+    def _catch_signals(self) -> None:
+        if not self.save_on_signal or self._handlers:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning("signals reach only the main thread: `save_on_signal` does nothing in this one")
+            return
+        for number in self.save_on_signal:
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self._signal = number
+
+    def _answer(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
+        """Saves after a signal, and lets it go its way."""
+        number, self._signal = self._signal, None
+        assert number is not None
+        if self.asynchronous:
+            _async.wait()
+        self._rescue(epoch, batch, logs, "signal")
+        handler = self._handlers[number]
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.raise_signal(number)
+        signal.signal(number, self._note)  # it was survived
+
+    def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
+        """Saves out of turn: as usual where that harms nothing, else beside the others."""
+        ledger = self._account()
+        if reason == "signal" and not self.save_best_only:
+            try:
+                path = self._get_file_path(epoch, batch, logs or {})
+            except KeyError:  # a metric that there is not after a batch
+                pass
+            else:
+                if _processes.is_chief():
+                    self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason, self.best)
+                return path
+        if not _processes.is_chief():
+            return ledger.rescue
+        since = time.perf_counter()
+        model = self.model
+        os.makedirs(ledger.directory or ".", exist_ok=True)
+        with _keras.scope(), options(durable=self.durable):
+            if self.save_weights_only:
+                model.save_weights(ledger.rescue, overwrite=True)
+            else:
+                model.save(ledger.rescue, overwrite=True)
+        step = epoch + 1 if batch is None else self._steps(batch)
+        name = os.path.basename(ledger.rescue)
+        with self._lock:
+            ledger.interrupted = _retention.Entry(name, step, None, time.time())
+            ledger.write(durable=self.durable)
+        record = {"path": ledger.rescue, "epoch": epoch, "batch": batch, "step": step, "metric": None, "reason": reason}
+        record |= {"stalled": time.perf_counter() - since, "bytes": os.path.getsize(ledger.rescue)}
+        self.history.append(record)
+        cause = "an exception" if reason == "exception" else "a signal"
+        logger.warning("saved '%s' after %s", ledger.rescue, cause, extra={"hornbeam": record})
+        return ledger.rescue
+
+    def fit_failed(self, error: BaseException) -> None:
+        """Saves after an exception, never over the best or an ordinary checkpoint; says so if it cannot."""
+        if not self.save_on_exception:
+            return
+        if self.history and self.history[-1]["reason"] == "signal" and not isinstance(error, Exception):
+            return  # its handler ended training, and what is worth saving was saved
+        try:
+            if self.asynchronous:
+                _async.wait()
+            path = self._rescue(getattr(self, "_current_epoch", 0), self._last_batch_seen or 0, None, "exception")
+        except Exception as failure:
+            text = f"Nothing could be saved after this: {type(failure).__name__}: {failure}"
+            logger.error("%s", text)
+        else:
+            text = f"The state of the model at this point was saved to '{path}'."
+        error.add_note(text)
+
+    def fit_ended(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+
+
+def _number(value: Any) -> float | None:
+    """A score as it can be stored; `None` for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,92 @@
+/* Preloaded below the program: the n-th call of one function fails with one errno, on our temporary files and on
+ * directories. What is to fail stands in the file that HORNBEAM_FAULT names: "<function> <n> <errno>"; n counts from
+ * when the file was written; 0 fails every call. Read again at each call, so that a test can change it. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static char current[128];
+static long calls;
+
+static int fails(const char *function) {
+    const char *name = getenv("HORNBEAM_FAULT");
+    char text[128] = "", wanted[64];
+    long n, number;
+    int result = 0;
+    if (!name) return 0;
+    int fd = open(name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (length <= 0 || sscanf(text, "%63s %ld %ld", wanted, &n, &number) < 3) return 0;
+    pthread_mutex_lock(&mutex);
+    if (strcmp(text, current)) {
+        strcpy(current, text);
+        calls = 0;
+    }
+    if (!strcmp(wanted, function) && (++calls == n || n == 0)) {
+        result = (int)number;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+/* Whether a descriptor is one of our temporary files, or a directory. */
+static int ours(int fd) {
+    char link[64], path[4096];
+    struct stat found;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    return strstr(path, ".hornbeam-tmp") != NULL || (!fstat(fd, &found) && S_ISDIR(found.st_mode));
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define FAIL(name, condition) do { int e; if ((condition) && (e = fails(name))) { errno = e; return -1; } } while (0)
+
+ssize_t pwrite64(int fd, const void *bytes, size_t n, off64_t at) {
+    FAIL("write", ours(fd));
+    return REAL(pwrite64)(fd, bytes, n, at);
+}
+ssize_t pwrite(int fd, const void *bytes, size_t n, off_t at) {
+    FAIL("write", ours(fd));
+    return REAL(pwrite)(fd, bytes, n, at);
+}
+ssize_t write(int fd, const void *bytes, size_t n) {
+    FAIL("write", ours(fd));
+    return REAL(write)(fd, bytes, n);
+}
+int fsync(int fd) {
+    FAIL("fsync", ours(fd));
+    return REAL(fsync)(fd);
+}
+int ftruncate64(int fd, off64_t n) {
+    FAIL("truncate", ours(fd));
+    return REAL(ftruncate64)(fd, n);
+}
+int rename(const char *from, const char *to) {
+    FAIL("rename", strstr(from, ".hornbeam-tmp"));
+    return REAL(rename)(from, to);
+}
+int open64(const char *path, int flags, ...) {
+    mode_t mode = 0;
+    if (flags & (O_CREAT | O_TMPFILE)) {
+        va_list rest;
+        va_start(rest, flags);
+        mode = va_arg(rest, mode_t);
+        va_end(rest);
+    }
+    FAIL("open", strstr(path, ".hornbeam-tmp") && (flags & O_CREAT));
+    return REAL(open64)(path, flags, mode);
+}
