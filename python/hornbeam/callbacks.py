@@ -7,7 +7,6 @@ from typing import Any
 import keras.callbacks as _stock
 
 from hornbeam._backup import BackupAndRestore
-from hornbeam._keras import scope
 from hornbeam._ledger import best_checkpoint, latest_checkpoint
 from hornbeam._model_checkpoint import ModelCheckpoint
 
