@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK ?= 100000
 
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 VENV := .venv
@@ -28,7 +29,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-rust test-python soak check fmt bench docs wheel test-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +54,9 @@ test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
 test-backend-%: setup ## The parity tests on another backend of .venv: jax, numpy
 	@echo "==> Python tests, $* backend"
 	KERAS_BACKEND=$* $(PY) -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+
+soak: $(VENV)/.group-build ## Damaged files by the hundred thousand (SOAK=1000000 for more, HORNBEAM_SEED=2 for others)
+	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"

@@ -308,6 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--skip", choices=("models", "peers", "ceilings"), action="append", default=[])
     parser.add_argument("--dir", type=Path, help="where to write files (default: below the current directory)")
+    parser.add_argument("--append", action="store_true", help="keep the rows of earlier runs in the result")
     parser.add_argument("--out", type=Path, help="the result (default: benches/results/<date>.json; none if --quick)")
     args = parser.parse_args()
     args.models = [name for name in (workloads.QUICK if args.quick else workloads.MODELS) if args.only in name]
@@ -330,9 +331,14 @@ def main() -> int:
     }
     default = None if args.quick else measure.ROOT / "benches" / "results" / f"{result['versions']['date']}.json"
     out: Path | None = args.out or default
+    if args.append and out is not None and out.exists():
+        earlier = json.loads(out.read_text())
+        result |= {key: earlier[key] for key in ("models", "peers", "ceilings")}
+        result["command"] = earlier["command"].removesuffix(" …") + " …"  # one such command for each workload
 
     def keep(key: str, rows: list[Result]) -> None:
-        result[key] += rows
+        measured = {row["workload"] for row in rows}
+        result[key] = [row for row in result[key] if row["workload"] not in measured] + rows
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(rounded(result), indent=1) + "\n")

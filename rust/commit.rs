@@ -23,6 +23,8 @@ pub struct Options {
     pub atomic: bool,
     /// Data and directory reach stable storage before [`Pending::commit`] returns.
     pub durable: bool,
+    /// Other saves of this process to the same file may be under way: somebody keeps them in order.
+    pub queued: bool,
 }
 
 /// A file that is being written. Dropping it without [`Pending::commit`] leaves the target as it was.
@@ -34,6 +36,7 @@ pub struct Pending {
     replaced: Option<File>,
     in_place: Option<&'static str>,
     durable: bool,
+    process: u32, // a forked child must not remove what its parent writes
 }
 
 impl Pending {
@@ -60,10 +63,11 @@ impl Pending {
             replaced,
             in_place,
             durable: options.durable,
+            process: std::process::id(),
         };
         let regular = replaced.as_ref().is_none_or(|f| f.metadata().is_ok_and(|m| m.is_file()));
         let why = match (options.atomic, regular) {
-            (true, true) => match temporary(&target) {
+            (true, true) => match temporary(&target, options.queued) {
                 Ok((file, path)) => {
                     if let Some(old) = &replaced {
                         copy_attributes(old, &file);
@@ -72,6 +76,7 @@ impl Pending {
                 }
                 // The directory takes no new file; the old one may be written all the same.
                 Err(e) if replaced.is_some() && refused_by_directory(&e) => "the directory takes no temporary file",
+                Err(e) if e.kind() == ErrorKind::ResourceBusy => return Err(busy(e)),
                 Err(e) => return Err(Error::new(Kind::Io(e), "cannot create a file in this directory")),
             },
             (true, false) => "the target is not a regular file",
@@ -150,7 +155,9 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        if let Some(path) = &self.temporary {
+        if let Some(path) = &self.temporary
+            && self.process == std::process::id()
+        {
             self.file = None;
             let _ = fs::remove_file(path); // what stays is cleared by the next save
         }
@@ -204,7 +211,7 @@ impl Directory {
             Err(e) => return Err(Error::new(Kind::Io(e), "cannot write to this directory")),
         };
         if options.atomic && replaceable {
-            match temporary(&target) {
+            match temporary(&target, options.queued) {
                 Ok((lock, path)) => {
                     // The locked file stands for the directory of the same name with another ending.
                     let inner = path.with_extension("hornbeam-dir");
@@ -220,6 +227,7 @@ impl Directory {
                     return Ok(Self { target, names, temporary: Some(inner), lock: Some(lock), durable });
                 }
                 Err(e) if target.is_dir() && refused_by_directory(&e) => {}
+                Err(e) if e.kind() == ErrorKind::ResourceBusy => return Err(busy(e)),
                 Err(e) => return Err(Error::new(Kind::Io(e), "cannot create a file in this directory")),
             }
         }
@@ -337,18 +345,23 @@ fn directory(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// A new, locked file beside `target`; clears those that crashed saves left.
-fn temporary(target: &Path) -> std::io::Result<(File, PathBuf)> {
+/// A new, locked file beside `target`; clears those that crashed saves left. `ResourceBusy` while somebody else, unless
+/// it is this process and the saves are `queued`, writes one.
+fn temporary(target: &Path, queued: bool) -> std::io::Result<(File, PathBuf)> {
     let Some(name) = target.file_name() else { return Err(ErrorKind::IsADirectory.into()) };
     let mut prefix = OsString::from(".");
     prefix.push(shorten(name));
     prefix.push(".");
-    clear_leftovers(directory(target), &prefix);
+    let own = std::process::id();
+    if let Some(writer) = clear_leftovers(directory(target), &prefix, |process| queued && process == own) {
+        let text = format!("another save of this file is under way, in process {writer}");
+        return Err(std::io::Error::new(ErrorKind::ResourceBusy, text));
+    }
     let mut hasher = std::hash::RandomState::new().build_hasher(); // seeded by the system
     loop {
-        hasher.write_u32(std::process::id());
+        hasher.write_u32(own);
         let mut name = prefix.clone();
-        name.push(format!("{:016x}{SUFFIX}", hasher.finish()));
+        name.push(format!("{own:08x}{:08x}{SUFFIX}", hasher.finish() as u32));
         let path = directory(target).join(name);
         let mut open = OpenOptions::new();
         open.read(true).write(true).create_new(true);
@@ -375,22 +388,49 @@ fn shorten(name: &std::ffi::OsStr) -> OsString {
     }
 }
 
-fn clear_leftovers(directory: &Path, prefix: &OsString) {
-    let Ok(entries) = fs::read_dir(directory) else { return };
-    for entry in entries.flatten() {
+/// Removes what nobody holds; returns the process of somebody who writes, other than those that `may`.
+///
+/// A lock goes on in forked children, so a writer counts only while its own process lives. Where that cannot be seen,
+/// in another container say, both write, and the last one to finish stays.
+fn clear_leftovers(directory: &Path, prefix: &OsString, may: impl Fn(u32) -> bool) -> Option<u32> {
+    let mut writer = None;
+    for entry in fs::read_dir(directory).ok()?.flatten() {
         let name = entry.file_name();
         let bytes = name.as_encoded_bytes();
-        if !bytes.starts_with(prefix.as_encoded_bytes()) || !bytes.ends_with(SUFFIX.as_bytes()) {
-            continue;
+        let Some(number) = bytes.strip_prefix(prefix.as_encoded_bytes()) else { continue };
+        let Some(number) = number.strip_suffix(SUFFIX.as_bytes()) else { continue };
+        if number.len() != 16 {
+            continue; // of a file whose name begins like ours
         }
         let Ok(file) = OpenOptions::new().write(true).open(entry.path()) else { continue };
         // Where there are no locks the open file itself is one: it cannot be removed, and then it is somebody's.
-        let free = lock(&file) == Lock::Ours && (cfg!(unix) || fs::remove_file(entry.path()).is_ok());
-        if free {
+        let lock = lock(&file);
+        if lock == Lock::Ours && (cfg!(unix) || fs::remove_file(entry.path()).is_ok()) {
             let _ = fs::remove_dir_all(entry.path().with_extension("hornbeam-dir"));
             let _ = fs::remove_file(entry.path());
+        } else if lock == Lock::Taken {
+            let process = std::str::from_utf8(&number[..8]).ok().and_then(|n| u32::from_str_radix(n, 16).ok());
+            writer = writer.or(process.filter(|&p| !may(p) && is_alive(p)));
         }
     }
+    writer
+}
+
+#[cfg(unix)]
+fn is_alive(process: u32) -> bool {
+    use rustix::process::{Pid, test_kill_process};
+    let process = i32::try_from(process).ok().and_then(Pid::from_raw);
+    process.is_some_and(|p| !matches!(test_kill_process(p), Err(rustix::io::Errno::SRCH)))
+}
+
+#[cfg(not(unix))]
+fn is_alive(_: u32) -> bool {
+    false
+}
+
+fn busy(e: std::io::Error) -> Error {
+    Error::new(Kind::Io(e), "cannot write to this file")
+        .with_advice("Let one process write each path, or wait for the other save.")
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! Every limit on what a file may ask for, in one place. Exceeding one is `Kind::Limit`, before anything is allocated.
 
+use crate::error::{Error, Kind, Result};
+
 /// HDF5's own limit on dimensions (`H5S_MAX_RANK`).
 pub const MAX_RANK: usize = 32;
 /// Bytes of a path inside a weights image.
@@ -14,17 +16,48 @@ pub const MAX_OBJECTS: usize = 4_000_000;
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;
 /// Chunks of one object header.
 pub const MAX_CONTINUATIONS: usize = 4096;
-/// Levels of a group's B-tree.
+/// Levels of a B-tree.
 pub const MAX_BTREE_LEVELS: u8 = 16;
+/// What reading the metadata of an image may take, as a multiple of its bytes: in a sound one every structure is there
+/// once, and looked at up to three times; a hostile one leads to the same place on many ways.
+pub const MAX_METADATA_READS: u64 = 8;
+/// Bytes that a chunk takes in an image, with its entry in an index, unless it is smaller itself: so many chunks it has
+/// at most.
+pub const MIN_CHUNK_BYTES: u64 = 16;
+/// Entries of an array of chunks beyond one for every 8 bytes of its image: those of what was never written.
+pub const MAX_EMPTY_CHUNKS: u64 = 1 << 20;
 
 /// Members of an archive; Python's zipfile writes zip64 from here on.
 pub const MAX_MEMBERS: u64 = 1 << 20;
 /// Bytes of the central directory.
 pub const MAX_DIRECTORY_BYTES: u64 = 1 << 30;
+/// Refuses what declares more than `floor` bytes and `most` times as many as it stores.
+///
+/// # Errors
+/// `Limit`.
+pub fn check_expansion(declared: u64, stored: u64, floor: u64, most: u64) -> Result<()> {
+    if declared <= floor || declared <= stored.saturating_mul(most) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression/shape bomb")
+        .with_found(format_args!("{declared} bytes declared"), format_args!("{stored} bytes stored")))
+}
+
+/// The same for one dataset.
+///
+/// # Errors
+/// `Limit`.
+pub fn check_dataset(declared: u64, stored: u64) -> Result<()> {
+    check_expansion(declared, stored, BOMB_FLOOR_BYTES, DATASET_MAX_EXPANSION)
+}
+
 /// Only what declares more than this many bytes can be a bomb; Keras' own thresholds for members come from its module.
 pub const BOMB_FLOOR_BYTES: u64 = 4 << 30;
 /// A dataset is a bomb when it declares more than `BOMB_FLOOR_BYTES` and this many times what it stores (Keras).
 pub const DATASET_MAX_EXPANSION: u64 = 1000;
+/// Deflate cannot expand more than this. All datasets that a load has to decode are a bomb, together, when they declare
+/// more than `BOMB_FLOOR_BYTES` and this many times the bytes of their files: then they were never written.
+pub const MAX_DEFLATE: u64 = 1032;
 
 /// Bytes of the header of a safetensors file: the reference implementation's own limit.
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 100_000_000;

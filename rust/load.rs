@@ -6,10 +6,11 @@ use std::sync::Arc;
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result};
-use crate::h5::{Engine, Index, Storage, direct::Direct};
-use crate::io::buffer::Block;
+use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
+use crate::io::buffer::{Block, vec_with_capacity};
 use crate::io::fetch::{Extent, Fetch, Interrupt, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
+use crate::limits;
 use crate::safetensors::Safetensors;
 
 /// Which engine indexes an image.
@@ -80,10 +81,48 @@ pub fn open(path: &Path) -> Result<Arc<dyn ReadAt>> {
 pub struct Weights {
     source: Arc<dyn ReadAt>,
     image: Extent,
+    stored: u64, // bytes it takes in its file
     crc: Option<u32>,
     checked: bool, // the CRC was compared before the index was read
     index: Index,
     engine: Box<dyn Engine>,
+}
+
+/// Refuses images whose decoded datasets take far more memory, together, than their files say: each of them may be just
+/// below the limit for one.
+///
+/// # Errors
+/// `Limit`.
+pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Result<()> {
+    let decoded = |d: &&Found| d.storage == Storage::Engine;
+    let sums = images.into_iter().map(|w| (w.index.datasets.iter().filter(decoded).map(|d| d.nbytes), w.stored));
+    let (decoded, stored) =
+        sums.fold((0, 0), |(all, stored), (sizes, more)| (sizes.fold(all, u64::saturating_add), stored + more));
+    together(decoded, stored)
+}
+
+fn together(decoded: u64, stored: u64) -> Result<()> {
+    let checked = limits::check_expansion(decoded, stored, limits::BOMB_FLOOR_BYTES, limits::MAX_DEFLATE);
+    checked.map_err(|e| {
+        e.with_entry("all that are compressed, together")
+            .with_advice("Read them one by one with hornbeam.open, or write the file without compression.")
+    })
+}
+
+/// What the HDF5 library may read from: its lock is held meanwhile, and waited for by `fork`, so nobody else's code may
+/// run then, which might wait for whoever forks.
+fn ours(source: &Arc<dyn ReadAt>, image: Extent) -> Result<(Arc<dyn ReadAt>, Extent)> {
+    const PART: usize = 1 << 20;
+    if source.is_ours() {
+        return Ok((Arc::clone(source), image));
+    }
+    let mut bytes = vec_with_capacity(image.len as usize);
+    while (bytes.len() as u64) < image.len {
+        let at = bytes.len();
+        bytes.resize(at + PART.min(image.len as usize - at), 0);
+        source.read_at(&mut bytes[at..], image.offset + at as u64)?;
+    }
+    Ok((Arc::new(bytes), Extent { offset: 0, len: image.len }))
 }
 
 impl Weights {
@@ -111,7 +150,7 @@ impl Weights {
             }
             Method::Deflated => {
                 let whole = Self::open(Arc::new(member.read(&**source)?), choice); // which compares its CRC
-                whole.map(|w| Self { crc: Some(member.crc), checked: true, ..w })
+                whole.map(|w| Self { crc: Some(member.crc), checked: true, stored: member.stored, ..w })
             }
         };
         opened.map_err(|e| e.with_member(WEIGHTS))
@@ -119,27 +158,28 @@ impl Weights {
 
     /// `member` is what the image is of an archive, if it is of one.
     fn open_image(source: Arc<dyn ReadAt>, image: Extent, member: Option<&Member>, choice: Choice) -> Result<Self> {
-        let window = Window::new(&*source, image.offset, image.len);
         let check = || member.map_or(Ok(()), |m| m.check(&*source));
-        let mut engine = choice.writer()?;
-        let mut checked = engine.name() != Direct.name();
-        if checked {
-            check()?; // the C library sees no byte that a checksum could tell to be wrong
-        }
-        let mut index = engine.index(&window);
-        if !checked && index.is_err() {
-            // What cannot be understood has most likely changed after it was written, and then that is the news.
+        let engine = choice.writer()?;
+        let opened = |source: Arc<dyn ReadAt>, image: Extent, engine: Box<dyn Engine>, checked| {
+            let index = engine.index(&Window::new(&*source, image.offset, image.len))?;
+            let (stored, crc) = (image.len, member.map(|m| m.crc));
+            Ok(Self { source, image, stored, crc, checked, index, engine })
+        };
+        // The C library sees no byte that a checksum could tell to be wrong.
+        let through_library = |engine| {
             check()?;
-            checked = true;
-            if choice == Choice::Auto
-                && index.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Unsupported))
-                && let Ok(other) = libhdf5()
-            {
-                engine = other;
-                index = engine.index(&window);
-            }
+            let (source, image) = ours(&source, image)?;
+            opened(source, image, engine, true)
+        };
+        match engine.name() {
+            "libhdf5" => through_library(engine),
+            "direct" => opened(Arc::clone(&source), image, engine, false).or_else(|e| match (e.kind(), libhdf5()) {
+                (Kind::Unsupported, Ok(other)) if choice == Choice::Auto => through_library(other),
+                // What cannot be understood has most likely changed after it was written, and then that is the news.
+                _ => check().and(Err(e)),
+            }),
+            _ => opened(source, image, engine, false),
         }
-        Ok(Self { index: index?, source, image, crc: member.map(|m| m.crc), checked, engine })
     }
 
     /// Groups and datasets.
@@ -199,7 +239,7 @@ impl Weights {
     /// CRC, if it has one.
     ///
     /// # Errors
-    /// Those of [`Fetch::start`].
+    /// `Limit` when what must be decoded is a bomb, else those of [`Fetch::start`].
     pub fn fetch(self: &Arc<Self>, wanted: &[usize], verify: bool, read_ahead: u64) -> Result<Reading> {
         let mut positions = vec![None; self.index.datasets.len()];
         let datasets = &self.index.datasets;
@@ -217,7 +257,8 @@ impl Weights {
                 chunked.push(i);
             }
         }
-        let decoded = chunked.iter().map(|&i| datasets[i].nbytes).collect();
+        let decoded: Vec<u64> = chunked.iter().map(|&i| datasets[i].nbytes).collect();
+        together(decoded.iter().copied().fold(0, u64::saturating_add), self.stored)?;
         let weights = Arc::clone(self);
         let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
             let window = Window::new(source, weights.image.offset, weights.image.len);

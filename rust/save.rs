@@ -90,6 +90,8 @@ impl Plan {
 pub enum Target {
     /// To a file.
     Path(PathBuf, commit::Options),
+    /// To the file at this path, which was opened before.
+    Open(PathBuf, Pending),
     /// To a sink, from this offset on.
     Sink(Box<dyn Sink + Send>, u64),
 }
@@ -119,6 +121,11 @@ impl Prepared {
     /// Bytes of the new file.
     pub fn bytes(&self) -> u64 {
         self.written.bytes
+    }
+
+    /// CRC-32 of the weights image.
+    pub fn crc(&self) -> u32 {
+        self.written.crc
     }
 
     /// Puts the new file in the old one's place.
@@ -152,6 +159,9 @@ pub fn write(
         }
         Target::Path(path, options) => {
             let pending = Pending::create(&path, options)?;
+            write(plan, Target::Open(path, pending), tensors, members, progress)
+        }
+        Target::Open(path, pending) => {
             let mut file = pending.file();
             let filled = file.reserve(plan.weights_end(members.is_some()).unwrap_or(0));
             let filled = filled.and_then(|()| fill(plan, &mut file, 0, tensors, members, progress));

@@ -2,6 +2,8 @@
 //!
 //! One rule runs through it: whatever was done to a file, reading it gives an error or the bytes that were written.
 
+mod hostile;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
@@ -25,8 +27,9 @@ use hornbeam::save::{self, Plan, Target, Written};
 use hornbeam::tree::{Attribute, Tree};
 use proptest::prelude::*;
 
-const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false };
-const OVER: commit::Options = commit::Options { atomic: false, durable: false };
+const ATOMIC: commit::Options = commit::Options { atomic: true, durable: false, queued: false };
+const QUEUED: commit::Options = commit::Options { atomic: true, durable: false, queued: true };
+const OVER: commit::Options = commit::Options { atomic: false, durable: false, queued: false };
 
 /// Never interrupts a wait.
 const WAIT: Interrupt<'_> = &|| Ok(());
@@ -323,6 +326,35 @@ fn groups_of_any_size_are_read_back() {
         assert_eq!(read_all(&bytes, false).unwrap(), wanted, "{siblings}");
     }
     round_trip(&Tree::new(), 0);
+}
+
+/// B-trees of a few nodes with more leaves than there are atoms in the room. Without a bound this test would not end.
+#[test]
+fn trees_that_meet_again_are_refused() {
+    let (image, _) = to_memory(&small_tree(), Values::of(&small_tree(), 1), false, true, b"");
+    for (levels, empty) in [(3, false), (15, false), (15, true), (60, false)] {
+        let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
+        let error = Direct.index(&bad).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Limit | Kind::Hdf5), "{error}");
+    }
+}
+
+#[test]
+fn a_group_in_two_places_is_refused() {
+    let mut tree = Tree::new();
+    for i in 0..3000 {
+        tree.add_group(&format!("h/{i:04}"), vec![]).unwrap();
+    }
+    let (image, _) = to_memory(&tree, Values::of(&tree, 1), false, true, b"");
+    let nodes: Vec<usize> = (0..image.len() - 8).filter(|&at| image[at..].starts_with(b"SNOD\x01\0\x08")).collect();
+    assert_eq!(nodes.len(), 3000 / 8);
+    for (from, to) in [(0, 374), (374, 0), (0, 1), (100, 101)] {
+        let mut bad = image.clone();
+        bad.copy_within(nodes[from] + 16..nodes[from] + 24, nodes[to] + 16); // the address of the first entry
+        let error = Direct.index(&bad).unwrap_err();
+        assert!(error.to_string().contains("reached twice"), "{error}");
+    }
+    assert_eq!(Direct.index(&image).unwrap().groups.len(), 3001);
 }
 
 #[test]
@@ -721,7 +753,7 @@ mod replacing {
         let living = Pending::create(&path, ATOMIC).unwrap();
         assert!(!dead.exists() && !dead_directory.exists() && other.exists() && similar.exists());
         let before = names(root);
-        put(&path, "second", ATOMIC); // while the first still writes
+        put(&path, "second", QUEUED); // while the first still writes
         for name in &before {
             assert!(root.join(name).exists(), "{name} was in use");
         }
@@ -833,13 +865,37 @@ mod replacing {
         let one = |byte: u8| {
             for i in 0..100usize {
                 let bytes = vec![byte; 1000 + i];
-                commit::write(&path, &bytes, ATOMIC).unwrap();
+                commit::write(&path, &bytes, QUEUED).unwrap();
                 let found = fs::read(&path).unwrap();
                 assert!(found.len() >= 1000 && found.iter().all(|&b| b == found[0]), "a mixture");
             }
         };
         std::thread::scope(|s| (1..5).for_each(|b| drop(s.spawn(move || one(b)))));
         assert_eq!(names(directory.path()), ["m.keras"]);
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_while_the_first_lives() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.keras");
+        let first = Pending::create(&path, QUEUED).unwrap();
+        let refused = Pending::create(&path, ATOMIC).unwrap_err();
+        assert!(matches!(refused.kind(), Kind::Io(e) if e.kind() == std::io::ErrorKind::ResourceBusy), "{refused}");
+        let process = std::process::id().to_string();
+        assert!(refused.to_string().contains(&process) && refused.path() == Some(&path), "{refused}");
+        // Files whose names begin alike are other files.
+        put(&directory.path().join("m.kera"), "other", ATOMIC);
+        put(&directory.path().join("m.keras.0123456789abcdef.hornbeam-tmp"), "other", ATOMIC);
+        // A lock that outlives its process, in a child of it, stops nobody, and its file stays.
+        let orphan = directory.path().join(".m.keras.7fffffff89abcdef.hornbeam-tmp");
+        let held = fs::File::create(&orphan).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        drop(first);
+        put(&path, "second", ATOMIC);
+        assert!(orphan.exists());
+        drop(held);
+        put(&path, "third", ATOMIC);
+        assert!(!orphan.exists());
     }
 
     const NAMES: [&str; 2] = ["config.json", "assets"];
@@ -921,7 +977,7 @@ mod replacing {
         fs::write(inner.join("config.json"), "half").unwrap();
         let lock = inner.with_extension("hornbeam-tmp");
         assert!(lock.exists());
-        let second = commit::Directory::create(&target, &NAMES, ATOMIC).unwrap();
+        let second = commit::Directory::create(&target, &NAMES, QUEUED).unwrap();
         assert!(inner.exists() && lock.exists(), "the first one is alive");
         drop(second);
         drop(left);

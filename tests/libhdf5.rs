@@ -1,6 +1,8 @@
 //! The libhdf5 engine: what it lays out it finds again, and hostile images end in an error.
 #![cfg(feature = "libhdf5")]
 
+mod hostile;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +15,7 @@ use hornbeam::h5::libhdf5::LibHdf5;
 use hornbeam::h5::{ALIGNMENT, Compression, Engine, Index, Layout, Storage};
 use hornbeam::io::ReadAt;
 use hornbeam::io::emit::{Progress, Sink, Tensors};
-use hornbeam::load::{Choice, Weights};
+use hornbeam::load::{self, Choice, Weights};
 use hornbeam::save::{self, Plan, Target};
 use hornbeam::tree::{Attribute, Tree};
 
@@ -194,34 +196,6 @@ fn truncated_images_are_refused() {
         assert!(matches!(error.kind(), Kind::Hdf5 | Kind::Io(_)), "{len}: {error}");
     }
     LibHdf5.index(&image).unwrap();
-}
-
-/// Changed bytes give an index or an error. (libhdf5 is not memory-safe: a crash here is to be looked at, not ignored.)
-#[test]
-fn mutated_images_do_not_panic() {
-    let tree = rich();
-    let layout = LibHdf5.lay_out(&tree).unwrap();
-    let image = fill(&tree, &layout);
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut random = |below: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state % below as u64) as usize
-    };
-    let rounds = std::env::var("HORNBEAM_MUTATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
-    for _ in 0..rounds {
-        let mut bad = image.clone();
-        for _ in 0..=random(4) {
-            let (at, bytes) = &layout.metadata[random(layout.metadata.len())];
-            bad[*at as usize + random(bytes.len())] = [0, 1, 255, random(256) as u8][random(4)];
-        }
-        let Ok(index) = LibHdf5.index(&bad) else { continue };
-        for found in index.datasets.iter().filter(|f| f.nbytes < 1 << 20) {
-            let mut out = vec![0; found.nbytes as usize];
-            let _ = LibHdf5.read(&bad, &[&found.path], &mut [&mut out]);
-        }
-    }
 }
 
 /// Memory that grows, shared with the test; written in order but for patches.
@@ -421,7 +395,7 @@ fn what_could_be_large_has_room_for_its_size() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.keras");
     let plan = Plan::compressed(tree, Box::new(LibHdf5), Compression::new(1, true, 1 << 20).unwrap());
-    let target = Target::Path(path.clone(), commit::Options { atomic: true, durable: false });
+    let target = Target::Path(path.clone(), commit::Options { atomic: true, durable: false, queued: false });
     let mut members = || Ok(vec![]);
     let mut zeros = Zeros(vec![0; 128 << 20]);
     save::write(&plan, target, &mut zeros, Some(&mut members), &Progress::default()).unwrap().commit().unwrap();
@@ -499,4 +473,54 @@ fn compressions_that_are_none_are_refused() {
     assert!(matches!(Choice::Direct.compressor().err().unwrap().kind(), Kind::Unsupported));
     let how = Compression::new(4, true, 1 << 20).unwrap();
     assert!(matches!(Direct.lay_out_chunked(&rich(), &[], how).err().unwrap().kind(), Kind::Unsupported));
+}
+
+/// B-trees of a few nodes with more leaves than there are atoms in the room. Without a bound this test would not end.
+#[test]
+fn trees_that_meet_again_are_refused() {
+    let how = Compression::new(1, true, 1024).unwrap();
+    let mut tree = Tree::new();
+    tree.add_dataset("a", DType::U8, [40_000], vec![]).unwrap(); // 40 chunks: one node
+    let (image, _) = compress(&tree, how, false, 0);
+    for (levels, empty) in [(1, false), (2, true), (10, false), (10, true), (60, false)] {
+        let bad = hostile::pyramid(image.clone(), hostile::Node::chunks(1), levels, empty);
+        assert!(bad.len() < image.len() + 200_000);
+        // Whether there are chunks at all is asked for the index; all of them are looked up to read them.
+        let opened = Weights::open(Arc::new(File(bad)), Choice::LibHdf5).map(Arc::new);
+        let error = opened.and_then(|w| w.fetch(&[0], true, 0)?.complete(false, &|| Ok(()))).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+    }
+    let image = fill(&rich(), &LibHdf5.lay_out(&rich()).unwrap());
+    for (levels, empty) in [(1, false), (10, false), (10, true), (60, true)] {
+        let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
+        let error = LibHdf5.index(&bad).unwrap_err();
+        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+    }
+}
+
+/// Datasets each below the limit for one, together far above what the file can stand for.
+#[test]
+fn many_datasets_together_are_no_bomb() {
+    let how = Compression::new(1, true, 1024).unwrap();
+    let mut tree = Tree::new();
+    tree.add_dataset("a", DType::U8, [40_009], vec![]).unwrap();
+    let (image, _) = compress(&tree, how, false, 0);
+    let open = |elements: u64| {
+        let mut claims = image.clone();
+        for at in 0..image.len() - 8 {
+            if image[at..at + 8] == 40_009_u64.to_le_bytes() {
+                claims[at..at + 8].copy_from_slice(&elements.to_le_bytes());
+            }
+        }
+        Weights::open(Arc::new(claims), Choice::LibHdf5).map(Arc::new)
+    };
+    assert!(matches!(open((4 << 30) + 1).err().unwrap().kind(), Kind::Limit), "Keras' limit for one");
+    let half = open(2 << 30).unwrap();
+    assert!(half.index().datasets[0].nbytes == 2 << 30);
+    load::check_expansion([&*half, &*half]).unwrap();
+    let error = load::check_expansion([&*half, &*half, &*half]).unwrap_err();
+    assert!(matches!(error.kind(), Kind::Limit) && error.to_string().contains("together"), "{error}");
+    // What is written may be of any size: what a file can hold, it may ask for.
+    let small = open(40_009).unwrap();
+    load::check_expansion(vec![&*small; 200_000]).unwrap();
 }

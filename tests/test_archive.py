@@ -239,49 +239,6 @@ def test_more_assets_than_16_bits_count(tmp_path: Path) -> None:
         assert archive.read(first) == b"first"
 
 
-@keras.saving.register_keras_serializable("test_archive")
-class Large(keras.layers.Layer):
-    """Holds more than 4 GiB of zeros that take no memory until they are saved."""
-
-    size = (1 << 32) + 5
-
-    def call(self, x: Any) -> Any:
-        return x
-
-    def save_own_variables(self, store: Any) -> None:
-        store["large"] = np.broadcast_to(np.uint8(0), (self.size,))
-        store["last"] = np.arange(100)
-
-    def load_own_variables(self, store: Any) -> None:
-        self.last = store["last"]  # the other stays in the file
-
-
-@pytest.mark.slow
-def test_more_than_4_gib(tmp_path: Path) -> None:
-    path = tmp_path / "m.keras"
-    with hornbeam.installed(), hornbeam.options(strict=True):
-        model = chain(Large(), keras.layers.Dense(2))
-        try:
-            model.save(path)
-        except OSError as error:
-            if "no room" not in str(error):
-                raise
-            pytest.skip("there are not 5 GB of disk for this file")
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(WEIGHTS)
-            assert info.file_size == info.compress_size > Large.size
-            assert archive.getinfo("config.json").header_offset > 1 << 32
-            assert archive.testzip() is None  # every CRC
-        tool = shutil.which("unzip")
-        if tool is not None:
-            listed = subprocess.run([tool, "-l", path], capture_output=True, text=True, check=True)
-            assert str(info.file_size) in listed.stdout
-        loaded = keras.models.load_model(path)
-    np.testing.assert_array_equal(loaded.layers[1].last, np.arange(100))
-    assert saved(loaded) == saved(model)
-    path.unlink()
-
-
 # ---- archives that mean different things to different readers ----
 
 

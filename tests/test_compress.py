@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from keras.src.saving import saving_lib
 import hornbeam
 from helpers import member, saved, state
 from hornbeam import saving
-from hornbeam.errors import HornbeamError
+from hornbeam.errors import HornbeamError, LimitError
 from zoo import ZOO, chain, floats, train
 
 
@@ -203,3 +205,62 @@ def test_a_pipe_gets_nothing_of_what_cannot_be_written_there() -> None:
     with hornbeam.installed(), hornbeam.options(compression=1), pytest.raises(HornbeamError, match="can seek"):
         saving_lib.save_model(compressible(), pipe)
     assert pipe.content == b""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_forks_while_a_file_object_is_read(tmp_path: Path) -> None:
+    """As a data loader does in another thread. The lock of the HDF5 library is waited for by `fork`, and whoever forks
+    has the interpreter, which a file object needs: it must not be read under that lock."""
+
+    class Forking(io.BytesIO):
+        forks = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads in this process, which the child does not need
+                child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+            self.forks += 1
+            return super().read(size)
+
+    model = compressible()
+    saving.save_model(model, tmp_path / "m.keras", compression=1)
+    file = Forking((tmp_path / "m.keras").read_bytes())
+    with hornbeam.installed():
+        loaded = saving_lib.load_model(file)
+    assert file.forks > 5
+    assert hornbeam.stats().engines == {"libhdf5": 2}
+    assert saved(loaded) == saved(model)
+
+
+def test_what_is_decoded_is_judged_together(tmp_path: Path) -> None:
+    """Each dataset is below Keras' limit for one; nearly all of their chunks were never written."""
+    model = chain(layers.Dense(2))
+    before = state(model)
+    path = tmp_path / "m.weights.h5"
+    names = [f"layers/dense/vars/{i}" for i in range(3)]
+    with h5py.File(path, "w") as file:
+        for name in names:
+            file.create_dataset(name, (1 << 29,), "float32", chunks=(1 << 18,))[0] = 1
+    with pytest.raises(LimitError, match="together") as caught:
+        saving.load_weights(model, path)
+    assert caught.value.path == str(path)
+    assert caught.value.expected == f"{3 << 31} bytes declared"
+    assert state(model) == before
+    with hornbeam.open(path) as file:  # one by one
+        assert [file.tensors[name].nbytes for name in names] == [1 << 31] * 3
+
+
+def test_assets_are_judged_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_ZIP_MEMBER_BOMB_FLOOR_BYTES", "_ZIP_EXTRACT_BOMB_FLOOR_BYTES"):
+        monkeypatch.setattr(saving_lib, name, 100_000, raising=False)
+    path = tmp_path / "m.keras"
+    saving.save_model(chain(layers.Dense(2)), path)
+    saving.load_model(path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(100):
+            archive.writestr(f"assets/{i}", bytes(90_000))
+    with pytest.raises(LimitError, match="bomb"):
+        saving.load_model(path)

@@ -56,9 +56,7 @@ def test_uninstall_restores_every_attribute() -> None:
     names = patched()
     assert len([name for name in names if ".saving_lib." in name]) == 7
     assert len([name for name in names if ".saving_api." in name]) == 4
-    assert {"keras.models.load_model", "keras.saving.save_weights", "keras.models.save_model"} <= {
-        *names
-    }
+    assert {"keras.models.load_model", "keras.saving.save_weights", "keras.models.save_model"} <= {*names}
     hornbeam.uninstall()
     assert everything() == before
     hornbeam.uninstall()
@@ -258,7 +256,7 @@ def test_questions_and_warnings_are_keras(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ValueError, match="not supported"):
             model.save(path, nonsense=1)
         with pytest.raises(ValueError, match="Invalid filepath extension"):
-            model.save(tmp_path / "m")
+            model.save(tmp_path / "m.foo")
         with pytest.warns(UserWarning, match="not yet been built"):
             keras.Sequential([keras.layers.Dense(1)]).save(tmp_path / "unbuilt.keras")
         with pytest.raises(ValueError, match="not yet been built"):

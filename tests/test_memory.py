@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -231,7 +232,7 @@ def test_memory_that_is_changed_in_place(tmp_path: Path) -> None:
     assert found["torn"] == 0
 
 
-PEAK = r"""
+MEASURE = r"""
 import gc, json, os, sys
 import keras, numpy as np
 from keras import layers
@@ -253,10 +254,13 @@ def peak(action):
 
 hornbeam.install()
 root = sys.argv[1]
+"""
+
+PEAK = f"""{MEASURE}
 small = keras.Sequential([keras.Input((4,)), layers.Dense(3)])  # everything that is imported on the way
 small.save(os.path.join(root, "s.keras")); keras.models.load_model(os.path.join(root, "s.keras"))
 small.load_weights(os.path.join(root, "s.keras"))
-found = {}
+found = {{}}
 path = os.path.join(root, "m.keras")
 inputs = keras.Input((2500,))
 x = inputs
@@ -301,3 +305,72 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert found["loaded"] <= model + 64, found  # the finished model holds its tensors once
     for name in ("load_weights", "load_weights_file"):
         assert found[name] <= model + 64, found
+
+
+LARGE = f"""{MEASURE}
+import mmap
+from hornbeam import _tensors
+
+COUNT, SIZE = 12, (1 << 27) + 1  # of float32: half a gigabyte and a little each
+
+def pages(shape, dtype):
+    "Zeros that take no memory until they are changed; TensorFlow shares them."
+    memory = np.frombuffer(mmap.mmap(-1, shape[0] * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "float32")
+    memory[-1] = next(numbers)
+    return _tensors.share(memory)
+
+@keras.saving.register_keras_serializable("test_memory")
+class Large(layers.Layer):
+    def build(self, shape):
+        for i in range(COUNT):
+            self.add_weight(shape=(SIZE,), initializer=pages if numbers else "zeros", name=str(i))
+
+    def call(self, x):
+        return x
+
+path = os.path.join(root, "large.keras")
+found = {{}}
+if sys.argv[2] == "save":
+    numbers = iter(range(1, COUNT + 1))
+    model = keras.Sequential([keras.Input((4,)), Large(), layers.Dense(2)])
+    before = status("VmRSS")
+    found["model"] = before
+    found["extra"], *_ = peak(lambda: model.save(path))
+else:
+    numbers = None
+    highest, finished, model = peak(lambda: keras.models.load_model(path))
+    found["model"], found["extra"] = finished, highest - finished
+    found["last"] = [float(v.value[-1]) for v in model.layers[0].weights]
+    found["zero"] = [bool(np.all(v.value.numpy()[:-1] == 0)) for v in model.layers[0].weights[:: COUNT - 1]]
+found["handovers"] = dict(hornbeam.stats().handovers)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENSORFLOW, reason="measures TensorFlow models")
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the highest point")
+def test_six_gigabytes(tmp_path: Path) -> None:
+    """More than 32 bits count, in both directions, in little memory; and other tools find their way."""
+    path = tmp_path / "large.keras"
+    if shutil.disk_usage(tmp_path).free < 8 << 30:
+        pytest.skip("there are not 8 GB of disk for this file")
+    found = run(LARGE, str(tmp_path), "save", backend="tensorflow")
+    assert found["handovers"] == {}
+    assert found["extra"] <= 32 * MB, found
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("model.weights.h5")
+        assert info.file_size == info.compress_size > 6 << 30
+        assert archive.getinfo("config.json").header_offset > 6 << 30
+        assert archive.read("config.json")  # whose CRC is compared; that of the rest, when it is loaded
+    tool = shutil.which("unzip")
+    if tool is not None:
+        listed = subprocess.run([tool, "-l", path], capture_output=True, text=True, check=True)
+        assert str(info.file_size) in listed.stdout
+    found = run(LARGE, str(tmp_path), "load", backend="tensorflow")
+    path.unlink()
+    assert found["handovers"] == {}
+    assert found["last"] == list(range(1, 13))
+    assert all(found["zero"])
+    assert found["model"] <= (6 << 30) + 200 * MB, found
+    assert found["extra"] <= 513 * MB + 64 * MB, found

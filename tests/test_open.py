@@ -550,10 +550,12 @@ def test_a_read_starts_no_thread(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=watch)
         thread.start()
-        for _ in range(10):
-            file["a"]
-        stop.set()
-        thread.join()
+        try:
+            for _ in range(10):
+                file["a"]
+        finally:
+            stop.set()
+            thread.join()
     assert most <= before + 1
 
 

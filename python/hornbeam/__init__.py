@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hornbeam import errors
+from hornbeam._async import Handle, wait
 from hornbeam._core import build_info
 from hornbeam._hook import install, installed, uninstall
 from hornbeam._progress import Progress
@@ -18,12 +19,16 @@ from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hornbeam import callbacks, export, models, saving
+    from hornbeam import callbacks, checkpoint, data, export, models, saving
     from hornbeam._open import File, Tensor, open
+    from hornbeam.checkpoint import Checkpoint, CheckpointManager
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "Checkpoint",
+    "CheckpointManager",
     "File",
+    "Handle",
     "HornbeamError",
     "IncompleteLoadError",
     "LoadReport",
@@ -33,6 +38,8 @@ __all__ = [
     "Tensor",
     "UnsupportedError",
     "callbacks",
+    "checkpoint",
+    "data",
     "errors",
     "export",
     "install",
@@ -58,14 +65,12 @@ if build_info()["debug"]:
     )
 
 
-def wait() -> None:
-    """Waits until every asynchronous save is done. There are none yet, so it returns at once."""
-
-
 def __getattr__(name: str) -> Any:
     # These import Keras, so they are imported when they are used.
-    if name in ("saving", "models", "callbacks", "export"):
+    if name in ("saving", "models", "callbacks", "export", "checkpoint", "data"):
         return importlib.import_module(f"hornbeam.{name}")
+    if name in ("CheckpointManager", "Checkpoint"):
+        return getattr(importlib.import_module("hornbeam.checkpoint"), name)
     if name in ("open", "File", "Tensor"):  # needs NumPy
         return getattr(importlib.import_module("hornbeam._open"), name)
     raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")

@@ -73,7 +73,7 @@ class _Lazy:
                 return variable.assign(value)
         tensor = None
         # What our store gave to Keras' own code is dropped after this; anything else may be kept, and changed.
-        if _tensors.is_given_away(value) and value.dtype.name == variable._dtype:
+        if _tensors.is_given_away(value) and _tensors.name_of(value.dtype) == variable._dtype:
             tensor = _tensors.share(value)
         if tensor is None:
             tensor = variable._convert_to_tensor(value, dtype=variable._dtype)
@@ -107,17 +107,11 @@ def _settle(variable: Any) -> tuple[Any, Any]:
 def _give(variable: Any, value: Any) -> None:
     """The variable's first value."""
     _, creation = _settle(variable)
-
-    def make() -> None:
-        made = None
-        if creation.name_scope is not None and tuple(value.shape) == tuple(variable._shape):
-            made = _shortcuts.make_variable(variable, value, creation.name_scope)
-        if made is None:
-            variable._initialize(value)
-        else:
-            variable._value = made
-
-    _tensors.create(creation, variable, make)
+    made = _shortcuts.make_variable(variable, value, creation)
+    if made is None:
+        _tensors.create(creation, variable, lambda: variable._initialize(value))
+    else:
+        variable._value = made
 
 
 def _initialize(variable: Any) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Save",
     "Weights",
     "build_info",
+    "check_expansion",
     "decode_json",
     "encode_json",
     "open",
@@ -110,6 +111,7 @@ class Plan:
         base: int = 0,
         atomic: bool = True,
         durable: bool = False,
+        hold: bool = False,
     ) -> Save:
         """Starts a thread that writes to a path, a file object or writable memory.
 
@@ -120,6 +122,8 @@ class Plan:
             base: Offset in a file object or memory where the archive begins.
             atomic: Replace the file at a path when the new one is complete.
             durable: Wait for stable storage.
+            hold: Open the path now, and start the thread when `Save.finish` is called. Other saves of this process
+                may be writing to the same path then; otherwise they may not.
         """
 
 @final
@@ -144,8 +148,8 @@ class Save:
             commit: Replace the old file now.
 
         Returns:
-            `bytes` of the file, `in_place` (why it was written over instead of being replaced, or `None`), and
-            `tail`: what followed the end of target memory.
+            `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
+            being replaced, or `None`), and `tail`: what followed the end of target memory.
         """
     def commit(self) -> str | None:
         """Replaces the old file, after `finish(commit=False)`; returns why it was written over instead."""
@@ -183,6 +187,13 @@ class Directory:
 def open(target: _Path | _Buffer | _Seekable, *, archive: bool) -> File:
     """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
 
+def check_expansion(images: Sequence[Weights]) -> None:
+    """Refuses images whose chunked datasets take far more memory, together, than their files say.
+
+    Raises:
+        LimitError: When they do. `Weights.fetch` checks what is wanted of one image.
+    """
+
 @final
 class File:
     """An open file."""
@@ -191,8 +202,11 @@ class File:
         """`(name, bytes, bytes stored)` of every member of an archive."""
     def read(self, name: str) -> bytes:
         """A whole member, inflated, its CRC checked."""
-    def check_expansion(self, name: str, floor: int, max_expansion: int) -> None:
-        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores."""
+    def check_expansion(self, name: str | None, floor: int, max_expansion: int) -> None:
+        """Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores.
+
+        Without a name, all of them together.
+        """
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hornbeam import _cast, _safetensors
+from hornbeam import _cast, _safetensors, _savedmodel
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
@@ -18,6 +18,9 @@ def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
+    if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
+        kwargs.pop("save_format", None)
+        return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     if kwargs.get("dtype") is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are saved in the types of the model. Received: {filepath}")
     with _cast.asked(kwargs, "include_optimizer"):
@@ -28,6 +31,8 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    if _savedmodel.is_savedmodel(filepath):
+        return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
 

@@ -17,7 +17,8 @@ from types import ModuleType
 SAVING_LIB = "keras.src.saving.saving_lib"
 SAVING_API = "keras.src.saving.saving_api"
 MODEL = "keras.src.models.model"
-MODULES = (SAVING_LIB, SAVING_API, MODEL)
+EXPORTS = "keras.src.export.saved_model"
+MODULES = (SAVING_LIB, SAVING_API, MODEL, EXPORTS)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()

@@ -48,7 +48,7 @@ class Journal:
     def after(self, variable: Any, value: Any) -> None:
         """Notes that `variable` has got `value`."""
         self.assigned[id(variable)] = variable
-        if isinstance(value, np.ndarray) and value.dtype.name != variable._dtype:
+        if isinstance(value, np.ndarray) and _tensors.name_of(value.dtype) != variable._dtype:
             self.cast.append((variable.path, value.dtype.name, variable._dtype))
 
     def visit(self, saveable: Any, path: str) -> None:
@@ -109,7 +109,7 @@ def _dispatch_assign(self: Any, value: Any) -> Any:
     adopted = (
         isinstance(value, np.ndarray)
         and _tensors.is_given_away(value)
-        and value.dtype.name == self._dtype
+        and _tensors.name_of(value.dtype) == self._dtype
         and value.shape == tuple(self._shape)
         and _tensors.adopt(self, value)
     )

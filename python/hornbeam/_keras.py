@@ -42,12 +42,20 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "Model.to_json": ("self", "kwargs"),
         "model_from_json": ("json_string", "custom_objects"),
     },
+    _hook.EXPORTS: {  # what the module has not is of the class of its archives
+        "get_input_signature": ("model",),
+        "track": ("self", "resource"),
+        "add_endpoint": ("self", "name", "fn", "input_signature", "kwargs"),
+        "add_variable_collection": ("self", "name", "variables"),
+        "write_out": ("self", "filepath", "options", "verbose"),
+    },
 }
 #: Where hornbeam's own functions of the same names are (without a leading underscore); the first that has one.
 _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
     _hook.MODEL: ("hornbeam._json",),
+    _hook.EXPORTS: ("hornbeam._export",),
 }
 assert tuple(_SIGNATURES) == _hook.MODULES
 
@@ -89,8 +97,18 @@ def _is_known(module: str, name: str, function: Callable[..., Any] | None) -> bo
     return known
 
 
-def _place(module: ModuleType, name: str) -> tuple[Any, str]:
-    """What has the attribute, the module or a class in it, and what it is called there."""
+def archive_class() -> Any:
+    """The class of Keras' that writes archives of endpoints, or `None`."""
+    module: Any = sys.modules[_hook.EXPORTS]
+    made = getattr(module, "BackendSavedModelExportArchive", module.ExportArchive)  # Keras 3.12 has one for all
+    return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
+
+
+def _place(where: str, name: str) -> tuple[Any, str]:
+    """What has the function, the module or a class, and what it is called there."""
+    module = sys.modules[where]
+    if where == _hook.EXPORTS and not hasattr(module, name):
+        return archive_class(), name
     owner, _, attribute = name.rpartition(".")
     return (getattr(module, owner) if owner else module), attribute
 
@@ -98,8 +116,10 @@ def _place(module: ModuleType, name: str) -> tuple[Any, str]:
 def patch(module: ModuleType) -> None:
     """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
     where = module.__name__
+    if where == _hook.EXPORTS and archive_class() is None:
+        return  # a backend that exports nothing
     with _lock:
-        originals = {name: getattr(*_place(module, name), None) for name in _SIGNATURES[where]}
+        originals = {name: getattr(*_place(where, name), None) for name in _SIGNATURES[where]}
         if any(hasattr(original, "__hornbeam__") for original in originals.values()):
             return
         if not all(_is_known(where, name, original) for name, original in originals.items()):
@@ -107,7 +127,7 @@ def patch(module: ModuleType) -> None:
         for name, original in originals.items():
             if original is not None:
                 _originals[where, name] = original
-                setattr(*_place(module, name), _dispatcher(where, name, original))
+                setattr(*_place(where, name), _dispatcher(where, name, original))
 
 
 def unpatch(module: ModuleType) -> None:
@@ -118,8 +138,8 @@ def unpatch(module: ModuleType) -> None:
             return
         for name in _SIGNATURES[where]:
             original = _originals.pop((where, name), None)
-            if original is not None and hasattr(getattr(*_place(module, name)), "__hornbeam__"):
-                setattr(*_place(module, name), original)
+            if original is not None and hasattr(getattr(*_place(where, name)), "__hornbeam__"):
+                setattr(*_place(where, name), original)
 
 
 def follow_aliases() -> None:
@@ -130,7 +150,7 @@ def follow_aliases() -> None:
     """
     with _lock:
         for (where, name), original in list(_originals.items()):
-            now = getattr(*_place(sys.modules[where], name))
+            now = getattr(*_place(where, name))
             _replace_aliases(name, original, now)
 
 
@@ -138,7 +158,7 @@ def restore_aliases() -> None:
     """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
     with _lock:
         for (where, name), original in list(_originals.items()):
-            _replace_aliases(name, getattr(*_place(sys.modules[where], name)), original, but=where)
+            _replace_aliases(name, getattr(*_place(where, name)), original, but=where)
 
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _build, _core, _journal, _keras, _progress, _registry, _report, _state, _tensors
+from hornbeam import _async, _build, _core, _journal, _keras, _progress, _registry, _report, _state, _tensors
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -177,6 +177,7 @@ def load_weights_only(
 
     Whatever fails, the model is bit for bit what it was.
     """
+    _async.settle(filepath, loads=True)
     request = take_request()
     text = str(filepath)
     if not model.built or not text.endswith(_LOADED):
@@ -232,7 +233,9 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
-        return [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        shards = [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        _core.check_expansion([weights for _, weights in shards])
+        return shards
     if text.endswith(_SAFETENSORS):
         from hornbeam._safetensors import open_weights
 
@@ -416,7 +419,7 @@ def _check_expansion(file: _core.File, name: str) -> None:
 
 def _check_extraction(file: _core.File) -> None:
     floor = getattr(saving_lib, "_ZIP_EXTRACT_BOMB_FLOOR_BYTES", saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES)
-    for name, *_ in file.members():
+    for name in (*(name for name, *_ in file.members()), None):  # each of them, and all together
         file.check_expansion(name, floor, saving_lib._ZIP_MEMBER_MAX_EXPANSION)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hornbeam import _core, _state, _tensors
+from hornbeam import _async, _core, _state, _tensors
 from hornbeam.errors import (
     ConfigError,
     HornbeamError,
@@ -58,6 +58,7 @@ def open(path: str | os.PathLike[str], *, mmap: bool = False) -> File:
             limit allows (`LimitError`), points outside itself (`UnsafeFileError`) or is of no kind known here
             (`UnsupportedError`).
     """
+    _async.settle(path, loads=True)
     return File(path, mmap=mmap)
 
 

@@ -20,7 +20,7 @@ import keras
 from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _core, _load, _save, _shards, _state
+from hornbeam import _async, _core, _load, _save, _shards, _state
 from hornbeam._open import read_index
 from hornbeam._report import SaveReport
 from hornbeam._select import Structure
@@ -66,6 +66,8 @@ def save_weights(
             f"The filename must end in `{_SUFFIX}`, or `max_shard_size` be specified. Received: filepath={text}"
         )
     _check_local(text)
+    _async.refuse("safetensors")
+    _async.settle(text)
     if _state.current().compression is not None:
         raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
     if not overwrite and os.path.exists(text) and not io_utils.ask_to_proceed_with_overwrite(text):

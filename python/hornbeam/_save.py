@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,19 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _cast, _core, _keras, _progress, _report, _state, _tensors
+from hornbeam import _async, _cast, _core, _keras, _progress, _report, _shortcuts, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
-from hornbeam.errors import UnsupportedError
+from hornbeam.errors import HornbeamError, UnsupportedError
 
 Stock = Callable[..., Any]
+_written = threading.local()
+
+
+@contextmanager
+def checksum() -> Iterator[Callable[[], int | None]]:
+    """What it yields tells the CRC-32 of the weights file that this thread saved inside; `None` if stock Keras did."""
+    _written.crc = None
+    yield lambda: _written.crc
 
 
 class _PathTarget(io.IOBase):
@@ -36,10 +45,12 @@ class _PathTarget(io.IOBase):
 
 def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> Any:
     """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
+    _async.settle(filepath)
     if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
         return stock(model, filepath, weights_format, zipped)
     remote = str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath))
     if remote or _is_stream(str(filepath)):
+        _async.refuse("what is not a local file")
         return stock(model, filepath, weights_format, zipped)  # opens a file object and comes back with it
     return stock(model, _PathTarget(str(filepath)), weights_format, zipped)
 
@@ -55,14 +66,19 @@ def _is_stream(path: str) -> bool:
 
 def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str) -> Any:
     """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
+    request = _async.claim() if isinstance(fileobj, _PathTarget) else None
     reason = _keras.unsupported(weights_format)
     if reason is not None:
+        _check_synchronous(request, reason)
         if isinstance(fileobj, _PathTarget):
             return _hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
         return _hand_over(reason, stock, model, fileobj, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
+        if request is not None:
+            _defer(request, plan, store, fileobj.path, options, _members(model), assets)
+            return None
         target: Any = fileobj
         if isinstance(fileobj, _PathTarget):
             target = fileobj.path
@@ -90,6 +106,7 @@ def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> 
 
 def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str) -> Any:
     """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
+    _async.refuse("a directory")
     reason = _keras.unsupported(weights_format, dirpath)
     if reason is not None:
         return _hand_over(reason, stock, model, dirpath, weights_format)
@@ -99,7 +116,11 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
         members = _members(model)  # before anything is written: the directory may have to be written in place
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
-        with _core.Directory(os.fspath(dirpath), names, atomic=options.atomic, durable=options.durable) as directory:
+        target = os.fspath(dirpath)
+        with (
+            _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
+            _naming(target, str(directory.path)),
+        ):
             root = Path(directory.path)
             save = plan.start(
                 str(root / saving_lib._VARS_FNAME_H5),
@@ -108,7 +129,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
                 atomic=False,
                 durable=options.durable,
             )
-            info = _finish(save, plan, store, os.fspath(dirpath))
+            info = _finish(save, plan, store, target)
             for name, data in members:
                 _core.write_file(str(root / name), data, atomic=False, durable=options.durable)
             for name, path in assets.files():
@@ -123,6 +144,22 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
     return None
 
 
+@contextmanager
+def _naming(target: str, temporary: str) -> Iterator[None]:
+    """Errors name the files of a directory as the user will know them, not where they are made."""
+    try:
+        yield
+    except (HornbeamError, OSError) as error:
+        error.args = tuple(a.replace(temporary, target) if isinstance(a, str) else a for a in error.args)
+        for name in ("path", "filename", "filename2"):
+            place = getattr(error, name, None)
+            if isinstance(place, str):
+                setattr(error, name, place.replace(temporary, target))
+        if isinstance(error, OSError) and isinstance(error.strerror, str):
+            error.strerror = error.strerror.replace(temporary, target)
+        raise
+
+
 def save_weights_only(
     stock: Stock,
     model: Any,
@@ -135,8 +172,13 @@ def save_weights_only(
     suffix = ".weights.h5" if max_shard_size is None else ("weights.h5", "weights.json")
     if not model.built or not text.endswith(suffix):
         return stock(model, filepath, max_shard_size, objects_to_skip)  # raises
+    _async.settle(text)
+    if max_shard_size is not None:
+        _async.refuse("shards")
+    request = _async.claim()
     reason = _keras.unsupported("h5", text)
     if reason is not None:
+        _check_synchronous(request, reason)
         return _hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
     options = _state.current()
     skipped = {id(o) for o in objects_to_skip or ()}
@@ -147,11 +189,58 @@ def save_weights_only(
             save_shards(store, text, float(max_shard_size), options)
             return None
         plan = _plan(store)
+        if request is not None:
+            _defer(request, plan, store, text, options)
+            return None
         save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = _finish(save, plan, store, text)
         log_in_place(info["in_place"], text)
     _count_save(plan, store, info["bytes"], text)
     return None
+
+
+def _check_synchronous(request: _async.Request | None, reason: str) -> None:
+    if request is not None:
+        raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not save asynchronously.")
+
+
+def _defer(
+    request: _async.Request,
+    plan: _core.Plan,
+    store: RecordStore,
+    path: str,
+    options: _state.Options,
+    members: list[tuple[str, bytes]] | None = None,
+    assets: AssetStore | None = None,
+) -> None:
+    """Takes the values and opens the file now; the writer's thread does the rest."""
+    if not options.atomic or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        _async.settle(path)  # the old content is written over from now on
+    values = request.stage([d.memory for d in store.datasets.values()])
+    save = plan.start(
+        path,
+        [_tensors.as_buffer(v) for v in values],
+        archive=members is not None,
+        atomic=options.atomic,
+        durable=options.durable,
+        hold=True,
+    )
+    kept = assets.move() if assets is not None else AssetStore("w")
+    for dataset in store.datasets.values():  # the core holds the memory, and lets it go first
+        del dataset.memory
+
+    def write() -> int:
+        with _progress.watch("save", path, plan.nbytes, lambda: save.written):
+            info = save.finish([*(members or []), *((name, Path(file)) for name, file in kept.files())])
+        log_in_place(info["in_place"], path)
+        _count_save(plan, store, info["bytes"], path)
+        return info["bytes"]
+
+    def drop() -> None:
+        save.cancel()
+        kept.close()
+
+    request.submit(path, write, drop, options)
 
 
 @contextmanager
@@ -207,15 +296,21 @@ def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
 
 def _members(model: Any) -> list[tuple[str, bytes]]:
     """The JSON members, in the order Keras writes them."""
-    with saving_lib.ObjectSharingScope():
-        config = saving_lib.serialize_keras_object(model)
+    try:
+        with saving_lib.ObjectSharingScope(), _shortcuts.scope(frozenset(["tensors"])):
+            config = _core.encode_json(saving_lib.serialize_keras_object(model))
+    except Exception as error:
+        from hornbeam._explain import explain_config
+
+        explain_config(error, model)
+        raise
     metadata = {
         "keras_version": saving_lib.keras_version,
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
     }
     return [
         (saving_lib._METADATA_FILENAME, json.dumps(metadata).encode()),
-        (saving_lib._CONFIG_FILENAME, _core.encode_json(config)),
+        (saving_lib._CONFIG_FILENAME, config),
     ]
 
 
@@ -261,7 +356,9 @@ def _write(
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
     """Waits for a bare weights image."""
     with _progress.watch("save", path, plan.nbytes, lambda: save.written):
-        return save.finish([], _puller(store))
+        info = save.finish([], _puller(store))
+    _written.crc = info["crc"]
+    return info
 
 
 def _write_memory(

@@ -1,37 +1,47 @@
-"""Shortcuts through Keras' construction of layers, for the time of a load and its thread.
+"""Shortcuts through Keras' construction of layers, for the time of a load (`tensors`: of a save too) and its thread.
 
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
-- `attributes`: what is set on a layer and is no variable, layer, metric, seed generator or container goes past Keras'
-  and TensorFlow's trackers, which track nothing else.
+- `attributes`: what is set on a layer and is no variable, layer, metric or seed generator goes past Keras' and
+  TensorFlow's trackers, which track nothing else; lists, dictionaries and sets get Keras' tracking wrapper directly.
 - `signatures`: `inspect.signature` of a function is taken once, not for every layer of a class.
+- `tensors`: whether an object is a TensorFlow tensor is asked once for a class of Keras' or Python's own, since
+  TensorFlow's answer goes through the protocols of `typing`.
 - `variables`: a TensorFlow variable that gets its value from the file is put together directly, with one kernel for all
-  variables of a shape, where TensorFlow compiles one for every name. It needs TensorFlow's private functions, so it is
-  off by default. (The variable keeps its name; errors of kernels about uninitialised ones show another.)
+  variables of a shape, where TensorFlow compiles one for every name. It needs TensorFlow's private functions. (The
+  variable keeps its name; errors of kernels about uninitialised ones show another.)
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
 
 import keras
 from keras.src.layers import layer as layer_module
 from keras.src.ops import operation as operation_module
+from keras.src.utils import tracking
 
 from hornbeam import _keras, _state, _tensors
 
-_local = threading.local()
+
+class _Local(threading.local):
+    scope: _Scope | None = None
+
+
+_local = _Local()
 _attribute_patch = _keras._Patch()
 _layer_inspect_patch = _keras._Patch()
 _operation_inspect_patch = _keras._Patch()
+_tensor_patch = _keras._Patch()
 
 
 class _Scope:
@@ -39,29 +49,52 @@ class _Scope:
 
     def __init__(self, shortcuts: frozenset[str]) -> None:
         self.shortcuts = shortcuts
+        self.tensorflow = keras.backend.backend() == "tensorflow"
         self.plain: dict[type, bool] = {}
         self.tracked: dict[type, bool] = {}
+        self.handle_data: dict[Any, Any] = {}
+        self.no_tensors: set[type] = set()
         self.signatures: dict[Any, inspect.Signature] = {}
         self.specs: dict[Any, inspect.FullArgSpec] = {}
 
 
-def _scope() -> _Scope | None:
-    return getattr(_local, "scope", None)
+#: What Keras tracks the elements of, and how.
+_WRAPPERS: dict[type, type] = {
+    list: tracking.TrackedList,
+    dict: tracking.TrackedDict,
+    set: tracking.TrackedSet,
+}
+_ATOMS = frozenset([bool, int, float, str, type(None)])
 
 
 def _set_attribute(self: Any, name: str, value: Any) -> None:
     """`Layer.__setattr__`."""
-    scope = _scope()
+    scope = _local.scope
     if (
-        scope is not None
-        and not _is_tracked(scope, type(value))
-        and "_tracker" in self.__dict__
-        and not hasattr(type(self), name)  # a property, or a default that the trackers compare with
-        and _is_plain(scope, type(self))
+        scope is None
+        or "_tracker" not in self.__dict__
+        or not (scope.plain.get(type(self)) or _is_plain(scope, type(self)))
     ):
-        object.__setattr__(self, name, value)
-    else:
         _attribute_patch.original(self, name, value)
+        return
+    kind = type(value)
+    if kind in _WRAPPERS:
+        if not tracking.is_tracking_enabled():  # TensorFlow may have a wrapper of its own for it
+            _attribute_patch.original(self, name, value)
+            return
+        value = _WRAPPERS[kind](value, self._tracker)
+        if scope.tensorflow and getattr(self, "_self_setattr_tracking", True) and hasattr(self, "_tracked"):
+            self._tracked.append(name)
+    elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
+        _attribute_patch.original(self, name, value)
+        return
+    elif hasattr(type(self), name):  # a property, or a default: the trackers do not set what is there already
+        try:
+            if getattr(self, name) is value:
+                return
+        except AttributeError:
+            pass
+    object.__setattr__(self, name, value)
 
 
 def _is_tracked(scope: _Scope, kind: type) -> bool:
@@ -74,8 +107,6 @@ def _is_tracked(scope: _Scope, kind: type) -> bool:
 
 @functools.cache
 def _tracked_classes() -> tuple[type, ...]:
-    from keras.src.utils import tracking
-
     classes = [keras.Variable, keras.layers.Layer, keras.metrics.Metric, keras.random.SeedGenerator]
     classes += [tuple, list, dict, set, tracking.Tracker]
     if keras.backend.backend() == "tensorflow":
@@ -104,7 +135,7 @@ class _Inspect:
     """The module `inspect`, which remembers signatures."""
 
     def signature(self, function: Any, **kwargs: Any) -> inspect.Signature:
-        scope = _scope()
+        scope = _local.scope
         if scope is None or kwargs or type(function) not in (FunctionType, MethodType):
             return inspect.signature(function, **kwargs)
         key = (function.__func__, "bound") if type(function) is MethodType else function
@@ -114,7 +145,7 @@ class _Inspect:
         return found
 
     def getfullargspec(self, function: Any) -> inspect.FullArgSpec:
-        scope = _scope()
+        scope = _local.scope
         if scope is None or type(function) is not FunctionType:
             return inspect.getfullargspec(function)
         found = scope.specs.get(function)
@@ -126,38 +157,65 @@ class _Inspect:
         return getattr(inspect, name)
 
 
-def make_variable(variable: Any, value: Any, name_scope: str) -> Any | None:
+def _is_tensor(value: Any) -> bool:
+    """`tf.is_tensor`."""
+    scope = _local.scope
+    if scope is None:
+        return bool(_tensor_patch.original(value))
+    kind = type(value)
+    if kind in scope.no_tensors:
+        return False
+    found = bool(_tensor_patch.original(value))
+    if not found and kind.__module__.partition(".")[0] in ("builtins", "keras"):
+        scope.no_tensors.add(kind)
+    return found
+
+
+def make_variable(variable: Any, value: Any, creation: _tensors.Creation) -> Any | None:
     """The TensorFlow variable that `tf.Variable(value, ...)` would make for a Keras variable; `None` if that must.
 
     Args:
         variable: The Keras variable.
-        value: An eager tensor of its dtype and shape.
-        name_scope: TensorFlow's current name scope.
+        value: An eager tensor of its dtype.
+        creation: Where it would have been made.
     """
-    scope = _scope()
-    if scope is None or "variables" not in scope.shortcuts:
+    scope = _local.scope
+    if scope is None or "variables" not in scope.shortcuts or creation.name_scope is None:
         return None
-    return _put_together(variable, value, name_scope)
+    if tuple(value.shape) != tuple(variable._shape) or not _tensors.is_eager():
+        return None
+    return _put_together(variable, value, creation.name_scope, creation.key)
 
 
-def _put_together(variable: Any, value: Any, name_scope: str) -> Any:
+@functools.cache
+def _tensorflow() -> Any:
+    """TensorFlow's private modules."""
     from tensorflow.python.eager import context
     from tensorflow.python.framework import ops
     from tensorflow.python.ops import gen_resource_variable_ops as generated
     from tensorflow.python.ops import handle_data_util, resource_variable_ops
+
+    return context, ops, generated, handle_data_util, resource_variable_ops
+
+
+def _put_together(variable: Any, value: Any, name_scope: str, key: str | None) -> Any:
+    context, ops, generated, handle_data_util, resource_variable_ops = _tensorflow()
 
     # As ResourceVariable._init_from_args in eager mode.
     name = f"{name_scope}/{variable.name}" if name_scope else variable.name
     shape, dtype = value.shape, value.dtype
     shared = context.anonymous_name()
     handle = generated.var_handle_op(shape=shape, dtype=dtype, shared_name=shared, debug_name="hornbeam", container="")
-    data = handle_data_util.create_handle_data(shape, dtype)
-    resource_variable_ops._set_handle_shapes_and_types(handle, data, False)
+    known = {} if (scope := _local.scope) is None else scope.handle_data
+    data = known.get((shape, dtype))
+    if data is None:
+        data = known[shape, dtype] = handle_data_util.create_handle_data(shape, dtype)
+    handle._handle_data = data
     generated.assign_variable_op(handle, value)
     made = resource_variable_ops.ResourceVariable.__new__(resource_variable_ops.ResourceVariable)
     handle._parent_trackable = weakref.ref(made)
     handle._name = f"{name}:0"
-    handle._unique_id = f"{name}_{ops.uid()}"
+    handle._unique_id = key or f"{name}_{ops.uid()}"
     made._in_graph_mode = False
     resource_variable_ops.BaseResourceVariable.__init__(
         made,
@@ -176,18 +234,22 @@ def _put_together(variable: Any, value: Any, name_scope: str) -> Any:
 
 
 @contextlib.contextmanager
-def scope() -> Iterator[None]:
-    """Takes the shortcuts that are switched on and work here."""
-    wanted = _state.current().shortcuts
+def scope(among: Set[str] = _state.SHORTCUTS) -> Iterator[None]:
+    """Takes those shortcuts that are switched on and work here."""
+    wanted = _state.current().shortcuts & among
     with contextlib.ExitStack() as stack:
         if "attributes" in wanted and _attributes_work():
             stack.enter_context(_attributes())
         if "signatures" in wanted:
             stack.enter_context(_layer_inspect_patch(layer_module, "inspect", _Inspect()))
             stack.enter_context(_operation_inspect_patch(operation_module, "inspect", _Inspect()))
+        if "tensors" in wanted and keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            stack.enter_context(_tensor_patch(tf, "is_tensor", _is_tensor))
         if "variables" in wanted and not _variables_work():
             wanted -= {"variables"}
-        before = _scope()
+        before = _local.scope
         _local.scope = _Scope(wanted)
         try:
             yield
@@ -209,27 +271,23 @@ def _same(shortcut: str, ours: Any, real: Any) -> bool:
 def _attributes_work() -> bool:
     def work() -> Any:
         layer = keras.layers.Layer(name="hornbeam_tries")
-        values = [
-            1,
-            1.5,
-            "a",
-            True,
-            None,
-            (1, 2),
-            [3],
-            {"a": 4},
-            len,
-            keras.initializers.Zeros(),
-            keras.DTypePolicy("int8"),
-        ]
-        values += [keras.layers.Layer(name="inner"), keras.Variable(1.0), keras.random.SeedGenerator(1), int]
+        atoms: list[Any] = [1, 1.5, "a", True, None, len, int, (1, "a"), (), [3], [], {"a": [4]}, {5}]
+        values = [*atoms, keras.initializers.Zeros(), keras.DTypePolicy("int8"), collections.OrderedDict(a=1)]
+        values += [keras.layers.Layer(name="inner"), keras.Variable(1.0), keras.random.SeedGenerator(1)]
+        values += [(keras.layers.Layer(name="a"),), [keras.layers.Layer(name="b")], {"c": keras.Variable(2.0)}]
         for i, value in enumerate(values):
             setattr(layer, f"tried_{i}", value)
             setattr(layer, f"tried_{i}", value)
-        found = [(name, type(value)) for name, value in vars(layer).items() if name.startswith("tried_")]
-        return found, sorted(vars(layer)), {name: len(ids) for name, ids in layer._tracker.stored_ids.items()}
+        with tracking.DotNotTrackScope():
+            layer.untracked, layer.untracked_list, layer.untracked_dict = 1, [1], {"a": 1}
+        layer.supports_masking, layer.input_spec, layer.built = True, keras.layers.InputSpec(ndim=2), True
+        layer.build = layer.compute_mask
+        found = [(name, type(value)) for name, value in vars(layer).items()]
+        same = [str(getattr(layer, f"tried_{i}")) for i in range(len(atoms))]
+        tracked = {name: len(ids) for name, ids in layer._tracker.stored_ids.items()}
+        return found, same, tracked, getattr(layer, "_tracked", None), layer.supports_masking, str(layer.input_spec)
 
-    real, before = work(), _scope()
+    real, before = work(), _local.scope
     _local.scope = _Scope(frozenset(["attributes"]))
     try:
         with _attributes():
@@ -262,7 +320,7 @@ def _variables_work() -> bool:
         real = describe(variable._value)
         value = tf.constant([[1.0, 2.0]])
         with tf.init_scope():
-            ours = describe(_put_together(variable, value, ""))
+            ours = describe(_put_together(variable, value, "", None))
         return _same("variables", ours, real)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         _state.logger.warning("the shortcut 'variables' does not work with this TensorFlow: %s", error)

@@ -13,6 +13,8 @@ from hornbeam.errors import UnsupportedError
 
 logger = logging.getLogger("hornbeam")
 T = TypeVar("T")
+#: The names of `_shortcuts.py`.
+SHORTCUTS = frozenset(["attributes", "signatures", "tensors", "variables"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Options:
     atomic: bool = True
     durable: bool = False
     verify: bool = False
-    shortcuts: frozenset[str] = frozenset(["attributes", "signatures"])
+    shortcuts: frozenset[str] = SHORTCUTS
     progress: Callable[[Any], Any] | bool | None = None
     compression: int | None = None
     shuffle: bool = True
@@ -84,8 +86,8 @@ def options(
         chunk_bytes: Bytes of a chunk, at most, before compression; 1 MiB otherwise.
         progress: `True` shows a bar after two seconds, `False` shows nothing, and a callable gets a
             `hornbeam.Progress` some ten times a second, in a thread of its own. Otherwise there is a bar on a terminal.
-        shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"` and `"signatures"`, which are
-            on otherwise, and `"variables"`. `docs/performance.md` says what each is worth.
+        shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"`, `"signatures"`, `"tensors"`
+            and `"variables"`; all of them otherwise. `docs/performance.md` says what each is worth.
 
     Yields:
         The options in force inside.
@@ -107,9 +109,9 @@ def options(
         raise ValueError(f"chunk_bytes must be between 1 KiB and 1 GiB. Received: {chunk_bytes}")
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
-    unknown = set(shortcuts or ()) - {"attributes", "signatures", "variables"}
+    unknown = set(shortcuts or ()) - SHORTCUTS
     if unknown:
-        raise ValueError(f"shortcuts must be among 'attributes', 'signatures' and 'variables'. Received: {shortcuts}")
+        raise ValueError(f"shortcuts must be among {sorted(SHORTCUTS)}. Received: {shortcuts}")
     given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
     before = _local.options
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -118,6 +120,17 @@ def options(
     _local.options = dataclasses.replace(before, **changes)
     try:
         yield _local.options
+    finally:
+        _local.options = before
+
+
+@contextlib.contextmanager
+def using(options: Options) -> Iterator[None]:
+    """Has the options of another thread in force."""
+    before = _local.options
+    _local.options = options
+    try:
+        yield
     finally:
         _local.options = before
 

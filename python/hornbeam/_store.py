@@ -19,6 +19,7 @@ from keras.src.saving import saving_lib
 
 from hornbeam import _core, _tensors
 from hornbeam._report import SaveReport
+from hornbeam.errors import UnsupportedError
 
 Attributes = list[tuple[str, str]]
 
@@ -98,6 +99,11 @@ class RecordStore(saving_lib.H5IOStore):
         path = self._path(key)
         if path in self.datasets:
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
+        if not _tensors.is_addressable(value):
+            raise UnsupportedError(
+                f"'{path}' is spread over several processes, of which this one can read only its part. Gather it, or "
+                "replicate it, before the model is saved."
+            )
         found = _tensors.view(value)
         # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
         if isinstance(found, _tensors.Deferred) and not _stored_by_keras(sys._getframe(1)):
@@ -376,6 +382,13 @@ class AssetStore(saving_lib.DiskIOStore):
         # Links are followed, as Keras follows them.
         found = sorted(Path(top, name) for top, _, names in os.walk(root, followlinks=True) for name in names)
         return [(f"{self.root_path}/{p.relative_to(root).as_posix()}", str(p)) for p in found]
+
+    def move(self) -> AssetStore:
+        """Another store with the same files, which this one no longer removes."""
+        moved = AssetStore(self.mode)
+        moved.tmp_dir, moved._working_dir = self.tmp_dir, self._working_dir
+        self.tmp_dir = self._working_dir = None
+        return moved
 
     def close(self) -> None:
         """Removes the temporary directory."""

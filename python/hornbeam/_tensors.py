@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -17,17 +18,43 @@ import numpy as np
 
 
 class Deferred:
-    """A value whose host array is made when its turn comes; what it will look like is known now."""
+    """A value whose host array is made when its turn comes; what it will look like is known now.
 
-    __slots__ = ("array", "dtype", "shape")
+    Args:
+        array: Makes it.
+        dtype: Its dtype.
+        shape: Its shape.
+        into: Copies the value to memory that is there; `None` where `array` fetches it from a device.
+    """
 
-    def __init__(self, array: Callable[[], np.ndarray], dtype: str, shape: Sequence[int]) -> None:
+    __slots__ = ("array", "dtype", "into", "shape")
+
+    def __init__(
+        self,
+        array: Callable[[], np.ndarray],
+        dtype: str,
+        shape: Sequence[int],
+        into: Callable[[np.ndarray], Any] | None = None,
+    ) -> None:
         self.array = array
-        self.dtype = _extended_dtype(dtype)
+        self.dtype = extended_dtype(dtype)
         self.shape = tuple(shape)
+        self.into = into
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def copy_to(self, memory: np.ndarray) -> np.ndarray:
+        """The value as an array over `memory`, which has `nbytes` bytes."""
+        assert self.into is not None
+        if self.nbytes:
+            self.into(memory)
+        return np.ndarray(self.shape, self.dtype, buffer=memory)
 
 
-def _extended_dtype(name: str) -> np.dtype:
+def extended_dtype(name: str) -> np.dtype:
     """NumPy's dtype of that name, or the extension's."""
     try:
         return np.dtype(name)
@@ -58,6 +85,12 @@ def view(value: Any) -> np.ndarray | Deferred:
     if found is None or (isinstance(found, Deferred) and not deferrable):
         return _copy(value)  # the Keras variable: NumPy cannot convert what is in a distributed scalar one
     return found
+
+
+def is_addressable(value: Any) -> bool:
+    """Whether this process can read all of a value: with several of JAX's, an array may be spread over them."""
+    array = value._value if hasattr(value, "_value") else value
+    return getattr(array, "is_fully_addressable", True) is not False
 
 
 def _copy(value: Any) -> np.ndarray:
@@ -100,7 +133,14 @@ def _view_torch(value: Any) -> np.ndarray | Deferred | None:
 
     if not isinstance(value, torch.Tensor):
         return None
-    return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape)
+    into = functools.partial(_fill_torch, value) if value.device.type == "cpu" else None
+    return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape, into)
+
+
+def _fill_torch(value: Any, memory: np.ndarray) -> None:
+    import torch
+
+    torch.frombuffer(memory, dtype=value.dtype).view(value.shape).copy_(value.detach())
 
 
 def _copy_torch(value: Any) -> np.ndarray:
@@ -108,14 +148,18 @@ def _copy_torch(value: Any) -> np.ndarray:
 
     host = value.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:
-        return _copy_numpy(host.view(torch.uint16).numpy()).view(_extended_dtype("bfloat16"))
+        return _copy_numpy(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
     return _copy_numpy(host.numpy())
 
 
 def _view_numpy(value: Any) -> np.ndarray | Deferred | None:
     if not isinstance(value, np.ndarray):
         return None
-    return Deferred(lambda: _copy_numpy(value), value.dtype.name, value.shape)
+
+    def into(memory: np.ndarray) -> None:
+        np.copyto(np.ndarray(value.shape, value.dtype, buffer=memory), value)
+
+    return Deferred(lambda: _copy_numpy(value), value.dtype.name, value.shape, into)
 
 
 def _copy_numpy(value: np.ndarray) -> np.ndarray:
@@ -182,14 +226,14 @@ _NUMBERS = frozenset(
 def numpy_dtype(name: str, tag: str | None) -> np.dtype:
     """The NumPy dtype of a dataset: its own, or what Keras marks opaque bytes to be."""
     if tag == "bfloat16" and name == "V2":
-        return _extended_dtype(tag)
+        return extended_dtype(tag)
     return np.dtype(f"|{name}" if name.startswith("V") else name)
 
 
 @functools.cache
 def own_dtype(name: str, tag: str | None) -> np.dtype:
     """The NumPy dtype of a tensor in a format that has types for all of them."""
-    return np.dtype(name) if tag is None else _extended_dtype(tag)
+    return np.dtype(name) if tag is None else extended_dtype(tag)
 
 
 def is_keras_code(frame: FrameType) -> bool:
@@ -207,6 +251,12 @@ def give_away(array: np.ndarray) -> np.ndarray:
     return array
 
 
+@functools.cache
+def name_of(dtype: np.dtype) -> str:
+    """`dtype.name`, which NumPy works out every time."""
+    return dtype.name
+
+
 def is_given_away(array: np.ndarray) -> bool:
     """Whether `give_away` marked this very array."""
     reference = _given.get(id(array))
@@ -221,10 +271,16 @@ def share(array: np.ndarray) -> Any | None:
     """
     if not shares():
         return None
+    context, eager_tensor = _eager()
+    return eager_tensor(array, context().device_name, None)
+
+
+@functools.cache
+def _eager() -> tuple[Any, Any]:
     from tensorflow.python.eager import context
     from tensorflow.python.framework.ops import EagerTensor
 
-    return EagerTensor(array, context.context().device_name, None)
+    return context.context, EagerTensor
 
 
 def adopt(variable: Any, array: np.ndarray) -> bool:
@@ -318,11 +374,17 @@ def note_creation(variable: Any) -> Creation | None:
         not tf.executing_eagerly()
         or tf.distribute.has_strategy()
         or graph._variable_creator_stack  # private; empty but inside tf.variable_creator_scope
-        or tf.compat.v1.executing_eagerly_outside_functions() is False
         or _device_scope()
     ):
         return None
     return Creation(tf.get_current_name_scope(), f"{variable._name}_hornbeam_{next(_keys)}")
+
+
+def is_eager() -> bool:
+    """Whether TensorFlow runs operations at once, as it does outside of functions and graphs."""
+    import tensorflow as tf
+
+    return bool(tf.executing_eagerly())
 
 
 def _device_scope() -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras.callbacks as _stock
 
+from hornbeam._backup import BackupAndRestore
 from hornbeam._keras import scope
 
 __all__ = ["BackupAndRestore", "ModelCheckpoint"]
@@ -13,19 +14,6 @@ __all__ = ["BackupAndRestore", "ModelCheckpoint"]
 
 class ModelCheckpoint(_stock.ModelCheckpoint):
     """`keras.callbacks.ModelCheckpoint` whose files are written by hornbeam; arguments and behaviour are Keras'."""
-
-    def _save_model(self, *args: Any, **kwargs: Any) -> None:
-        with scope():
-            super()._save_model(*args, **kwargs)
-
-
-class BackupAndRestore(_stock.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` through hornbeam; arguments and behaviour are Keras'."""
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Restores the last backup."""
-        with scope():
-            super().on_train_begin(logs)
 
     def _save_model(self, *args: Any, **kwargs: Any) -> None:
         with scope():

@@ -60,6 +60,10 @@ class InvalidError(HornbeamError, ValueError):
     """Something that cannot be written was to be saved."""
 
 
+class CheckpointError(HornbeamError, RuntimeError):
+    """A directory of checkpoints is in use, incomplete, or of another training."""
+
+
 class CancelledError(HornbeamError, RuntimeError):
     """The operation was cancelled."""
 
@@ -72,6 +76,10 @@ class IncompleteLoadError(HornbeamError, ValueError):
     """
 
     report: LoadReport
+
+
+class VerificationError(HornbeamError, ValueError):
+    """An exported artifact does not answer as the model does."""
 
 
 class StorageError(HornbeamError, OSError):

@@ -10,6 +10,8 @@ import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
+from hornbeam import _async
+from hornbeam._async import Handle
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
@@ -35,8 +37,10 @@ def save_model(
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> Handle | None:
     """Saves a model as a `.keras` archive or, with `zipped=False`, as a directory.
 
     The old file or directory stays as it was until the new one is complete.
@@ -55,7 +59,15 @@ def save_model(
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_model`.
+
+    Returns:
+        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        save, its handle.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -64,11 +76,13 @@ def save_model(
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     if compression is not None and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are written by stock Keras, uncompressed. Received: {filepath}")
+    if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
-    with scope(), how:
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-    _remember_stock(filepath, before)
+    return _outcome(filepath, before, request)
 
 
 def load_model(
@@ -98,6 +112,7 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    _async.settle(filepath, loads=True)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
         model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
@@ -121,8 +136,10 @@ def save_weights(
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
     progress: Progressed = None,
+    asynchronous: bool = False,
+    latest_wins: bool = False,
     **kwargs: Any,
-) -> None:
+) -> Handle | None:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`.
 
     Args:
@@ -140,7 +157,15 @@ def save_weights(
         shuffle: Transpose the bytes of the elements before they are compressed.
         chunk_bytes: Bytes of a chunk, at most.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
+        asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
+            written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
+            `hornbeam.wait()` or by the handle.
+        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_weights`.
+
+    Returns:
+        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        save, its handle.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
@@ -149,9 +174,9 @@ def save_weights(
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
-    with scope(), how:
+    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    _remember_stock(filepath, before)
+    return _outcome(filepath, before, request)
 
 
 def load_weights(
@@ -197,6 +222,7 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
+    _async.settle(filepath, loads=True)
     legacy = not str(filepath).endswith(
         (".keras", ".weights.h5", ".weights.json", ".safetensors", ".safetensors.index.json")
     )
@@ -228,10 +254,12 @@ def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _remember_stock(filepath: Any, before: SaveReport | None) -> None:
-    """Leaves no older report as the last one where stock Keras did the save."""
-    if last_save_report() is before:
+def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request | None) -> Handle | None:
+    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
+        return request.handle
+    if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one
         remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
+    return None
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

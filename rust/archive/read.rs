@@ -162,6 +162,15 @@ impl Members {
         self.all.iter()
     }
 
+    /// Refuses members that stand for far more bytes, together, than they store.
+    ///
+    /// # Errors
+    /// `Limit`.
+    pub fn check_expansion(&self, floor: u64, max_expansion: u64) -> Result<()> {
+        let sum = |of: fn(&Member) -> u64| self.iter().map(of).fold(0, u64::saturating_add);
+        limits::check_expansion(sum(|m| m.size), sum(|m| m.stored), floor, max_expansion)
+    }
+
     /// The member called `name`.
     pub fn get(&self, name: &str) -> Option<&Member> {
         self.by_name.get(name).map(|&i| &self.all[i])
@@ -253,12 +262,7 @@ impl Member {
     /// # Errors
     /// `Limit`.
     pub fn check_expansion(&self, floor: u64, max_expansion: u64) -> Result<()> {
-        if self.size > floor && self.size > self.stored.saturating_mul(max_expansion) {
-            return Err(Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression bomb")
-                .with_found(format_args!("{} bytes declared", self.size), format_args!("{} stored", self.stored))
-                .with_member(&self.name));
-        }
-        Ok(())
+        limits::check_expansion(self.size, self.stored, floor, max_expansion).map_err(|e| e.with_member(&self.name))
     }
 
     /// All bytes of the member, inflated and checked.

@@ -122,11 +122,25 @@ struct State {
     ahead: u64,
     read: u64,             // bytes of tensors, taken or not
     wanted: Option<usize>, // the tensor somebody waits for
-    keep_all: bool,        // read to the end, whatever the limit
-    drain: bool,           // read to the end, keep nothing more
-    stop: bool,
+    takers: usize,         // who do
+    blocked: bool,         // the reader waits for one of them
+    goal: Goal,
     outcome: Option<Result<()>>,
     asked: Option<Instant>, // when a waiting caller was last asked whether to go on
+}
+
+/// What the reader is to do; it never takes back the later of two.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Goal {
+    /// Be ahead of whoever takes the tensors, by no more than it may.
+    #[default]
+    Ahead,
+    /// Read to the end, whatever the limit.
+    All,
+    /// Read to the end, and keep nothing more.
+    Drain,
+    /// Stop.
+    Stop,
 }
 
 impl Shared {
@@ -134,14 +148,28 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    /// The reader's wait.
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.blocked = true;
+        let mut state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.blocked = false;
+        state
+    }
+
+    /// Lets go, and wakes others if they wait for what has changed: to wake somebody for each of 50,000 tensors takes
+    /// longer than to read them.
+    fn wake(&self, state: MutexGuard<'_, State>, if_so: impl FnOnce(&State) -> bool) {
+        let wake = if_so(&state);
+        drop(state);
+        if wake {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits a while; asks between whether to go on.
     fn wait_for<'a>(&'a self, state: MutexGuard<'a, State>, go_on: Interrupt<'_>) -> Result<MutexGuard<'a, State>> {
         let (mut state, _) = self.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
-        // The reader wakes us after every tensor, so the time-out alone would never come.
+        // Others may be woken more often than that, so the time-out alone might never come.
         if state.asked.is_some_and(|asked| asked.elapsed() < POLL) {
             return Ok(state);
         }
@@ -189,8 +217,7 @@ impl Fetch {
             if state.done[i] {
                 let slot = state.slots[i].take();
                 state.ahead -= slot.as_ref().map_or(0, |s| s.len as u64);
-                drop(state);
-                self.shared.changed.notify_all();
+                self.shared.wake(state, |state| state.blocked);
                 return Ok(slot);
             }
             if let Some(outcome) = &mut state.outcome {
@@ -198,8 +225,10 @@ impl Fetch {
                 return Ok(None);
             }
             state.wanted = Some(i);
+            state.takers += 1;
             self.shared.changed.notify_all();
-            state = self.shared.wait_for(state, interrupt)?;
+            state = self.shared.wait_for(state, interrupt).inspect_err(|_| self.shared.lock().takers -= 1)?;
+            state.takers -= 1;
         }
     }
 
@@ -208,7 +237,7 @@ impl Fetch {
     /// # Errors
     /// `Crc`, or whatever stopped the reader.
     pub fn complete(&self, interrupt: Interrupt<'_>) -> Result<()> {
-        self.finish(|state| state.keep_all = true, interrupt)
+        self.finish(Goal::All, interrupt)
     }
 
     /// As [`Fetch::complete`], but drops what was not taken.
@@ -216,12 +245,12 @@ impl Fetch {
     /// # Errors
     /// `Crc`, or whatever stopped the reader.
     pub fn drain(&self, interrupt: Interrupt<'_>) -> Result<()> {
-        self.finish(|state| state.drain = true, interrupt)
+        self.finish(Goal::Drain, interrupt)
     }
 
-    fn finish(&self, how: impl FnOnce(&mut State), interrupt: Interrupt<'_>) -> Result<()> {
+    fn finish(&self, goal: Goal, interrupt: Interrupt<'_>) -> Result<()> {
         let mut state = self.shared.lock();
-        how(&mut state);
+        state.goal = state.goal.max(goal);
         self.shared.changed.notify_all();
         loop {
             if let Some(outcome) = &mut state.outcome {
@@ -243,7 +272,7 @@ fn tell(outcome: &mut Result<()>) -> Result<()> {
 
 impl Drop for Fetch {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
+        self.shared.lock().goal = Goal::Stop;
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -329,8 +358,7 @@ fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
                 state.done[i] = true;
                 state.ahead += extent.len;
                 state.read += extent.len;
-                drop(state);
-                shared.changed.notify_all();
+                shared.wake(state, |state| state.wanted == Some(i) || state.takers > 1);
             }
         }
     }
@@ -365,10 +393,10 @@ impl Decoder<'_> {
     fn turn(&mut self, ahead: impl Fn(usize) -> bool) -> Result<Turn> {
         let mut state = self.shared.lock();
         loop {
-            if state.stop {
+            if state.goal == Goal::Stop {
                 return Err(stopped());
             }
-            if state.drain {
+            if state.goal == Goal::Drain {
                 return Ok(Turn::Drop);
             }
             let asked = state.wanted.filter(|&i| !state.done[i]);
@@ -376,7 +404,7 @@ impl Decoder<'_> {
                 drop(state);
                 self.decode(i)?;
                 state = self.shared.lock();
-            } else if state.keep_all || asked.is_some_and(&ahead) || state.ahead < self.request.read_ahead {
+            } else if state.goal == Goal::All || asked.is_some_and(&ahead) || state.ahead < self.request.read_ahead {
                 return Ok(Turn::Keep);
             } else {
                 state = self.shared.wait(state);
@@ -405,7 +433,8 @@ impl Decoder<'_> {
         let mut batch = vec![first];
         {
             let state = self.shared.lock();
-            let room = if state.keep_all { u64::MAX } else { self.request.read_ahead.saturating_sub(state.ahead) };
+            let room =
+                if state.goal == Goal::All { u64::MAX } else { self.request.read_ahead.saturating_sub(state.ahead) };
             let mut rest = room.min(BATCH).saturating_sub(size(first));
             for i in (first + 1..known + self.request.decoded.len()).filter(|&i| !state.done[i]) {
                 let Some(left) = rest.checked_sub(size(i)) else { break };
@@ -444,14 +473,14 @@ impl ReadAt for UntilStopped<'_> {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        if self.shared.lock().stop {
+        if self.shared.lock().goal == Goal::Stop {
             return Err(stopped());
         }
         self.source.read_at(buf, offset)
     }
 
     fn as_slice(&self) -> Option<&[u8]> {
-        self.source.as_slice().filter(|_| !self.shared.lock().stop)
+        self.source.as_slice().filter(|_| self.shared.lock().goal != Goal::Stop)
     }
 }
 
@@ -500,7 +529,7 @@ impl Reader<'_> {
     }
 
     fn go_on(&self) -> Result<()> {
-        if self.shared.lock().stop { Err(stopped()) } else { Ok(()) }
+        if self.shared.lock().goal == Goal::Stop { Err(stopped()) } else { Ok(()) }
     }
 
     /// Bytes of the image from `at` on: at least one, as many as were read together with it.

@@ -29,6 +29,11 @@ pub trait ReadAt: Send + Sync {
     fn as_slice(&self) -> Option<&[u8]> {
         None
     }
+
+    /// Whether reading runs no code but ours, so that locks may be held meanwhile.
+    fn is_ours(&self) -> bool {
+        true
+    }
 }
 
 impl ReadAt for [u8] {

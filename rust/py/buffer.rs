@@ -181,6 +181,10 @@ impl ReadAt for Seekable {
         }
         Err(Error::new(Kind::Io(std::io::ErrorKind::UnexpectedEof.into()), "the file object ended early"))
     }
+
+    fn is_ours(&self) -> bool {
+        false
+    }
 }
 
 /// A tensor's bytes: 64-byte aligned memory of the core, lent to Python by the buffer protocol (writable).

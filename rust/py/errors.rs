@@ -52,6 +52,7 @@ fn errno(io: &std::io::Error) -> Option<i32> {
         std::io::ErrorKind::NotFound => Some(2),
         std::io::ErrorKind::PermissionDenied => Some(13),
         std::io::ErrorKind::IsADirectory => Some(21),
+        std::io::ErrorKind::ResourceBusy => Some(16),
         _ => None,
     })
 }

@@ -49,6 +49,12 @@ pub(super) fn open(py: Python<'_>, target: &Bound<'_, PyAny>, archive: bool) -> 
     Ok(File { source, path, members })
 }
 
+/// Refuses images that take far more memory, together, than their files say.
+#[pyfunction]
+pub(super) fn check_expansion(images: Vec<PyRef<'_, Weights>>) -> PyResult<()> {
+    load::check_expansion(images.iter().map(|w| &*w.weights)).map_err(to_py)
+}
+
 fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
     result.map_err(|e| match path {
         Some(path) => e.with_path(path),
@@ -82,9 +88,14 @@ impl File {
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// Refuses a member that stands for more than `floor` bytes and `max_expansion` times what it stores.
-    fn check_expansion(&self, name: &str, floor: u64, max_expansion: u64) -> PyResult<()> {
-        let checked = self.member(name).and_then(|m| m.check_expansion(floor, max_expansion));
+    /// Refuses a member, or without a name all of them together, that stands for more than `floor` bytes and
+    /// `max_expansion` times what it stores.
+    fn check_expansion(&self, name: Option<&str>, floor: u64, max_expansion: u64) -> PyResult<()> {
+        let checked = match (name, &self.members) {
+            (None, Some(members)) => members.check_expansion(floor, max_expansion),
+            (None, None) => Ok(()),
+            (Some(name), _) => self.member(name).and_then(|m| m.check_expansion(floor, max_expansion)),
+        };
         placed(checked, self.path.as_ref()).map_err(to_py)
     }
 

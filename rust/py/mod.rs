@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::json::{decode_json, encode_json};
     #[pymodule_export]
-    use super::load::{File, Reading, Weights, open};
+    use super::load::{File, Reading, Weights, check_expansion, open};
     #[pymodule_export]
     use super::save::{Directory, Plan, Save, plan, write_file};
 

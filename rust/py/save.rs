@@ -15,7 +15,7 @@ use super::buffer::{Lent, Memory, Stream};
 use super::errors::to_py;
 use super::run::{caller, interrupt, run};
 use crate::archive::write::Content;
-use crate::commit::{self, Options};
+use crate::commit::{self, Options, Pending};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::h5::Compression;
@@ -83,8 +83,10 @@ impl Plan {
         self.0.weights_end(archive)
     }
 
-    /// Starts the writer thread. `buffers[i]` is the memory of dataset `i`, or `None` to be asked for later.
-    #[pyo3(signature = (target, buffers, *, archive, base = 0, atomic = true, durable = false))]
+    /// Starts the writer thread. `buffers[i]` is the memory of dataset `i`, or `None` to be asked for later. With
+    /// `hold`, a path is opened now, and the thread starts when [`Save::finish`] is called.
+    #[pyo3(signature = (target, buffers, *, archive, base = 0, atomic = true, durable = false, hold = false))]
+    #[allow(clippy::too_many_arguments)] // named ones
     fn start(
         &self,
         target: &Bound<'_, PyAny>,
@@ -93,6 +95,7 @@ impl Plan {
         base: u64,
         atomic: bool,
         durable: bool,
+        hold: bool,
     ) -> PyResult<Save> {
         if buffers.len() != self.0.tree().datasets().len() {
             return Err(PyRuntimeError::new_err("one buffer per dataset is needed"));
@@ -100,7 +103,13 @@ impl Plan {
         let lent = buffers.iter().map(|b| b.as_ref().map(Lent::new).transpose()).collect::<PyResult<Vec<_>>>()?;
         let (tail_to, tail) = channel();
         let target = if let Ok(path) = target.extract::<PathBuf>() {
-            Target::Path(path, Options { atomic, durable })
+            let options = Options { atomic, durable, queued: hold };
+            if hold {
+                let pending = run(target.py(), || Pending::create(&path, options))?;
+                Target::Open(path, pending)
+            } else {
+                Target::Path(path, options)
+            }
         } else if target.hasattr("write")? {
             let seekable = target.call_method0("seekable").and_then(|s| s.is_truthy()).unwrap_or(false);
             let raw = target.is_instance(&target.py().import("io")?.getattr("RawIOBase")?)?;
@@ -108,7 +117,16 @@ impl Plan {
         } else {
             Target::Sink(Box::new(KeepsTail(Memory::new(target, base)?, tail_to)), base)
         };
-        Save::spawn(Arc::clone(&self.0), target, lent, archive, tail)
+        let save = Save {
+            progress: Arc::default(),
+            state: Mutex::new(Some(State::Held(Held { plan: Arc::clone(&self.0), target, lent, archive, tail }))),
+            prepared: Mutex::new(None),
+            process: std::process::id(),
+        };
+        if !hold {
+            save.begin()?;
+        }
+        Ok(save)
     }
 }
 
@@ -143,8 +161,23 @@ enum Answer {
 #[pyclass(frozen, module = "hornbeam._core")]
 pub(super) struct Save {
     progress: Arc<Progress>,
-    running: Mutex<Option<Running>>,
+    state: Mutex<Option<State>>,
     prepared: Mutex<Option<Prepared>>,
+    process: u32, // whose threads these are; not those of a forked child
+}
+
+enum State {
+    Held(Held),
+    Running(Running),
+}
+
+/// What the writer thread will need.
+struct Held {
+    plan: Arc<save::Plan>,
+    target: Target,
+    lent: Vec<Option<Lent>>,
+    archive: bool,
+    tail: Receiver<Vec<u8>>,
 }
 
 struct Running {
@@ -182,19 +215,14 @@ impl Tensors for Source<'_> {
     }
 }
 
-impl Save {
-    fn spawn(
-        plan: Arc<save::Plan>,
-        target: Target,
-        lent: Vec<Option<Lent>>,
-        archive: bool,
-        tail: Receiver<Vec<u8>>,
-    ) -> PyResult<Self> {
-        let progress = Arc::new(Progress::default());
+impl Running {
+    /// Starts the writer thread.
+    fn spawn(held: Held, progress: &Arc<Progress>) -> PyResult<Self> {
+        let Held { plan, target, lent, archive, tail } = held;
         let (ask, events) = channel();
         let (tensors, tensor_answers) = channel();
         let (members, member_answers) = channel();
-        let watched = Arc::clone(&progress);
+        let watched = Arc::clone(progress);
         let run = move || {
             let work = || {
                 let mut source = Source { lent: &lent, current: None, ask: &ask, answers: &tensor_answers };
@@ -211,12 +239,23 @@ impl Save {
             lent // released by the caller, who is attached
         };
         let thread = std::thread::Builder::new().name("hornbeam-save".into()).spawn(run)?;
-        let running = Running { thread, events, tensors, members, tail, archive };
-        Ok(Self { progress, running: Mutex::new(Some(running)), prepared: Mutex::new(None) })
+        Ok(Self { thread, events, tensors, members, tail, archive })
+    }
+}
+
+impl Save {
+    fn take(&self) -> Option<State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn take(&self) -> Option<Running> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// Starts the writer thread, if that was put off.
+    fn begin(&self) -> PyResult<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = match state.take() {
+            Some(State::Held(held)) => Some(State::Running(Running::spawn(held, &self.progress)?)),
+            other => other,
+        };
+        Ok(())
     }
 }
 
@@ -237,7 +276,8 @@ impl Save {
         pull: Option<&Bound<'py, PyAny>>,
         commit: bool,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let Some(mut running) = self.take() else {
+        self.begin()?;
+        let Some(State::Running(mut running)) = self.take() else {
             return Err(PyRuntimeError::new_err("the save was finished before"));
         };
         if running.archive {
@@ -267,6 +307,7 @@ impl Save {
         let prepared = waited.map_err(to_py)?;
         let info = PyDict::new(py);
         info.set_item("bytes", prepared.bytes())?;
+        info.set_item("crc", prepared.crc())?;
         if commit {
             info.set_item("in_place", run(py, || prepared.commit())?.in_place)?;
         } else {
@@ -284,7 +325,12 @@ impl Save {
 
     /// Stops the writer and removes what it wrote.
     fn cancel(&self, py: Python<'_>) {
-        let Some(running) = self.take() else { return };
+        let state = self.take();
+        if self.process != std::process::id() {
+            std::mem::forget(state); // the threads and files of the process that this one was forked from
+            return;
+        }
+        let Some(State::Running(running)) = state else { return };
         self.progress.cancelled.store(true, Ordering::Relaxed);
         let Running { thread, events, tensors, members, .. } = running;
         drop((events, tensors, members)); // wakes a waiting thread
@@ -327,7 +373,7 @@ impl From<MemberContent> for Content {
 #[pyfunction]
 #[pyo3(signature = (path, data, *, atomic = true, durable = false))]
 pub(super) fn write_file(py: Python<'_>, path: PathBuf, data: Vec<u8>, atomic: bool, durable: bool) -> PyResult<()> {
-    run(py, || commit::write(&path, &data, Options { atomic, durable }))
+    run(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }))
 }
 
 /// A directory that replaces another when it is complete; a context manager.
@@ -341,7 +387,7 @@ impl Directory {
     #[allow(clippy::needless_pass_by_value)] // extracted
     fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let made = run(py, || commit::Directory::create(&target, &names, Options { atomic, durable }))?;
+        let made = run(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
         let path = made.path().to_owned();
         Ok(Self(Mutex::new(Some(made)), path))
     }

@@ -5,7 +5,7 @@
 //! file and external storage are `Unsafe`.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 
 use super::{SIGNATURE, UNDEFINED, message};
@@ -110,6 +110,7 @@ struct Pages<'a> {
     slice: Option<&'a [u8]>,
     prefix: Option<Slot>, // in huge pages: a first touch takes longer than the copy
     cache: RefCell<Cache>,
+    left: Cell<u64>, // bytes that may still be asked for
 }
 
 /// The pages read last, each in the one place that its number gives it: a file is walked nearly in order, so a page
@@ -141,7 +142,8 @@ impl Cache {
 
 impl<'a> Pages<'a> {
     fn new(image: &'a dyn ReadAt) -> Self {
-        Self { image, slice: image.as_slice(), prefix: None, cache: RefCell::default() }
+        let left = (64 << 10) + image.len().saturating_mul(limits::MAX_METADATA_READS);
+        Self { image, slice: image.as_slice(), prefix: None, cache: RefCell::default(), left: Cell::new(left) }
     }
 
     fn prefix(&mut self, n: u64) -> Result<()> {
@@ -151,8 +153,19 @@ impl<'a> Pages<'a> {
         Ok(())
     }
 
+    /// Counts what something takes: work and memory stay in proportion to the image, whatever leads where in it.
+    fn spend(&self, bytes: usize) -> Result<()> {
+        let left = self.left.get().checked_sub(bytes as u64);
+        self.left.set(left.ok_or_else(|| {
+            Error::new(Kind::Limit, "too much metadata for a file of this size")
+                .with_advice("Its structures lead to the same places again and again, as no writer makes them.")
+        })?);
+        Ok(())
+    }
+
     /// `n` bytes at `offset`, borrowed where they are in memory.
     fn get(&self, offset: u64, n: usize) -> Result<Cow<'_, [u8]>> {
+        self.spend(n)?;
         let end = offset.checked_add(n as u64).filter(|&end| end <= self.image.len());
         let end = end.ok_or_else(|| malformed("an address points outside the file"))?;
         for memory in [self.slice, self.prefix.as_ref().map(Slot::bytes)].into_iter().flatten() {
@@ -279,6 +292,7 @@ impl Reader<'_> {
                 self.path.push('/');
             }
             self.path.push_str(&name);
+            self.pages.spend(self.path.len() / 16)?; // a long one is in the file once, and here for all below it
             if self.path.len() > limits::MAX_PATH_BYTES {
                 return Err(Error::new(Kind::Limit, "a path is too long").with_entry(&self.path[..length]));
             }
@@ -300,9 +314,7 @@ impl Reader<'_> {
             return Err(unsupported("big-endian numbers"));
         }
         let nbytes = kind.dtype.nbytes(&shape).ok_or_else(|| malformed("a dataset's size overflows"))?;
-        if nbytes > limits::BOMB_FLOOR_BYTES && nbytes / limits::DATASET_MAX_EXPANSION > stored {
-            return Err(shape_bomb(nbytes, stored));
-        }
+        limits::check_dataset(nbytes, stored)?;
         let storage = match storage {
             _ if nbytes == 0 => Storage::Empty,
             Storage::Contiguous(UNDEFINED) if header.filled => return Err(unsupported("fill values")),
@@ -565,11 +577,6 @@ impl Reader<'_> {
             _ => Err(malformed("a string is not in its heap")),
         }
     }
-}
-
-fn shape_bomb(declared: u64, stored: u64) -> Error {
-    Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression/shape bomb")
-        .with_found(format_args!("{declared} bytes declared"), format_args!("{stored} bytes stored"))
 }
 
 fn link_name(bytes: &[u8]) -> Result<String> {

@@ -11,13 +11,12 @@ use crate::error::{Error, Kind, Result};
 use crate::h5::filters::unshuffle;
 use crate::io::ReadAt;
 use crate::io::pack::threads;
+use crate::limits;
 
 /// For fewer bytes than this a thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 20;
 /// HDF5's own limit on the bytes of a chunk.
 const MAX_CHUNK_BYTES: u64 = u32::MAX as u64;
-/// Deflate cannot expand more than this.
-const MAX_DEFLATE: u64 = 1032;
 
 /// A filter that is undone here.
 #[derive(Clone, Copy)]
@@ -48,6 +47,35 @@ pub(super) fn filters(lib: &Library, list: hid_t) -> Result<Option<Vec<Filter>>>
     Ok(ours)
 }
 
+/// How many chunks a dataset has, written or not, and the bytes of one.
+pub(super) fn cells(lib: &Library, list: hid_t, element: usize, shape: &[u64]) -> Result<(u64, u64)> {
+    let (chunk, _) = lib.chunk_shape(list)?;
+    let bytes = chunk.iter().try_fold(element as u64, |n, &d| n.checked_mul(d)).filter(|&n| n > 0);
+    match bytes.filter(|&n| !shape.is_empty() && chunk.len() == shape.len() && n <= MAX_CHUNK_BYTES) {
+        // The bytes of the dataset fit 64 bits, so this does.
+        Some(bytes) => Ok((shape.iter().zip(&chunk).map(|(s, c)| s.div_ceil(*c)).product(), bytes)),
+        None => Err(malformed("chunks have an impossible shape")),
+    }
+}
+
+/// The chunks that are in a file of `len` bytes, in any order: no more than there are cells, or bytes for them.
+pub(super) fn written(
+    lib: &Library,
+    len: u64,
+    id: hid_t,
+    list: hid_t,
+    element: usize,
+    shape: &[u64],
+) -> Result<Vec<Chunk>> {
+    let (cells, bytes) = cells(lib, list, element, shape)?;
+    let most = cells.min(len / bytes.min(limits::MIN_CHUNK_BYTES)) as usize;
+    let chunks = lib.chunks(id, shape.len(), most)?;
+    if chunks.len() > most {
+        return Err(malformed("dataset has more chunks than the file can hold"));
+    }
+    Ok(chunks)
+}
+
 /// A chunked dataset, ready to be decoded.
 pub(super) struct Grid {
     shape: Vec<usize>,
@@ -64,6 +92,7 @@ impl Grid {
     /// `None` when the library has to read this dataset.
     pub(super) fn new(
         lib: &Library,
+        len: u64,
         id: hid_t,
         list: hid_t,
         dtype: hid_t,
@@ -73,21 +102,20 @@ impl Grid {
         let Some(filters) = filters(lib, list)? else { return Ok(None) };
         let element = lib.H5Tget_size(dtype)?;
         let (chunk, raw_edges) = lib.chunk_shape(list)?;
-        let bytes = chunk.iter().try_fold(element as u64, |n, &d| n.checked_mul(d));
-        if shape.is_empty() || chunk.len() != shape.len() || bytes.is_none_or(|n| n == 0 || n > MAX_CHUNK_BYTES) {
-            return Err(malformed("chunks have an impossible shape"));
-        }
-        // The shape is not a bomb, so the number of cells is bounded; no cell can have two chunks.
-        let cells = shape.iter().zip(&chunk).map(|(s, c)| s.div_ceil(*c) as usize).product();
-        let mut chunks = lib.chunks(id, shape.len(), cells)?;
+        let mut chunks = written(lib, len, id, list, element, shape)?;
         chunks.sort_unstable_by(|a, b| a.start.cmp(&b.start));
         let inside = |c: &Chunk| (0..shape.len()).all(|d| c.start[d] < shape[d] && c.start[d].is_multiple_of(chunk[d]));
-        if chunks.len() > cells || !chunks.iter().all(inside) || chunks.windows(2).any(|w| w[0].start == w[1].start) {
+        if !chunks.iter().all(inside) || chunks.windows(2).any(|w| w[0].start == w[1].start) {
             return Err(malformed("chunks overlap or lie outside of the dataset"));
         }
         let fill = lib.fill_value(list, dtype)?;
         let [shape, chunk] = [shape, &chunk].map(|dims| dims.iter().map(|&d| d as usize).collect());
         Ok(Some(Self { shape, chunk, element, swap, filters, raw_edges, fill, chunks }))
+    }
+
+    /// Bytes of all chunks as they are in the file.
+    pub(super) fn stored(&self) -> u64 {
+        self.chunks.iter().map(|c| c.size).fold(0, u64::saturating_add)
     }
 
     /// Bytes of a whole chunk.
@@ -272,7 +300,7 @@ impl<'a> Place<'a> {
 
 /// Inflates a zlib stream to at most `limit` bytes.
 fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
-    let possible = (data.len() as u64).saturating_mul(MAX_DEFLATE) + 64;
+    let possible = (data.len() as u64).saturating_mul(limits::MAX_DEFLATE) + 64;
     out.clear();
     out.reserve((limit as u64).min(possible) as usize);
     zlib.reset(true);

@@ -2,13 +2,13 @@
 #![allow(unsafe_code)] // callbacks of a C library: raw pointers in, raw pointers out
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
 use hdf5_metno_sys::h5::{haddr_t, herr_t};
-use hdf5_metno_sys::h5fd::{H5FD_FEAT_ACCUMULATE_METADATA, H5FD_FEAT_AGGREGATE_METADATA};
+use hdf5_metno_sys::h5fd::{H5FD_FEAT_ACCUMULATE_METADATA, H5FD_FEAT_AGGREGATE_METADATA, H5FD_mem_t};
 use hdf5_metno_sys::h5i::hid_t;
 use hdf5_metno_sys::h5p::H5Pget_driver_info;
 
@@ -30,7 +30,10 @@ pub(super) struct Disk<'a> {
     opened: Cell<bool>,
     chunk: Cell<(*const c_void, usize)>, // what `placed` waits for
     placed: Cell<Option<u64>>,
-    error: RefCell<Option<Error>>, // an error of `image`, until the library has returned
+    rank: Cell<usize>,               // of the dataset that is looked at
+    nodes: RefCell<HashSet<u64>>,    // of B-trees that were checked
+    children: RefCell<HashSet<u64>>, // of all of them
+    error: RefCell<Option<Error>>,   // an error of `image`, until the library has returned
 }
 
 impl Default for Disk<'_> {
@@ -42,6 +45,9 @@ impl Default for Disk<'_> {
             opened: Cell::new(false),
             chunk: Cell::new((ptr::null(), 0)),
             placed: Cell::new(None),
+            rank: Cell::new(0),
+            nodes: RefCell::default(),
+            children: RefCell::default(),
             error: RefCell::new(None),
         }
     }
@@ -51,6 +57,11 @@ impl<'a> Disk<'a> {
     /// A file that can only be read.
     pub(super) fn over(image: &'a dyn ReadAt) -> Self {
         Self { image: Some(image), ..Self::default() }
+    }
+
+    /// Says of what rank the dataset is whose chunks the library looks up next.
+    pub(super) fn expect_rank(&self, rank: usize) {
+        self.rank.set(rank);
     }
 
     /// The error that made a call fail, if it was ours.
@@ -78,7 +89,7 @@ impl<'a> Disk<'a> {
         (self.pages.into_inner().into_iter(), self.end.get())
     }
 
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<()> {
+    fn read(&self, kind: c_int, at: u64, out: &mut [u8]) -> Result<()> {
         let Some(image) = self.image else {
             let pages = self.pages.borrow();
             each_page(at, out.len(), |page, within, range| match pages.get(&page) {
@@ -88,7 +99,39 @@ impl<'a> Disk<'a> {
             return Ok(());
         };
         image.read_at(out, at)?;
-        if out.len() == HEAP && out.starts_with(b"GCOL") { check_heap(image, at, out) } else { Ok(()) }
+        let metadata = kind != H5FD_mem_t::H5FD_MEM_DRAW as c_int;
+        match out.first_chunk() {
+            Some(b"GCOL") if out.len() == HEAP => check_heap(image, at, out), // which it calls raw data
+            Some(b"TREE") if metadata => self.check_tree(at, out),
+            Some(b"BTHD") if metadata && number(out, 12) as u16 > limits::MAX_BTREE_LEVELS.into() => {
+                Err(Error::new(Kind::Hdf5, "B-tree is too deep"))
+            }
+            Some(b"FAHD") if metadata => check_array(image, number(out, 8)),
+            Some(b"EAHD") if metadata => check_array(image, number(out, 44)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a B-tree that leads to the same place on two ways: with some nodes that share their children, the library
+    /// would not come back in this life. What it has read before, it keeps or reads again.
+    fn check_tree(&self, at: u64, node: &[u8]) -> Result<()> {
+        let damaged = |what: &str| Err(Error::new(Kind::Hdf5, format!("B-tree is damaged: {what}")));
+        let (kind, level, count) = (number(node, 4) as u8, number(node, 5) as u8, number(node, 6) as u16);
+        if level > limits::MAX_BTREE_LEVELS {
+            return damaged("it is too deep");
+        }
+        if !self.nodes.borrow_mut().insert(at) {
+            return Ok(());
+        }
+        // Keys of groups are offsets of names; those of chunks a size, a mask, and an index for each dimension and one.
+        let key = if kind == 0 { 8 } else { 8 + 8 * (self.rank.get() + 1) };
+        let mut children = self.children.borrow_mut();
+        for i in 0..usize::from(count) {
+            if !children.insert(number(node, 24 + i * (key + 8) + key)) {
+                return damaged("it leads to the same place twice");
+            }
+        }
+        Ok(())
     }
 
     fn write(&self, at: u64, data: &[u8]) -> Result<()> {
@@ -115,10 +158,25 @@ impl<'a> Disk<'a> {
     }
 }
 
+/// The eight bytes at `at` as a number; zero where there are none.
+fn number(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(*bytes.get(at..).and_then(<[u8]>::first_chunk).unwrap_or(&[0; 8]))
+}
+
+/// Refuses an array of chunks that no such image can have: the library looks at every entry.
+fn check_array(image: &dyn ReadAt, entries: u64) -> Result<()> {
+    let most = image.len() / 8 + limits::MAX_EMPTY_CHUNKS;
+    if entries > most {
+        return Err(
+            Error::new(Kind::Limit, "an index has too many chunks").with_found(format_args!("at most {most}"), entries)
+        );
+    }
+    Ok(())
+}
+
 /// Refuses a global heap (which holds the string attributes) whose objects do not follow each other: HDF5 2.2.0 never
 /// comes back from one with an object of no size. `start` is what the library reads first of it.
 fn check_heap(image: &dyn ReadAt, at: u64, start: &[u8]) -> Result<()> {
-    let number = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap_or(&[0; 8]));
     let damaged = || Error::new(Kind::Hdf5, "global heap is damaged");
     let size = number(start, 8);
     if size > limits::MAX_HEADER_BYTES {
@@ -314,17 +372,22 @@ extern "C" fn get_eof(file: *const Open, _kind: c_int) -> haddr_t {
     disk.image.map_or_else(|| disk.end.get(), ReadAt::len)
 }
 
-extern "C" fn read(file: *mut Open, _: c_int, _: hid_t, at: haddr_t, len: usize, out: *mut c_void) -> herr_t {
+extern "C" fn read(file: *mut Open, kind: c_int, _: hid_t, at: haddr_t, len: usize, out: *mut c_void) -> herr_t {
     let (disk, _) = disk(file);
     if len == 0 {
         return 0;
+    }
+    if let Some(image) = disk.image
+        && at.checked_add(len as u64).is_none_or(|end| end > image.len())
+    {
+        return disk.guard(|| Err(Error::new(Kind::Hdf5, "an address points outside of the file"))); // no memory is touched
     }
     // SAFETY: the library has allocated `len` bytes at `out` for us alone; zeroed first, as it need not have done so.
     let out = unsafe {
         out.write_bytes(0, len);
         std::slice::from_raw_parts_mut(out.cast(), len)
     };
-    disk.guard(|| disk.read(at, out))
+    disk.guard(|| disk.read(kind, at, out))
 }
 
 extern "C" fn write(file: *mut Open, _: c_int, _: hid_t, at: haddr_t, len: usize, data: *const c_void) -> herr_t {
@@ -341,4 +404,73 @@ extern "C" fn write(file: *mut Open, _: c_int, _: hid_t, at: haddr_t, len: usize
     // SAFETY: the library passes `len` bytes, which do not change during the call.
     let data = unsafe { std::slice::from_raw_parts(data.cast(), len) };
     disk.guard(|| disk.write(at, data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BTREE: c_int = H5FD_mem_t::H5FD_MEM_BTREE as c_int;
+    const HEADER: c_int = H5FD_mem_t::H5FD_MEM_OHDR as c_int;
+
+    /// A node of a B-tree of chunks of one dimension.
+    fn node(level: u8, children: &[u64]) -> Vec<u8> {
+        let mut node = b"TREE\x01".to_vec();
+        node.push(level);
+        node.extend((children.len() as u16).to_le_bytes());
+        node.extend([0xff; 16]);
+        for child in children {
+            node.extend([0; 24]);
+            node.extend(child.to_le_bytes());
+        }
+        node
+    }
+
+    fn read(disk: &Disk, kind: c_int, at: u64, len: usize) -> Option<String> {
+        disk.read(kind, at, &mut vec![0; len]).err().map(|e| e.to_string())
+    }
+
+    #[test]
+    fn trees_lead_to_every_place_once() {
+        let (root, leaf) = (node(1, &[1000, 2000]), node(0, &[3000, 4000]));
+        for (image, wanted) in [
+            ([root.clone(), leaf.clone()], None),
+            ([root.clone(), node(0, &[3000, 3000])], Some("twice")),
+            ([root.clone(), node(0, &[3000, 1000])], Some("twice")),
+            ([node(17, &[]), leaf.clone()], Some("too deep")),
+        ] {
+            let ends = [image[0].len(), image[1].len()];
+            let image = image.concat();
+            let disk = Disk::over(&image);
+            disk.expect_rank(1);
+            let found = read(&disk, BTREE, 0, ends[0]).or_else(|| read(&disk, BTREE, ends[0] as u64, ends[1]));
+            assert_eq!(found.is_some(), wanted.is_some(), "{found:?}");
+            assert!(found.is_none_or(|e| e.contains(wanted.unwrap_or_default())));
+            if wanted.is_none() {
+                assert_eq!(read(&disk, BTREE, 0, ends[0]), None, "the library reads some nodes again");
+            }
+        }
+        let image = node(0, &[7, 7]);
+        assert_eq!(read(&Disk::over(&image), H5FD_mem_t::H5FD_MEM_DRAW as c_int, 0, image.len()), None, "values");
+    }
+
+    #[test]
+    fn numbers_of_entries_are_bounded() {
+        let header = |signature: &[u8], at: usize, n: u64| {
+            let mut bytes = signature.to_vec();
+            bytes.resize(at, 0);
+            bytes.extend(n.to_le_bytes());
+            bytes
+        };
+        for (n, fine) in [(0, true), (limits::MAX_EMPTY_CHUNKS, true), (1 << 40, false), (u64::MAX, false)] {
+            for (signature, at) in [(b"FAHD", 8), (b"EAHD", 44)] {
+                let image = header(signature, at, n);
+                assert_eq!(read(&Disk::over(&image), HEADER, 0, image.len()).is_none(), fine, "{n}");
+            }
+        }
+        for (depth, fine) in [(0, true), (16, true), (17, false), (0xffff, false)] {
+            let image = header(b"BTHD", 12, depth);
+            assert_eq!(read(&Disk::over(&image), BTREE, 0, image.len()).is_none(), fine, "{depth}");
+        }
+    }
 }

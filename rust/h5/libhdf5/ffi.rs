@@ -275,7 +275,7 @@ wrap! {
     h5d::H5Dget_space(dataset: hid_t) -> Id;
     h5d::H5Dget_type(dataset: hid_t) -> Id;
     h5d::H5Dget_create_plist(dataset: hid_t) -> Id;
-    h5d::H5Dget_storage_size(dataset: hid_t) -> usize;
+    h5d::H5Dget_storage_size(dataset: hid_t) -> usize; // reads every entry of an index of chunks
     h5d::H5Dget_offset(dataset: hid_t) -> usize; // an error where there is none
 }
 

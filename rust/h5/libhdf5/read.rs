@@ -21,7 +21,7 @@ use crate::limits;
 use crate::tree::Attribute;
 
 /// Opens `image` in the locked library and runs `f` on it. An error of `image` itself wins over what it led to.
-fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, hid_t) -> Result<T>) -> Result<T> {
+fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, &Disk, hid_t) -> Result<T>) -> Result<T> {
     let disk = Disk::over(image);
     let result = library(|lib| {
         let fapl = lib.H5Pcreate(*H5P_CLS_FILE_ACCESS)?;
@@ -30,15 +30,16 @@ fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, hid_t) -> Result<T
         if lib.sizes(*file)? != (8, 8) {
             return Err(Error::new(Kind::Unsupported, "file has addresses of other than 8 bytes"));
         }
-        f(lib, *file)
+        f(lib, &disk, *file)
     });
     result.map_err(|e| disk.take_error().unwrap_or(e))
 }
 
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
-    with_image(image, |lib, file| {
+    with_image(image, |lib, disk, file| {
         let root = lib.object(lib.open_group(file, "/")?)?;
-        let mut walk = Walk { lib, file, len: image.len(), out: Index::default(), seen: HashSet::new(), room: ROOM };
+        let mut walk =
+            Walk { lib, disk, file, len: image.len(), out: Index::default(), seen: HashSet::new(), room: ROOM };
         walk.seen.insert(root.token);
         walk.out.attributes = walk.attributes(&root)?;
         walk.group(*root.id, "", 1)?;
@@ -51,9 +52,14 @@ pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) ->
         return Err(Error::new(Kind::Invalid, "as many buffers as datasets are needed"));
     }
     let mut chunked = Vec::new();
-    with_image(image, |lib, file| {
+    with_image(image, |lib, disk, file| {
+        let mut stored = 0u64;
         for (&path, out) in paths.iter().zip(out.iter_mut()) {
-            let grid = read_one(lib, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
+            let grid = read_one(lib, disk, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
+            stored = stored.saturating_add(grid.as_ref().map_or(0, Grid::stored));
+            if stored > image.len() {
+                return Err(Error::new(Kind::Hdf5, "chunks share bytes of the file").with_entry(path));
+            }
             chunked.extend(grid.map(|grid| (path, grid, &mut **out)));
         }
         Ok(())
@@ -62,7 +68,7 @@ pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) ->
 }
 
 /// Fills `out`, unless chunks are to be decoded for that.
-fn read_one(lib: &Library, file: hid_t, len: u64, path: &str, out: &mut [u8]) -> Result<Option<Grid>> {
+fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: &mut [u8]) -> Result<Option<Grid>> {
     let mut at = lib.object(lib.open_group(file, "/")?)?;
     for part in path.split('/') {
         // Component by component, as `index` came here: no link other than a hard one is followed.
@@ -72,7 +78,7 @@ fn read_one(lib: &Library, file: hid_t, len: u64, path: &str, out: &mut [u8]) ->
     if at.kind != H5O_type_t::H5O_TYPE_DATASET {
         return Err(Error::new(Kind::Hdf5, "not a dataset"));
     }
-    let d = Dataset::new(lib, *at.id, len)?;
+    let d = Dataset::new(lib, disk, *at.id, len)?;
     if d.nbytes != out.len() as u64 {
         return Err(Error::new(Kind::Invalid, "buffer is not of the dataset's size").with_found(d.nbytes, out.len()));
     }
@@ -80,7 +86,7 @@ fn read_one(lib: &Library, file: hid_t, len: u64, path: &str, out: &mut [u8]) ->
         return Ok(None);
     }
     if d.layout == H5D_layout_t::H5D_CHUNKED as usize
-        && let Some(grid) = Grid::new(lib, *at.id, *d.list, *d.dtype, &d.shape, d.swap)?
+        && let Some(grid) = Grid::new(lib, len, *at.id, *d.list, *d.dtype, &d.shape, d.swap)?
     {
         return Ok(Some(grid));
     }
@@ -94,6 +100,7 @@ const ROOM: u64 = limits::MAX_HEADER_BYTES;
 
 struct Walk<'l> {
     lib: &'l Library,
+    disk: &'l Disk<'l>,
     file: hid_t,
     len: u64,
     out: Index,
@@ -105,7 +112,8 @@ impl Walk<'_> {
     fn group(&mut self, group: hid_t, path: &str, depth: usize) -> Result<()> {
         let here = |e: Error| if path.is_empty() { e } else { e.with_entry(path) };
         let objects = self.out.groups.len() + self.out.datasets.len();
-        let room = limits::MAX_OBJECTS - objects;
+        // A link takes more than 8 bytes, whatever group it is of.
+        let room = (limits::MAX_OBJECTS - objects).min(self.len as usize / 8);
         let links = self.lib.links(group, room).map_err(here)?;
         if links.len() > room {
             return Err(here(Error::new(Kind::Limit, "too many groups and datasets")));
@@ -142,7 +150,7 @@ impl Walk<'_> {
                 self.group(*object.id, path, depth + 1)
             }
             H5O_type_t::H5O_TYPE_DATASET => {
-                let d = Dataset::new(self.lib, *object.id, self.len)?;
+                let d = Dataset::new(self.lib, self.disk, *object.id, self.len)?;
                 let mut attributes = self.attributes(object)?;
                 if d.bfloat16 && !attributes.iter().any(|(name, _)| name == "dtype") {
                     attributes.push(("dtype".into(), "bfloat16".into()));
@@ -204,7 +212,7 @@ struct Dataset<'l> {
 }
 
 impl<'l> Dataset<'l> {
-    fn new(lib: &'l Library, id: hid_t, len: u64) -> Result<Self> {
+    fn new(lib: &'l Library, disk: &Disk, id: hid_t, len: u64) -> Result<Self> {
         // Storage first: asking a virtual dataset for its shape would open its sources.
         let list = lib.H5Dget_create_plist(id)?;
         let layout = lib.H5Pget_layout(*list)?;
@@ -219,13 +227,19 @@ impl<'l> Dataset<'l> {
         let space = lib.H5Dget_space(id)?;
         let null = || Error::new(Kind::Unsupported, "dataset has a null dataspace");
         let shape = lib.dimensions(*space)?.ok_or_else(null)?;
-        let stored = (lib.H5Dget_storage_size(id)? as u64).min(len); // it cannot be more
+        disk.expect_rank(shape.len());
+        let chunked = layout == H5D_layout_t::H5D_CHUNKED as usize;
+        // It stores no more than the whole file; where its chunks must be counted to know, that has to be too little.
+        let mut stored = if chunked { len } else { (lib.H5Dget_storage_size(id)? as u64).min(len) };
         let nbytes = element.nbytes(&shape).filter(|&n| i64::try_from(n).is_ok());
-        let bomb = |n| n > limits::BOMB_FLOOR_BYTES && n > stored.saturating_mul(limits::DATASET_MAX_EXPANSION);
-        let Some(nbytes) = nbytes.filter(|&n| !bomb(n)) else {
-            let what = format!("dataset is a shape bomb: it declares {shape:?} and stores {stored} bytes");
-            return Err(Error::new(Kind::Limit, what));
-        };
+        let nbytes =
+            nbytes.ok_or_else(|| Error::new(Kind::Limit, format!("size of a dataset overflows: {shape:?}")))?;
+        limits::check_dataset(nbytes, stored)?;
+        if chunked && nbytes > limits::BOMB_FLOOR_BYTES {
+            let chunks = chunks::written(lib, len, id, *list, lib.H5Tget_size(*dtype)?, &shape)?;
+            stored = chunks.iter().map(|c| c.size).fold(0, u64::saturating_add).min(len);
+            limits::check_dataset(nbytes, stored)?;
+        }
         Ok(Self { list, dtype, element, bfloat16, swap, shape, nbytes, layout, stored })
     }
 
@@ -245,7 +259,9 @@ impl<'l> Dataset<'l> {
         }
         if self.layout == H5D_layout_t::H5D_CHUNKED as usize {
             chunks::filters(lib, *self.list)?; // refuse now rather than in `read`
-            return Ok(if self.stored == 0 && fill()?.is_none() { Storage::Empty } else { Storage::Engine });
+            chunks::cells(lib, *self.list, self.element.size(), &self.shape)?;
+            let empty = lib.chunks(id, self.shape.len(), 0)?.is_empty();
+            return Ok(if empty && fill()?.is_none() { Storage::Empty } else { Storage::Engine });
         }
         let Ok(offset) = lib.H5Dget_offset(id) else {
             return Ok(if fill()?.is_none() { Storage::Empty } else { Storage::Engine });

@@ -1,0 +1,441 @@
+"""Saves that go on while training does: the snapshot is taken at the call, one thread at a time writes.
+
+One save is written, one more may wait; a third blocks, or takes the place of the waiting one. The writing itself is
+done by a thread of the core's without the interpreter lock; the thread here only waits for it. It is no daemon and ends
+with the last save, so that the interpreter waits for it at exit and none is there when nothing is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hornbeam import _state
+from hornbeam.errors import CancelledError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hornbeam._tensors import Deferred
+
+
+class Handle:
+    """An asynchronous save; `save_model(…, asynchronous=True)` makes them.
+
+    Attributes:
+        path: The file.
+        bytes: Its size, once it is written.
+        stalled: Seconds that the call took.
+        written: Seconds from the first byte until the file was in its place, once it is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.bytes: int | None = None
+        self.stalled = 0.0
+        self.written: float | None = None
+        self._finished = threading.Event()
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._seen = False  # whether somebody was given the error
+        self._callbacks: list[Callable[[Handle], Any]] = []
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else "failed" if self._error is not None else "done"
+        return f"<hornbeam save of '{self.path}': {state}>"
+
+    def done(self) -> bool:
+        """Whether it has ended: the file is in its place, or there is an error."""
+        return self._finished.is_set()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits for the end.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            What went wrong, or `None`. Whoever asks is the one who is told: the next save does not raise it again.
+
+        Raises:
+            TimeoutError: When it has not ended by then.
+        """
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.")
+        self._seen = True
+        return self._error
+
+    def result(self, timeout: float | None = None) -> str:
+        """Waits for the end.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            TimeoutError: When it has not ended by then.
+            CancelledError: When a later save took its place (`latest_wins`).
+            OSError: When the file could not be written; and whatever else a save raises.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self.path
+
+    def add_done_callback(self, callback: Callable[[Handle], Any]) -> None:
+        """Has `callback(handle)` called when the save has ended, in the writer's thread, or now if it has.
+
+        What it raises is logged.
+        """
+        with self._lock:
+            if not self._finished.is_set():
+                self._callbacks.append(callback)
+                return
+        self._call(callback)
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = error
+            self._finished.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Handle], Any]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            _state.logger.exception("a callback of the save of '%s' failed", self.path)
+
+
+@dataclasses.dataclass
+class _Job:
+    """A save whose values were taken: what is left to do, and to give back."""
+
+    handle: Handle
+    write: Callable[[], int]  # returns the bytes of the file
+    drop: Callable[[], None]
+    options: _state.Options
+    replaceable: bool
+    stages: bool  # its values are in the staging memory
+
+    @property
+    def real(self) -> str:
+        return os.path.realpath(self.handle.path)
+
+    def run(self) -> BaseException | None:
+        """Writes the file and tells the log."""
+        handle = self.handle
+        since = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            with _state.using(dataclasses.replace(self.options, progress=self.options.progress or False)):
+                handle.bytes = self.write()
+        except BaseException as e:
+            error = e
+            _state.logger.error("the asynchronous save of '%s' failed: %s", handle.path, e, exc_info=e)
+            error.__traceback__ = None  # its frames hold the values
+        handle.written = time.perf_counter() - since
+        return error
+
+
+class _Queue:
+    """What is written, and what waits for it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.writing: _Job | None = None
+        self.waiting: _Job | None = None
+        self.reserved = 0  # callers that have a place, and take their snapshot now
+        self.thread: threading.Thread | None = None
+        self.failed: list[Handle] = []
+        self.staging = _Staging()
+        self.staged = False  # somebody's values are in it
+
+    def places(self) -> int:
+        return 2 - (self.writing is not None) - (self.waiting is not None) - self.reserved
+
+    def submit(self, job: _Job, *, reserved: bool) -> None:
+        with self.changed:
+            self.reserved -= reserved
+            while self.places() < 1:  # never for who has reserved a place
+                if not (job.replaceable and self.replace()):
+                    self.changed.wait()
+            # Once the interpreter ends, nobody waits for a new thread: the caller writes.
+            ending = not threading.main_thread().is_alive()
+            if not ending and self.writing is not None:
+                self.waiting = job
+            elif not ending:
+                self.writing = job
+                self.thread = threading.Thread(target=self._work, name="hornbeam-writer", daemon=False)
+                try:
+                    self.thread.start()
+                except RuntimeError:  # no more threads
+                    ending, self.writing, self.thread = True, None, None
+        if ending:
+            self._end(job, job.run())
+
+    def replace(self) -> bool:
+        """Gives up the waiting save, if it agrees; the caller holds the lock."""
+        if self.waiting is None or not self.waiting.replaceable:
+            return False
+        job, self.waiting = self.waiting, None
+        error = CancelledError(f"A later save took the place of that of '{job.handle.path}'.")
+        self._end(job, error, told=True)
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                job = self.writing
+            if job is None:
+                return
+            self._end(job, job.run())
+            with self.changed:
+                job = self.writing = self.waiting
+                self.waiting = None
+                if job is None:
+                    self.thread = None
+                self.changed.notify_all()
+
+    def _end(self, job: _Job, error: BaseException | None, *, told: bool = False) -> None:
+        job.drop()
+        with self.changed:
+            if job.stages:
+                self.staged = False
+            if error is not None and not told:
+                self.failed.append(job.handle)
+            self.changed.notify_all()
+        job.handle._end(error)
+
+    def raise_failed(self, path: str | None = None) -> None:
+        """Raises what nobody was told of yet: of any save, or of those to one path."""
+        with self.changed:
+            untold = [h for h in self.failed if not h._seen]
+            chosen = [h for h in untold if path is None or os.path.realpath(h.path) == path]
+            self.failed = [h for h in untold if h not in chosen]
+        if not chosen:
+            return
+        for handle in chosen:
+            handle._seen = True
+        error = chosen[0]._error
+        assert error is not None
+        error.add_note(f"This happened while '{chosen[0].path}' was saved asynchronously.")
+        for handle in chosen[1:]:
+            error.add_note(f"The asynchronous save of '{handle.path}' failed as well: {handle._error}")
+        raise error
+
+
+class _Staging:
+    """Memory that values are copied to where they cannot be shared.
+
+    It is kept for the next save: fresh pages cost more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self.memory: mmap.mmap | None = None
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes."""
+        import numpy as np
+
+        if self.memory is None or len(self.memory) < size:
+            self.memory = None
+            size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+            if hasattr(mmap, "MAP_PRIVATE"):
+                self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                self.memory = mmap.mmap(-1, size)
+            # A forked child never looks at it, and shall not make the parent copy it.
+            for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+                if hasattr(mmap, advice):
+                    with contextlib.suppress(OSError):  # only advice
+                        self.memory.madvise(getattr(mmap, advice))
+        return np.frombuffer(self.memory, np.uint8)
+
+
+_HUGE_PAGE = 2 << 20
+_queue = _Queue()
+_inherited: list[_Queue] = []
+_local = threading.local()
+
+
+def _start_anew() -> None:
+    """In a forked child: what was pending stays the parent's."""
+    global _queue
+    _inherited.append(_queue)  # never collected
+    for job in (_queue.writing, _queue.waiting):
+        if job is not None:
+            job.handle._finished, job.handle._lock = threading.Event(), threading.Lock()
+            job.handle._end(CancelledError(f"The save of '{job.handle.path}' belongs to the parent process."))
+    _queue = _Queue()
+    _local.__dict__.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
+
+
+class Request:
+    """One asynchronous save that is being asked for.
+
+    Attributes:
+        handle: The save, once it was handed to the writer.
+    """
+
+    def __init__(self, latest_wins: bool) -> None:
+        self.latest_wins = latest_wins
+        self.handle: Handle | None = None
+        self._queue = _queue
+        self._reserved = False
+        self._stages = False
+
+    def stage(self, values: Sequence[np.ndarray | Deferred]) -> list[np.ndarray]:
+        """The values as they are now: those that can change are copied.
+
+        There is room for one save's copies. Another one's must be written first.
+        """
+        import numpy as np
+
+        copied = [v for v in values if not isinstance(v, np.ndarray) and v.into is not None]
+        size = sum(_aligned(v.nbytes) for v in copied)
+        memory = np.empty(0, np.uint8)
+        if size:
+            queue = self._queue
+            with queue.changed:
+                while queue.staged:
+                    stages = self.latest_wins and queue.waiting is not None and queue.waiting.stages
+                    if not (stages and queue.replace()):
+                        queue.changed.wait()
+                queue.staged = self._stages = True
+            memory = queue.staging.take(size)
+        at, taken = 0, []
+        for value in values:
+            if isinstance(value, np.ndarray):
+                taken.append(value)
+            elif value.into is None:
+                taken.append(value.array())
+            else:
+                taken.append(value.copy_to(memory[at : at + value.nbytes]))
+                at += _aligned(value.nbytes)
+        return taken
+
+    def submit(self, path: str, write: Callable[[], int], drop: Callable[[], None], options: _state.Options) -> None:
+        """Hands the save to the writer."""
+        handle = Handle(path)
+        job = _Job(handle, write, drop, options, self.latest_wins, self._stages)
+        reserved, self._reserved, self._stages = self._reserved, False, False
+        self._queue.submit(job, reserved=reserved)
+        self.handle = handle
+
+    def __enter__(self) -> Request:
+        queue = self._queue
+        queue.raise_failed()
+        if not self.latest_wins:  # else a place is made when the snapshot was taken
+            with queue.changed:
+                while queue.places() < 1:
+                    queue.changed.wait()
+                queue.reserved += 1
+                self._reserved = True
+            try:
+                queue.raise_failed()
+            except BaseException:
+                self.__exit__()
+                raise
+        _local.request = self
+        return self
+
+    def __exit__(self, *_raised: Any) -> None:
+        _local.request = None
+        with self._queue.changed:
+            self._queue.reserved -= self._reserved
+            self._queue.staged = self._queue.staged and not self._stages
+            self._reserved = self._stages = False
+            self._queue.changed.notify_all()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def claim() -> Request | None:
+    """The request that the calling thread's save is to serve, once: what is saved inside of it is not."""
+    request: Request | None = getattr(_local, "request", None)
+    _local.request = None
+    return request
+
+
+def refuse(reason: str) -> None:
+    """Raises if the calling thread's save was to be asynchronous.
+
+    Raises:
+        UnsupportedError: Then.
+    """
+    if claim() is not None:
+        raise UnsupportedError(f"Only `.keras` and `.weights.h5` files are saved asynchronously, not this: {reason}.")
+
+
+@contextlib.contextmanager
+def asked(asynchronous: bool, latest_wins: bool) -> Iterator[Request | None]:
+    """Makes the save inside asynchronous, if it is to be."""
+    if not asynchronous:
+        if latest_wins:
+            raise ValueError("`latest_wins` is for asynchronous saves.")
+        yield None
+        return
+    since = time.perf_counter()
+    with Request(latest_wins) as request:
+        yield request
+    if request.handle is not None:
+        request.handle.stalled = time.perf_counter() - since
+
+
+def settle(path: Any, *, loads: bool = False) -> None:
+    """Waits for asynchronous saves of `path`, so that what follows comes after them.
+
+    Args:
+        path: A path, or anything else, which is nobody's target.
+        loads: The file is to be read: what went wrong with it is raised.
+
+    Raises:
+        Exception: What went wrong, if nobody was told.
+    """
+    queue = _queue
+    if not isinstance(path, str | os.PathLike) or (queue.writing is None and not queue.failed):
+        return
+    real = os.path.realpath(os.fsdecode(path))
+    with queue.changed:
+        pending = [job.handle for job in (queue.writing, queue.waiting) if job is not None and job.real == real]
+    for handle in pending:
+        handle._finished.wait()
+    if loads:
+        queue.raise_failed(real)
+
+
+def wait(timeout: float | None = None) -> None:
+    """Waits until every asynchronous save is done, and gives back the memory that was kept for them.
+
+    Args:
+        timeout: Seconds to wait at most.
+
+    Raises:
+        TimeoutError: When they are not done by then.
+        Exception: What went wrong with one of them, if neither its handle nor a later save has told.
+    """
+    queue = _queue
+    with queue.changed:
+        if queue.thread is not threading.current_thread():  # a callback of a save cannot wait for itself
+            idle = queue.changed.wait_for(lambda: queue.writing is None and not queue.reserved, timeout)
+            if not idle:
+                raise TimeoutError(f"Asynchronous saves are not done after {timeout} seconds.")
+            if not queue.staged:
+                queue.staging.memory = None
+    queue.raise_failed()

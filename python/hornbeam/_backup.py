@@ -1,0 +1,253 @@
+"""`BackupAndRestore`: Keras' callback, with everything a training is made of in one atomic unit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import weakref
+import zipfile
+from typing import Any
+
+import keras
+
+from hornbeam import _fit, _random, _training_state
+from hornbeam._keras import scope
+from hornbeam._state import logger
+from hornbeam.checkpoint import Checkpoint, CheckpointManager
+from hornbeam.errors import HornbeamError
+
+#: Callback of Keras' → the attributes that are its state.
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_weights", "best_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("best", "cooldown_counter", "wait"),
+    keras.callbacks.ModelCheckpoint: ("best", "_current_epoch", "_batches_seen_since_last_saving", "_last_batch_seen"),
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
+    keras.callbacks.LearningRateScheduler: (),  # changes the learning rate when an epoch begins
+}
+
+#: Directory → the callback of this process that has it.
+_owners: weakref.WeakValueDictionary[str, BackupAndRestore] = weakref.WeakValueDictionary()
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """`keras.callbacks.BackupAndRestore`, exact: killed at any moment, training ends as if it had not been.
+
+    A backup is one atomic unit: weights, optimizer, epoch and step, the state of the other callbacks, seed generators,
+    metrics, the random state of Python, NumPy, Keras and the backend, and the position in the data. It is on stable
+    storage before the one before it is released.
+
+    Training goes on with the epoch after the last complete one; for data made by `hornbeam.data.resumable`, at the
+    batch after the backup. With an epoch repeated from its beginning, what an epoch sees must be a function of its
+    number: `docs/checkpointing.md` says when it is. Where it is not, that is logged once.
+
+    Callbacks whose state belongs to the backup (`EarlyStopping`, `ReduceLROnPlateau`, `ModelCheckpoint`,
+    `SwapEMAWeights`, `LearningRateScheduler`, and any with `get_state` and `set_state`) are called before this one,
+    wherever it stands in the list.
+
+    Args:
+        backup_dir: A directory for this alone.
+        save_freq: `"epoch"`, or a number of batches.
+        double_checkpoint: Keep the backup before the last, too, for the case that the last is damaged.
+        delete_checkpoint: Delete the directory when training is complete.
+        seed: Makes the randomness of each epoch a function of this and the epoch's number: Python, NumPy, backend and
+            the shuffling of arrays on TensorFlow.
+        durable: A backup is on stable storage before training goes on.
+
+    Raises:
+        ValueError: As Keras' own.
+    """
+
+    def __init__(
+        self,
+        backup_dir: str | os.PathLike[str],
+        save_freq: str | int = "epoch",
+        double_checkpoint: bool = False,
+        delete_checkpoint: bool = True,
+        *,
+        seed: int | None = None,
+        durable: bool = True,
+    ) -> None:
+        super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
+        self.seed = seed
+        self._manager = CheckpointManager(backup_dir, keep_last=2 if double_checkpoint else 1, durable=durable)
+        self._others: list[Any] = []
+        self._input: _fit.Input | None = None
+        self._resumed: dict[str, Any] | None = None  # the backup, until its epoch begins
+        self._postponed = False
+        self._warned = False
+
+    def set_model(self, model: Any) -> None:
+        """Takes the place behind the callbacks whose state belongs to the backup."""
+        super().set_model(model)
+        callbacks = _fit.callback_list()
+        if callbacks is None or self not in callbacks.callbacks:
+            return
+        self._others = [c for c in callbacks.callbacks if c is not self and _is_stateful(c)]
+        if self._others:
+            ordered = [c for c in callbacks.callbacks if c is not self]
+            last = max(i for i, c in enumerate(ordered) if any(c is other for other in self._others))
+            place = max(last + 1, callbacks.callbacks.index(self))
+            ordered.insert(place, self)
+            callbacks.callbacks = ordered  # a new list: the old one is being gone through
+
+    # Restoring
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Restores the last backup."""
+        self._claim()
+        self._input = _fit.Input(self.model, self.seed)
+        self._postponed = False
+        self._resumed = None
+        backups = self._manager.all()
+        if not backups:
+            with scope():
+                super().on_train_begin(logs)  # one that Keras' own callback made
+        else:
+            self._restore(backups)
+        inexact = self._input.inexact
+        if inexact is None and self.save_freq != "epoch" and self._input.resumable is None:
+            inexact = "an epoch is repeated from its beginning; wrap the data in hornbeam.data.resumable"
+        if inexact is not None and not self._warned:
+            self._warned = True
+            logger.warning("BackupAndRestore: a restart is not exact: %s", inexact)
+
+    def _claim(self) -> None:
+        """Takes the directory; from a `fit` of this process that was interrupted, too."""
+        key = os.path.realpath(self.backup_dir)
+        owner = _owners.get(key)
+        if owner is not None and owner is not self:
+            owner._manager.close()
+        _owners[key] = self
+        self._manager.__enter__()
+
+    def _restore(self, backups: list[Checkpoint]) -> None:
+        latest = backups[-1]
+        try:
+            self._manager.restore(self.model, step=latest.step, random_state=False)
+        except (HornbeamError, OSError, zipfile.BadZipFile) as error:
+            if len(backups) < 2:
+                raise
+            logger.warning("the last backup cannot be restored, the one before it is: %s", error)
+            latest = backups[-2]
+            self._manager.restore(self.model, step=latest.step, random_state=False)
+        self._note_paths()
+        state = self._manager.extra["fit"]
+        self._resumed = {**state, "random": self._manager.random}
+        self._current_epoch = state["epoch"]
+        self._batches_seen_since_last_saving = state["since"]
+        self._give_callbacks(state["callbacks"])
+        # `fit` goes through range(_initial_epoch, epochs): a training that was stopped has nothing to do.
+        epochs = self.params.get("epochs", 0) if self.params else 0
+        self.model._initial_epoch = max(state["epoch"], epochs) if state["stopped"] else state["epoch"]
+
+    def _give_callbacks(self, states: list[tuple[str, Any]]) -> None:
+        if [name for name, _ in states] != [type(c).__name__ for c in self._others]:
+            logger.warning(
+                "BackupAndRestore: the callbacks are others than in the backup, and begin anew. Expected %s, found %s",
+                [name for name, _ in states],
+                [type(c).__name__ for c in self._others],
+            )
+            return
+        for callback, (_, state) in zip(self._others, states, strict=True):
+            if hasattr(callback, "set_state"):
+                callback.set_state(state)
+            else:
+                vars(callback).update(state)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Restores what `fit` resets before an epoch begins."""
+        self._current_epoch = epoch
+        resumed, self._resumed = self._resumed, None
+        middle = resumed is not None and resumed["data"] is not None and resumed["step"] > 0
+        self._last_batch_seen = resumed["last"] if resumed is not None and middle else 0
+        assert self._input is not None
+        if not middle:
+            self._input.begin(epoch, self.seed)
+        if resumed is not None:
+            self._input.restore(resumed["data"])
+            if middle:
+                self._restore_metrics(resumed["metrics"])
+                if resumed["learning_rate"] is not None:  # a scheduler may have changed it again
+                    self.model.optimizer.learning_rate = resumed["learning_rate"]
+            _random.restore(resumed["random"])
+        if self.seed is not None and not middle:
+            _random.reseed(self.seed, epoch)
+
+    def _restore_metrics(self, state: _training_state.Values) -> None:
+        compiled = getattr(self.model, "_compile_metrics", None)
+        if compiled is not None and not compiled.built:
+            assert self._input is not None
+            self.model._symbolic_build(data_batch=self._input.example())
+        _training_state.assign(self.model.metrics_variables, state, "metrics of the backup")
+
+    # Saving
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves every `save_freq` batches."""
+        if not self._should_save_on_batch(batch):
+            return
+        assert self._input is not None
+        length = self._input.length
+        if self._input.resumable is not None and length is not None and batch + 1 >= length:
+            self._postponed = True  # until the epoch's end has happened, which must not happen twice
+            return
+        self._save(self._current_epoch, batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves, with `save_freq="epoch"`."""
+        self._current_epoch = epoch + 1
+        self._last_batch_seen = 0
+        if self.save_freq == "epoch" or self._postponed:
+            self._postponed = False
+            self._save(epoch + 1, 0)
+
+    def _save(self, epoch: int, step: int) -> None:
+        assert self._input is not None
+        model = self.model
+        middle = step > 0 and self._input.resumable is not None
+        data = self._input.state(epoch, step) if step == 0 or middle else None
+        optimizer = model.optimizer
+        rate = getattr(optimizer, "_learning_rate", None)
+        state = {
+            "epoch": epoch,
+            "step": step if middle else 0,
+            "last": self._last_batch_seen,
+            "since": self._batches_seen_since_last_saving,
+            "stopped": bool(model.stop_training),
+            "data": data,
+            "metrics": _training_state.values(model.metrics_variables) if middle else [],
+            "learning_rate": float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None,
+            "callbacks": [(type(c).__name__, _callback_state(c)) for c in self._others],
+        }
+        number = max((c.step for c in self._manager.all()), default=-1) + 1
+        self._manager.save(number, model, extra={"fit": state})
+        self._note_paths()
+
+    def _note_paths(self) -> None:
+        """Keras' attributes that say where things are."""
+        for checkpoint, prefix in zip(reversed(self._manager.all()), ("_", "_prev_"), strict=False):
+            setattr(self, f"{prefix}weights_path", str(checkpoint.model))
+            setattr(self, f"{prefix}training_metadata_path", str(checkpoint.state))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Deletes the backup, unless it is to stay."""
+        self.model._initial_epoch = None
+        if self.delete_checkpoint:
+            self._manager.wait()
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.backup_dir)
+        self._manager.close()
+        self._input = None
+
+
+def _is_stateful(callback: Any) -> bool:
+    both = callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None))
+    return both or isinstance(callback, tuple(_ATTRIBUTES))
+
+
+def _callback_state(callback: Any) -> Any:
+    if callable(getattr(callback, "get_state", None)):
+        return callback.get_state()
+    names = {name for cls, names in _ATTRIBUTES.items() if isinstance(callback, cls) for name in names}
+    return {name: vars(callback)[name] for name in sorted(names) if name in vars(callback)}

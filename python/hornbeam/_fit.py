@@ -1,0 +1,201 @@
+"""What a running `fit` trains on: Keras keeps its epoch iterator in a local variable, where no callback sees it.
+
+It is found in the frame of `fit`. Only what cannot be resumed exactly otherwise is touched: the epoch iterator of data
+made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays on TensorFlow.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import keras
+from keras.src.callbacks.callback_list import CallbackList
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+from hornbeam import _random
+from hornbeam._keras import _Patch
+from hornbeam.data import Resumable, load_iterator, save_iterator, unseeded
+
+
+def callback_list() -> CallbackList | None:
+    """The list whose `set_model` is calling."""
+    for frame in _frames():
+        if isinstance(found := frame.f_locals.get("self"), CallbackList):
+            return found
+    return None
+
+
+class Input:
+    """The training data of a `fit`, from its `on_train_begin` on.
+
+    Attributes:
+        inexact: Why an epoch, repeated after a restart, may see other data; `None` if it sees the same.
+        resumable: The data, if a position inside an epoch can be restored.
+    """
+
+    def __init__(self, model: Any, seed: int | None) -> None:
+        self._epochs = _epoch_iterator(model)
+        self._adapter: Any = getattr(self._epochs, "data_adapter", None)
+        self._shuffle: Any = None
+        self.resumable = self._adapter if isinstance(self._adapter, Resumable) else None
+        self.inexact = self._why_inexact(seed)
+        if self._epochs is None:
+            return
+        if self.resumable is not None:
+            epochs, data = self._epochs, self.resumable
+            epochs._enumerate_iterator = lambda: _enumerate(epochs, data)
+        elif seed is not None and _shuffles_in_tensorflow(self._adapter):
+            self._shuffle = _seed_shuffle(self._epochs, self._adapter)
+
+    def _why_inexact(self, seed: int | None) -> str | None:
+        epochs, adapter = self._epochs, self._adapter
+        if epochs is None:
+            return "the data of a `fit` that is not Keras' own are unknown"
+        if isinstance(adapter, Resumable):
+            if _is_distributed(epochs) and not hasattr(adapter, "_length"):
+                return "a distributed tf.data.Dataset does not give away its iterators"
+            return None
+        if isinstance(adapter, TFDatasetAdapter):
+            if _is_distributed(epochs):
+                return "a distributed tf.data.Dataset does not give away its iterators"
+            whole = epochs.steps_per_epoch in (None, adapter.num_batches)
+            if not whole and (adapter.num_batches is not None or keras.backend.backend() != "tensorflow"):
+                return "with `steps_per_epoch` one pass over the data lasts for several epochs"
+            return unseeded(adapter._dataset)
+        if isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter):
+            if epochs.steps_per_epoch and epochs.steps_per_epoch != adapter.num_batches:
+                return "with `steps_per_epoch` one pass over the data lasts for several epochs"
+            if isinstance(adapter, PyDatasetAdapter):
+                return "the PyDataset is infinite" if adapter.num_batches is None else None
+            if seed is None and _shuffles_in_tensorflow(adapter):
+                return "TensorFlow's state of shuffling cannot be saved; pass `seed=`"
+            return None
+        return f"the position in a {type(adapter).__name__.removesuffix('Adapter')} cannot be saved"
+
+    @property
+    def length(self) -> int | None:
+        """Batches of an epoch, if they are known."""
+        return None if self._epochs is None else self._epochs.steps_per_epoch or self._epochs._num_batches
+
+    def begin(self, epoch: int, seed: int | None) -> None:
+        """Called when an epoch begins that is not resumed in its middle."""
+        if self.resumable is not None:
+            self.resumable.epoch, self.resumable.step = epoch, 0
+        if self._shuffle is not None and seed is not None:
+            self._shuffle.assign(_random.derive(seed, epoch))
+            self._epochs._current_iterator = None
+
+    def state(self, epoch: int, step: int) -> Any:
+        """What is needed to go on at this batch, or, for data that are not resumable, with this epoch."""
+        if self.resumable is not None:
+            self.resumable.epoch, self.resumable.step = epoch, step
+            return self.resumable.get_state()
+        if self.inexact is not None:
+            return None
+        if isinstance(self._adapter, TFDatasetAdapter):
+            # A new iterator where there is none: the next epoch's comes after it, here and after a restart.
+            live = getattr(self._epochs, "_current_iterator", None)
+            live = live if hasattr(live, "_iterator_resource") else iter(self._adapter._dataset)
+            return {"iterator": save_iterator(live), "seen": self._epochs._steps_seen}
+        dataset = getattr(self._adapter, "py_dataset", None)
+        return dataset.get_state() if dataset is not None and hasattr(dataset, "get_state") else None
+
+    def restore(self, state: Any) -> None:
+        """Goes to where `state` was called."""
+        if state is None or self._epochs is None:
+            return
+        if self.resumable is not None:
+            self.resumable.set_state(state)
+        elif isinstance(self._adapter, TFDatasetAdapter):
+            iterator = iter(self._adapter._dataset)
+            load_iterator(iterator, state["iterator"])
+            if self._epochs.steps_per_epoch:  # it goes on; otherwise the dataset has its count of iterators back
+                self._epochs._current_iterator, self._epochs._steps_seen = iterator, state["seen"]
+        else:
+            self._adapter.py_dataset.set_state(state)
+
+    def example(self) -> Any:
+        """A batch of resumable data, or what looks like one."""
+        return None if self.resumable is None else self.resumable.example()
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _epoch_iterator(model: Any) -> Any:
+    for frame in _frames():
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
+            found = frame.f_locals.get("epoch_iterator")
+            if isinstance(found, EpochIterator):
+                return found
+    return None
+
+
+def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
+    """`EpochIterator._enumerate_iterator` from the position of the data on, with one iterator for each epoch."""
+    data.on_epoch_begin()
+    goes_on = epochs.steps_per_epoch is not None and data.num_batches is None
+    iterator = data.open(lambda: iter(epochs._get_iterator()), goes_on=goes_on)
+    length, size = epochs.steps_per_epoch or epochs._num_batches, epochs.steps_per_execution
+    step = data.step
+    while length is None or step < length:
+        epochs._steps_seen = step + size
+        yield step, step + size - 1, iterator
+        step += size
+    data.on_epoch_end()
+
+
+def _is_distributed(epochs: Any) -> bool:
+    """Whether TensorFlow distributes the data over replicas."""
+    dataset = getattr(epochs, "_distributed_dataset", None)
+    return dataset is not None and not hasattr(dataset, "_variant_tensor")
+
+
+def _shuffles_in_tensorflow(adapter: Any) -> bool:
+    if not isinstance(adapter, ArrayDataAdapter) or keras.backend.backend() != "tensorflow":
+        return False
+    return bool(adapter._shuffle)
+
+
+_shuffle_patch = _Patch()
+_local = threading.local()
+
+
+def _dispatch_shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """`tf.random.shuffle`, by a variable seed where an adapter builds its pipeline for us."""
+    import tensorflow as tf
+
+    seed = getattr(_local, "seed", None)
+    if seed is None:
+        return _shuffle_patch.original(value, *args, **kwargs)
+    # The first element tells the batches of `shuffle="batch"` apart.
+    both = tf.stack([seed, tf.cast(value[0], tf.int64)])
+    return tf.random.experimental.stateless_shuffle(value, seed=both)
+
+
+def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
+    """Builds the pipeline of an adapter of arrays again, with an order that is a function of the returned variable."""
+    import tensorflow as tf
+
+    with tf.device("CPU:0"):
+        seed = tf.Variable(0, dtype=tf.int64, trainable=False)
+    with _shuffle_patch(tf.random, "shuffle", _dispatch_shuffle):
+        _local.seed = seed
+        try:
+            dataset = adapter.get_tf_dataset()
+        finally:
+            _local.seed = None
+    strategy = epochs._distribute_strategy
+    epochs._distributed_dataset = strategy.experimental_distribute_dataset(dataset)
+    return seed

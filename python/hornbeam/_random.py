@@ -1,0 +1,87 @@
+"""The random state of a process: Python's, NumPy's, Keras' and the backend's, taken, given back, or set from a seed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+
+
+def capture() -> dict[str, Any]:
+    """The state of every generator that gives random numbers without being asked for one by name."""
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "keras": None if generator is None else np.array(keras.ops.convert_to_numpy(generator.state)),
+        keras.backend.backend(): _capture_backend(),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Gives the generators the state that `capture` took; another backend's is left alone."""
+    if state["keras"] is not None:
+        global_seed_generator().state.assign(state["keras"])  # first: a new one draws its seed from Python's generator
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    backend = state.get(keras.backend.backend())
+    if backend is not None:
+        _restore_backend(backend)
+
+
+def reseed(seed: int, epoch: int) -> None:
+    """Makes whatever is random in an epoch a function of `seed` and the epoch's number."""
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    keras.utils.set_random_seed(derive(seed, epoch))
+    if generator is not None:  # Keras drops it, but traced functions hold on to it
+        generator.state.assign(np.array([derive(seed, epoch) & 0x7FFFFFFF, 0]))
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+
+
+def derive(*numbers: int) -> int:
+    """A seed of 32 bits, unrelated to that of any other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _capture_backend() -> dict[str, Any] | None:
+    if keras.backend.backend() == "tensorflow":
+        from tensorflow.python.eager import context
+        from tensorflow.python.ops import stateful_random_ops
+
+        generator = getattr(stateful_random_ops, "global_generator", None)
+        draws = getattr(context.context(), "_rng", None)  # of the seeds of eager operations, under a global seed
+        return {
+            "generator": None if generator is None else (generator.algorithm, generator.state.numpy()),
+            "seed": context.global_seed(),
+            "draws": None if draws is None else draws.getstate(),
+        }
+    if keras.backend.backend() == "torch":
+        import torch
+
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state().numpy(), "cuda": [state.numpy() for state in devices]}
+    return None
+
+
+def _restore_backend(state: dict[str, Any]) -> None:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.eager import context
+
+        if state["seed"] is not None and context.global_seed() != state["seed"]:
+            tf.random.set_seed(state["seed"])
+        if state["draws"] is not None and hasattr(context.context(), "_rng"):
+            context.context()._rng.setstate(state["draws"])
+        if state["generator"] is not None:
+            algorithm, value = state["generator"]
+            tf.random.set_global_generator(tf.random.Generator.from_state(value, alg=algorithm))
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_rng_state(torch.from_numpy(state["cpu"].copy()))
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all([torch.from_numpy(device.copy()) for device in state["cuda"]])

@@ -1,0 +1,650 @@
+"""Asynchronous saves: what is written is what was there at the call, in order, and nothing fails in silence.
+
+The writer is held by a save that ends when the test says so: whatever is saved meanwhile is written afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import hornbeam
+from helpers import archive_tree, saved, tree
+from hornbeam import _async
+from hornbeam.errors import CancelledError, UnsupportedError
+from hornbeam.saving import load_model, load_weights, save_model, save_weights
+from zoo import TRAINABLE_BACKEND, ZOO, chain, floats
+
+BACKEND = keras.backend.backend()
+SHARED = BACKEND in ("tensorflow", "jax")
+trains = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_pending() -> Iterator[None]:
+    yield
+    hornbeam.wait()
+    assert not [t for t in threading.enumerate() if t.name == "hornbeam-writer" and t is _async._queue.thread]
+
+
+@contextlib.contextmanager
+def held() -> Iterator[_async.Handle]:
+    """Keeps the writer busy while the block lasts; gives the handle of the save it is busy with."""
+    release = threading.Event()
+
+    def write() -> int:
+        assert release.wait(60)
+        return 0
+
+    with _async.Request(False) as request:
+        _async.claim()
+        request.submit("held", write, lambda: None, hornbeam._state.current())
+    try:
+        yield request.handle
+    finally:
+        release.set()
+
+
+def small() -> Any:
+    return chain(layers.Dense(4), layers.Dense(2))
+
+
+def fill(model: Any, value: float) -> None:
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+
+def values(path: Path) -> set[float]:
+    return {float(v) for w in load_model(path).get_weights() for v in np.unique(w)}
+
+
+# ---- isolation ----
+
+
+def dense() -> tuple[Any, Any, Any]:
+    model = chain(layers.Dense(300), layers.BatchNormalization(), layers.Dropout(0.5, seed=1), layers.Dense(1))
+    return model, floats(64, 6), floats(64, 1)
+
+
+def embedding() -> tuple[Any, Any, Any]:
+    model = chain(layers.Embedding(5000, 16), layers.Flatten(), layers.Dense(1), shape=(8,), dtype="int32")
+    return model, np.arange(512).reshape(64, 8) % 97, floats(64, 1)
+
+
+def mixed() -> tuple[Any, Any, Any]:
+    with contextlib.ExitStack() as stack:
+        before = keras.config.dtype_policy()
+        stack.callback(keras.config.set_dtype_policy, before)
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        return chain(layers.Dense(300), layers.Dense(1, dtype="float32")), floats(64, 6), floats(64, 1)
+
+
+def low_precision() -> tuple[Any, Any, Any]:
+    return chain(layers.Dense(300, dtype="bfloat16"), layers.Dense(1)), floats(64, 6), floats(64, 1)
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
+    "adam": (dense, lambda: {"optimizer": "adam"}),
+    "compiled": (dense, lambda: {"optimizer": "adam", "jit_compile": True}),
+    "eager": (dense, lambda: {"optimizer": "adam", "run_eagerly": True}),
+    "ema": (dense, lambda: {"optimizer": keras.optimizers.SGD(0.001, momentum=0.9, use_ema=True)}),
+    "sparse sgd": (embedding, lambda: {"optimizer": "sgd"}),
+    "sparse adam": (embedding, lambda: {"optimizer": "adam"}),
+    "sparse compiled": (embedding, lambda: {"optimizer": "adam", "jit_compile": True}),
+    "mixed precision": (mixed, lambda: {"optimizer": "adam"}),
+    "bfloat16": (low_precision, lambda: {"optimizer": "adam"}),
+}
+if BACKEND == "torch":  # compiles with a C++ compiler for minutes
+    CASES = {name: case for name, case in CASES.items() if "compiled" not in name}
+elif BACKEND == "jax":  # it always compiles
+    CASES.pop("eager")
+    CASES.pop("ema")  # stock Keras donates one buffer twice: such a model cannot go on training
+
+
+@trains
+@pytest.mark.parametrize("case", CASES)
+def test_training_after_the_call_changes_nothing_in_the_file(case: str, tmp_path: Path) -> None:
+    make, arguments = CASES[case]
+    model, x, y = make()
+    model.compile(loss="mse", **arguments())
+    model.fit(x, y, batch_size=16, verbose=0)
+    path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
+    save_model(model, tmp_path / "sync.keras")
+    for save, target in ((save_model, path), (save_weights, weights)):
+        expected = saved(model)
+        save_weights(model, tmp_path / "sync.weights.h5")
+        with held():
+            handle = save(model, target, asynchronous=True)
+            assert not handle.done()
+            model.fit(x, y, batch_size=16, epochs=2, verbose=0)
+            gc.collect()
+            changed = sum(a != b for a, b in zip(expected, saved(model), strict=True))
+            assert changed > len(expected) // 2
+        assert handle.result() == str(target)
+        assert handle.bytes == target.stat().st_size
+        found = tree(target) if target is weights else archive_tree(target)
+        assert found == tree(tmp_path / "sync.weights.h5")
+        if target is path:
+            loaded = load_model(path)
+            assert saved(loaded) == expected
+            loaded.fit(x, y, batch_size=16, verbose=0)  # its memory is in order
+
+
+@trains
+def test_many_saves_between_steps(tmp_path: Path) -> None:
+    model, x, y = dense()
+    model.compile("adam", "mse")
+    model.fit(x, y, batch_size=16, verbose=0)
+    expected = {}
+    for step in range(12):
+        path = tmp_path / f"{step}.weights.h5"
+        expected[path] = saved(model)
+        save_weights(model, path, asynchronous=True)
+        model.train_on_batch(x, y)
+    hornbeam.wait()
+    for path, wanted in expected.items():
+        load_weights(model, path, strict=True)
+        assert saved(model) == wanted
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX donates")
+def test_a_donated_array_stays_in_the_file(tmp_path: Path) -> None:
+    import jax
+
+    model = small()
+    expected = saved(model)
+    again = jax.jit(lambda values: [v + 1 for v in values], donate_argnums=0)
+    with held():
+        save_model(model, tmp_path / "m.keras", asynchronous=True)
+        values = [v.value for v in model.variables]
+        results = values
+        for _ in range(3):
+            results = again(results)
+        jax.block_until_ready(results)
+        for variable, result in zip(model.variables, results, strict=True):
+            variable._value = result
+    hornbeam.wait()
+    assert saved(model) != expected
+    assert saved(load_model(tmp_path / "m.keras")) == expected
+
+
+@pytest.mark.skipif(BACKEND not in ("torch", "numpy"), reason="shares nothing")
+def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path) -> None:
+    model = chain(layers.Dense(1000), layers.Dense(1000))
+    size = sum(v.value.nbytes for v in model.variables)
+    with held():
+        save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
+        memory = _async._queue.staging.memory
+        assert size <= len(memory) < size + (2 << 20) + 64 * len(model.variables)
+        assert _async._queue.staged
+        done = []
+        second = threading.Thread(  # there is one copy: the second save waits until the first is written
+            target=lambda: done.append(save_weights(model, tmp_path / "n.weights.h5", asynchronous=True))
+        )
+        # In its place the writer is full; so let the thread come after the block.
+    second.start()
+    second.join()
+    assert _async._queue.staging.memory is memory
+    hornbeam.wait()
+    assert _async._queue.staging.memory is None
+    assert tree(tmp_path / "m.weights.h5") == tree(tmp_path / "n.weights.h5")
+
+
+@pytest.mark.skipif(not SHARED, reason="copies everything")
+def test_shared_values_take_no_memory(tmp_path: Path) -> None:
+    model = chain(layers.Dense(1000), layers.Dense(1000))
+    with held():
+        save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
+        assert _async._queue.staging.memory is None
+        assert not _async._queue.staged
+
+
+@pytest.mark.parametrize(
+    "name", sorted({"custom_state", "odd_variables", "int8", "adapted_preprocessing"} & ZOO.keys())
+)
+def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
+    model, *_ = ZOO[name]()
+    save_model(model, tmp_path / "sync.keras")
+    save_model(model, tmp_path / "m.keras", asynchronous=True)
+    hornbeam.wait()
+    assert archive_tree(tmp_path / "m.keras") == archive_tree(tmp_path / "sync.keras")
+
+
+def test_config_and_assets_are_those_of_the_call(tmp_path: Path) -> None:
+    lookup = layers.StringLookup(vocabulary=["a", "b"], name="lookup")
+    model = chain(lookup, shape=(1,), dtype="string", name="before") if BACKEND == "tensorflow" else small()
+    with held():
+        save_model(model, tmp_path / "m.keras", asynchronous=True)
+        model.name = "after"
+        lookup.set_vocabulary(["x", "y", "z"])
+    hornbeam.wait()
+    loaded = load_model(tmp_path / "m.keras")
+    assert loaded.name != "after"
+    if BACKEND == "tensorflow":
+        assert loaded.get_layer("lookup").get_vocabulary() == ["[UNK]", "a", "b"]
+
+
+# ---- the queue ----
+
+
+def test_a_third_save_waits_for_a_place(tmp_path: Path) -> None:
+    model = small()
+    seen: list[bool] = []
+
+    def third() -> None:
+        save_model(model, tmp_path / "3.keras", asynchronous=True)
+        seen.append(first.done())
+
+    with held() as first:
+        save_model(model, tmp_path / "2.keras", asynchronous=True)
+        assert _async._queue.places() == 0
+        thread = threading.Thread(target=third)
+        thread.start()
+    thread.join()
+    assert seen == [True]
+    hornbeam.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2.keras", "3.keras"]
+
+
+def test_the_latest_wins(tmp_path: Path) -> None:
+    model = small()
+    with held():
+        handles = []
+        for i in range(4):
+            fill(model, i)
+            handles.append(save_model(model, tmp_path / f"{i}.keras", asynchronous=True, latest_wins=True))
+        assert [h.done() for h in handles] == [True, True, True, False]
+        assert len(list(tmp_path.iterdir())) == 1  # the file it has opened
+    hornbeam.wait()
+    for handle in handles[:3]:
+        assert isinstance(handle.exception(), CancelledError)
+        with pytest.raises(CancelledError, match="took the place"):
+            handle.result()
+    assert [p.name for p in tmp_path.iterdir()] == ["3.keras"]
+    assert values(tmp_path / "3.keras") == {3.0}
+
+
+def test_only_who_agrees_is_replaced(tmp_path: Path) -> None:
+    model = small()
+    with held() as first:
+        keep = save_model(model, tmp_path / "keep.keras", asynchronous=True)
+        latest: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: latest.append(
+                (save_model(model, tmp_path / "l.keras", asynchronous=True, latest_wins=True), first.done())
+            )
+        )
+        thread.start()
+    thread.join()
+    assert latest[0][1]
+    hornbeam.wait()
+    assert keep.result() == str(tmp_path / "keep.keras")
+    assert latest[0][0].exception() is None
+
+
+def test_one_path_keeps_its_order(tmp_path: Path) -> None:
+    model = small()
+    path = tmp_path / "m.keras"
+    for i in range(10):
+        fill(model, i)
+        save_model(model, path, asynchronous=True)
+    hornbeam.wait()
+    assert values(path) == {9.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_what_follows_on_the_same_path_waits(atomic: bool, tmp_path: Path) -> None:
+    model = small()
+    path = tmp_path / "m.keras"
+    link = tmp_path / "link.keras"
+    link.symlink_to(path)
+    outcome: list[Any] = []
+
+    def follow(what: Callable[[], Any]) -> None:
+        outcome.append((what(), first.done()))
+
+    def save_again() -> None:
+        fill(model, 2)
+        save_model(model, path)
+
+    for what in (lambda: values(path), lambda: values(link), lambda: hornbeam.open(path).close(), save_again):
+        fill(model, 1)
+        with hornbeam.options(atomic=atomic), held() as first:
+            save_model(model, path, asynchronous=True)
+            thread = threading.Thread(target=follow, args=(what,))
+            thread.start()
+        thread.join()
+    assert [o for o, _ in outcome] == [{1.0}, {1.0}, None, None]
+    assert all(done for _, done in outcome)
+    assert values(path) == {2.0}
+
+
+def test_another_path_does_not_wait(tmp_path: Path) -> None:
+    model = small()
+    save_model(model, tmp_path / "a.keras")
+    with held() as first:
+        save_model(model, tmp_path / "b.keras", asynchronous=True)
+        save_model(model, tmp_path / "a.keras")
+        load_model(tmp_path / "a.keras")
+        assert not first.done()
+
+
+def test_the_handle_tells(tmp_path: Path) -> None:
+    model = small()
+    calls: list[Any] = []
+    with held():
+        handle = save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
+        assert (handle.done(), handle.bytes, handle.written) == (False, None, None)
+        assert "pending" in repr(handle)
+        with pytest.raises(TimeoutError, match=r"m\.weights\.h5"):
+            handle.result(timeout=0)
+        with pytest.raises(TimeoutError):
+            hornbeam.wait(timeout=0)
+        handle.add_done_callback(lambda h: calls.append((h, h.bytes, threading.current_thread().name)))
+        handle.add_done_callback(lambda h: hornbeam.wait())  # of itself: does not wait
+    assert handle.result() == handle.path == str(tmp_path / "m.weights.h5")
+    hornbeam.wait()
+    assert calls == [(handle, (tmp_path / "m.weights.h5").stat().st_size, "hornbeam-writer")]
+    handle.add_done_callback(lambda h: calls.append(threading.current_thread()))
+    assert calls[1:] == [threading.current_thread()]
+    assert handle.stalled > 0
+    assert handle.written > 0
+    assert "done" in repr(handle)
+
+
+def test_options_count_for_the_save(tmp_path: Path) -> None:
+    model = chain(layers.Dense(300), layers.Dense(300))
+    fill(model, 0)
+    seen: list[Any] = []
+    hornbeam.stats(reset=True)
+    with hornbeam.options(compression="gzip"):
+        handle = save_weights(model, tmp_path / "m.weights.h5", asynchronous=True, progress=seen.append)
+    assert handle.result()
+    hornbeam.wait()
+    assert handle.bytes < 100_000
+    assert seen[-1].done == seen[-1].total > 0
+    assert hornbeam.stats().saves == 1
+    assert hornbeam.stats().bytes_written == handle.bytes
+    load_weights(model, tmp_path / "m.weights.h5", strict=True)
+
+
+# ---- errors ----
+
+
+def break_next(model: Any, directory: Path) -> _async.Handle:
+    """A save that fails when it is written: its directory is gone."""
+    directory.mkdir()
+    with held():
+        handle = save_model(model, directory / "m.keras", asynchronous=True)
+        for left in directory.iterdir():
+            left.unlink()
+        directory.rmdir()
+    while not handle.done():
+        handle._finished.wait()
+    return handle
+
+
+def test_an_error_surfaces_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    with caplog.at_level(logging.ERROR, logger="hornbeam"):
+        broken = break_next(model, tmp_path / "gone")
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+    assert str(tmp_path / "gone" / "m.keras") in caplog.text
+    with pytest.raises(OSError, match=r"gone") as raised:  # at the next save
+        save_model(model, tmp_path / "next.keras", asynchronous=True)
+    assert any("asynchronously" in note for note in raised.value.__notes__)
+    assert not (tmp_path / "next.keras").exists()
+    hornbeam.wait()
+    save_model(model, tmp_path / "next.keras", asynchronous=True)
+    hornbeam.wait()
+    assert broken.exception() is raised.value
+    break_next(model, tmp_path / "gone")
+    break_next_error = pytest.raises(OSError, match="gone")
+    with break_next_error:  # at `wait()`
+        hornbeam.wait()
+    handle = break_next(model, tmp_path / "gone")
+    with pytest.raises(OSError, match="gone"):  # at its handle
+        handle.result()
+    hornbeam.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["next.keras"]
+
+
+def test_the_failed_file_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    model = small()
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "m.keras"
+    save_model(model, path)
+    with held():
+        save_model(model, path, asynchronous=True)
+        for left in path.parent.glob(".m.keras.*"):
+            left.unlink()
+    with pytest.raises(OSError, match=r"m\.keras"):
+        load_model(path)
+    load_model(path)  # told; the old file is whole
+
+
+def outcome(call: Callable[[], Any]) -> tuple[type, str] | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def test_mistakes_are_raised_at_the_call_as_ever(tmp_path: Path) -> None:
+    model = small()
+    (tmp_path / "directory.keras").mkdir()
+    unbuilt = keras.Sequential([layers.Dense(1)])
+    odd = chain(layers.Dense(2))
+    unspeakable = object()
+    odd.layers[-1].get_config = lambda: {"name": unspeakable}  # type: ignore[method-assign]
+    calls: list[Callable[..., Any]] = [
+        lambda **how: save_model(model, tmp_path / "m.zip", **how),
+        lambda **how: save_model(model, tmp_path / "none" / "m.keras", **how),
+        lambda **how: save_model(model, tmp_path / "directory.keras", **how),
+        lambda **how: save_weights(model, tmp_path / "m.keras", **how),
+        lambda **how: save_weights(model, tmp_path / "none" / "m.weights.h5", **how),
+        lambda **how: save_weights(unbuilt, tmp_path / "m.weights.h5", **how),
+        lambda **how: save_model(odd, tmp_path / "odd.keras", **how),
+        lambda **how: save_model(model, tmp_path / "m.keras", unknown=1, **how),
+    ]
+    for call in calls:
+        expected = outcome(call)
+        assert expected is not None
+        with held() as first:
+            assert outcome(lambda call=call: call(asynchronous=True)) == expected
+            assert not first.done()
+        hornbeam.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["directory.keras"]
+    assert _async._queue.reserved == 0
+    assert not _async._queue.staged
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_arrays_of_other_processes_are_refused(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spread:
+        """As a `jax.Array` that lies on the devices of several processes."""
+
+        is_fully_addressable = False
+
+    model = small()
+    real = model.layers[-1].kernel._value
+    monkeypatch.setattr(model.layers[-1].kernel, "_value", Spread())
+    with pytest.raises(UnsupportedError, match=r"'layers/dense_1/vars/0' is spread over several processes"):
+        save_model(model, tmp_path / "m.keras", asynchronous=asynchronous)
+    monkeypatch.setattr(model.layers[-1].kernel, "_value", real)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
+    model = small()
+    for call in (
+        lambda: save_model(model, tmp_path / "m", zipped=False, asynchronous=True),
+        lambda: save_model(model, tmp_path / "m.h5", asynchronous=True),
+        lambda: save_weights(model, tmp_path / "m.weights.json", max_shard_size=1.0, asynchronous=True),
+    ):
+        with pytest.raises(UnsupportedError):
+            call()
+    with pytest.raises(ValueError, match="latest_wins"):
+        save_model(model, tmp_path / "m.keras", latest_wins=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Inner(layers.Layer):
+    """Saves a model of its own among its assets."""
+
+    def save_assets(self, directory: str) -> None:
+        with hornbeam.installed():
+            small().save(os.path.join(directory, "inner.keras"))
+        self.seen = os.path.getsize(os.path.join(directory, "inner.keras"))
+
+    def load_assets(self, directory: str) -> None: ...
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+def test_a_save_inside_of_a_save_is_complete_before_it(tmp_path: Path) -> None:
+    layer = Inner()
+    handle = save_model(chain(layer), tmp_path / "m.keras", asynchronous=True)
+    assert handle.result()
+    assert layer.seen > 0
+
+
+# ---- the process ----
+
+SCRIPT = r"""
+import atexit, os, signal, sys, threading
+import keras, numpy as np
+from keras import layers
+import hornbeam
+from hornbeam import _async
+from hornbeam.saving import load_model, save_model
+
+root = sys.argv[1]
+inputs = keras.Input((500,))
+model = keras.Model(inputs, layers.Dense(3000)(layers.Dense(3000)(inputs)))
+
+def fill(value):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+def check(path, value):
+    assert {float(v) for w in load_model(path).get_weights() for v in np.unique(w)} == {value}, path
+
+fill(1)
+"""
+
+
+def script(code: str, root: Path, *, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    source = Path(hornbeam.__file__).parent.parent
+    environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", SCRIPT + code, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemError('as if')"])
+def test_the_interpreter_waits_for_what_is_pending(end: str, tmp_path: Path) -> None:
+    code = """
+save_model(model, root + "/a.keras", asynchronous=True)
+fill(2)
+save_model(model, root + "/b.keras", asynchronous=True)
+fill(3)
+atexit.register(lambda: save_model(model, root + "/c.keras", asynchronous=True))
+"""
+    script(code + end, tmp_path, fails="raise" in end)
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        assert values(tmp_path / f"{name}.keras") == {value}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_error_at_exit_is_told(tmp_path: Path) -> None:
+    done = script(
+        """
+os.mkdir(root + "/d")
+release = threading.Event()
+with _async.Request(False) as request:
+    _async.claim()
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+save_model(model, root + "/d/a.keras", asynchronous=True)
+for name in os.listdir(root + "/d"):
+    os.unlink(root + "/d/" + name)
+os.rmdir(root + "/d")
+release.set()
+""",
+        tmp_path,
+    )
+    assert "d/a.keras" in done.stderr
+    assert "failed" in done.stderr
+
+
+def test_a_forked_child_starts_anew(tmp_path: Path) -> None:
+    script(
+        """
+import gc
+release = threading.Event()
+with _async.Request(False) as request:
+    _async.claim()
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+handle = save_model(model, root + "/parent.keras", asynchronous=True)
+for how in ("exit", "_exit"):
+    child = os.fork()
+    if child == 0:
+        assert handle.done() and "parent process" in str(handle.exception())
+        assert _async._queue.writing is None and _async._queue.places() == 2
+        hornbeam.wait()
+        fill(2)
+        save_model(model, root + f"/{how}.keras", asynchronous=True)
+        hornbeam.wait()
+        check(root + f"/{how}.keras", 2.0)
+        del handle
+        gc.collect()
+        if how == "_exit":
+            os._exit(0)
+        sys.exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not handle.done()
+fill(3)
+release.set()
+assert handle.result()
+check(handle.path, 1.0)
+child = os.fork()
+if child == 0:  # nothing pending
+    save_model(model, root + "/third.keras", asynchronous=True)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+check(root + "/third.keras", 3.0)
+assert sorted(os.listdir(root)) == ["_exit.keras", "exit.keras", "parent.keras", "third.keras"], os.listdir(root)
+""",
+        tmp_path,
+    )
+
+
+def test_another_process_is_refused_while_one_writes(tmp_path: Path) -> None:
+    model = small()
+    with held():
+        save_model(model, tmp_path / "m.keras", asynchronous=True)
+        done = script('save_model(model, root + "/m.keras")', tmp_path, fails=True)
+        assert f"under way, in process {os.getpid()}" in done.stderr
+        assert "Let one process write each path" in done.stderr
+    hornbeam.wait()
+    script('save_model(model, root + "/m.keras")', tmp_path)
+    assert values(tmp_path / "m.keras") == {1.0}

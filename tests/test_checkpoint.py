@@ -1,0 +1,354 @@
+"""`CheckpointManager`: against a model of it, exact resume, crashes, readers, a second writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import hornbeam
+from helpers import values
+from hornbeam import _statefile
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.errors import CheckpointError
+
+SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
+TRAINS = keras.backend.backend() != "numpy"
+
+
+def build(compiled: bool = True) -> Any:
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,))
+    x = keras.layers.Dropout(0.4, seed=5)(keras.layers.Dense(6, activation="relu")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.BatchNormalization()(x)))
+    if compiled:
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def fill(model: Any, number: float) -> None:
+    for variable in model.weights:
+        variable.assign(np.full(variable.shape, number))
+
+
+class Machine(RuleBasedStateMachine):
+    """Any order of saves, restarts and reads does what a list of (step, value, metric) does."""
+
+    model: Any = None
+
+    @initialize(
+        keep_last=st.sampled_from([None, 1, 2]),
+        keep_best=st.sampled_from([None, 1, 2]),
+        keep_every=st.sampled_from([None, 3]),
+        mode=st.sampled_from(["min", "max"]),
+    )
+    def start(self, mode: str, **keep: int | None) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        self.keep, self.mode = keep, mode
+        self.expected: list[tuple[int, float, float]] = []
+        self.value = 0.0
+        if Machine.model is None:
+            Machine.model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        self.manager: CheckpointManager | None = None
+        self.reader = self.make()
+
+    def make(self) -> CheckpointManager:
+        return CheckpointManager(self.root, monitor="m", mode=self.mode, durable=False, **self.keep)
+
+    @precondition(lambda self: self.manager is None)
+    @rule()
+    def open(self) -> None:
+        self.manager = self.make().__enter__()
+
+    @precondition(lambda self: self.manager is not None)
+    @rule()
+    def close(self) -> None:
+        self.manager.close()
+        self.manager = None
+        assert sorted(os.listdir(self.root)) == sorted(
+            [".lock", "checkpoints.json", *(c.path.name for c in self.reader.all())]
+        )
+
+    @precondition(lambda self: self.manager is not None)
+    @rule(step=st.integers(0, 9), metric=st.sampled_from([0.0, 1.0, 2.0, float("nan"), float("inf")]))
+    def save(self, step: int, metric: float) -> None:
+        self.value += 1
+        fill(self.model, self.value)
+        self.manager.save(step, self.model, metrics={"m": metric}, extra={"value": self.value})
+        self.expected = [e for e in self.expected if e[0] != step] + [(step, self.value, metric)]
+        last, best, every = self.keep["keep_last"], self.keep["keep_best"], self.keep["keep_every"]
+        if (last, best, every) == (None, None, None):
+            return
+        keep = {e[1] for e in self.expected[-(last or 1) :]}
+        keep |= {e[1] for e in self.ranked()[: best or 0]}
+        keep |= {e[1] for e in self.expected if every and e[0] % every == 0}
+        self.expected = [e for e in self.expected if e[1] in keep]
+
+    def ranked(self) -> list[tuple[int, float, float]]:
+        scored = [e for e in self.expected if e[2] == e[2]]
+        return sorted(scored, key=lambda e: e[2] if self.mode == "min" else -e[2])
+
+    @precondition(lambda self: self.manager is not None)
+    @rule()
+    def save_that_fails(self) -> None:
+        with pytest.raises(hornbeam.errors.InvalidError, match="object"):
+            self.manager.save(3, self.model, metrics={"m": 0}, extra={"bad": object()})
+
+    @precondition(lambda self: self.manager is not None)
+    @rule()
+    def second_writer(self) -> None:
+        with pytest.raises(CheckpointError, match="in use"), self.make():
+            pass
+
+    @rule()
+    def restore(self) -> None:
+        fill(self.model, -1)
+        start = self.reader.restore(self.model)
+        if not self.expected:
+            assert start == 0
+            return
+        step, value, _ = self.expected[-1]
+        assert (start, self.reader.extra) == (step + 1, {"value": value})
+        assert all((np.asarray(v) == value).all() for v in self.model.get_weights())
+
+    @invariant()
+    def lists(self) -> None:
+        found = self.reader.all()
+        assert [(c.step, repr(c.metrics["m"])) for c in found] == [(s, repr(m)) for s, _, m in self.expected]
+        best = self.reader.best()
+        assert (best and best.step) == (self.ranked()[0][0] if self.ranked() else None)
+        assert (self.reader.latest() and self.reader.latest().step) == (found[-1].step if found else None)
+        for checkpoint in found:
+            checkpoint.check()
+
+    def teardown(self) -> None:
+        if getattr(self, "manager", None) is not None:
+            self.manager.close()
+        shutil.rmtree(getattr(self, "root", ""), ignore_errors=True)
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = type(TestMachine.settings)(
+    max_examples=1000 if SOAK else 25, stateful_step_count=20, deadline=None
+)
+
+
+def test_restores_everything(tmp_path: Path) -> None:
+    model = build()
+    rng = np.random.default_rng(0)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        value = rng.integers(1, 100, variable.shape)
+        variable.assign(value.astype(variable.dtype))
+    other = keras.random.SeedGenerator(3)
+    metric = keras.metrics.Mean()
+    keras.random.normal((2,), seed=other)
+    metric.update_state([1.0, 5.0])
+    keras.random.normal((1,))  # makes Keras' own generator
+    expected = values(model)
+    with CheckpointManager(tmp_path) as ckpt:
+        extra = {"other": other, "metric": metric, "note": {"a": (1, 2.5), "b": np.arange(3)}, "n": None}
+        saved = ckpt.save(41, model, metrics={"loss": np.float32(0.5)}, extra=extra)
+    drawn = [random.random(), np.random.random(), np.asarray(keras.ops.convert_to_numpy(keras.random.normal((3,))))]
+    assert saved.metrics == {"loss": 0.5}
+    assert saved.bytes == sum(f.stat().st_size for f in saved.path.iterdir())
+
+    again = build()
+    other2, metric2 = keras.random.SeedGenerator(9), keras.metrics.Mean()
+    assert values(again) != expected
+    with CheckpointManager(tmp_path) as ckpt:
+        assert ckpt.restore(again, extra={"other": other2, "metric": metric2}) == 42
+        assert ckpt.extra.keys() == {"note", "n"}
+        assert ckpt.extra["note"]["a"] == (1, 2.5)
+        np.testing.assert_array_equal(ckpt.extra["note"]["b"], np.arange(3))
+    assert values(again) == expected
+    assert float(metric2.result()) == 3.0
+    np.testing.assert_array_equal(np.asarray(other2.state.value), np.asarray(other.state.value))
+    assert random.random() == drawn[0]
+    assert np.random.random() == drawn[1]
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(keras.random.normal((3,))), drawn[2])
+    stock = build()
+    stock.load_weights(saved.model)  # by stock Keras
+    for ours, theirs in zip(model.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_whole_models(tmp_path: Path) -> None:
+    model = build()
+    with CheckpointManager(tmp_path, save_weights_only=False) as ckpt:
+        saved = ckpt.save(0, model)
+        assert values(keras.models.load_model(saved.model))[:4] == values(model)[:4]
+        fill(model, 7)
+        assert ckpt.restore(model) == 1
+    assert values(model) == values(build())
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(0, build())
+        smaller = keras.Sequential([keras.Input((4,)), keras.layers.Dense(6)])
+        before = values(smaller)
+        with pytest.raises(CheckpointError, match="another model"):
+            ckpt.restore(smaller)
+        inputs = keras.Input((4,))
+        x = keras.layers.Dropout(0.4)(keras.layers.Dense(5)(inputs))
+        with pytest.raises(ValueError, match="could not be loaded"):
+            ckpt.restore(keras.Model(inputs, keras.layers.Dense(2)(keras.layers.BatchNormalization()(x))))
+        with pytest.raises(CheckpointError, match=r"nothing for \['data'\]"):
+            ckpt.restore(smaller, extra={"data": keras.metrics.Mean()})
+        with pytest.raises(CheckpointError, match=r"no step 5. Found: \[0\]"):
+            ckpt.restore(smaller, step=5)
+        with pytest.raises(ValueError, match="built"):
+            ckpt.restore(keras.Sequential([keras.layers.Dense(1)]))
+        assert values(smaller) == before
+
+
+@pytest.mark.parametrize("file", ["state.zip", "model.weights.h5"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_damage_is_told(file: str, how: str, tmp_path: Path) -> None:
+    model = build()
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(0, model)
+        good = ckpt.save(1, model)
+        fill(model, 3)
+        before = values(model)
+        path = good.path / file
+        data = bytearray(path.read_bytes())
+        if how == "gone":
+            path.unlink()
+        else:
+            data[len(data) // 2] ^= 0x40
+            path.write_bytes(data[:-5] if how == "cut" else data)
+        with pytest.raises((hornbeam.HornbeamError, OSError), match=file.replace(".", r"\.")):
+            ckpt.restore(model)
+        assert values(model) == before
+        assert ckpt.restore(model, step=0) == 1
+
+
+def test_what_crashes_leave(tmp_path: Path) -> None:
+    model = build()
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(1, model)
+    # A complete checkpoint that no manifest names, and two unfinished ones, of which one is held.
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002")
+    for name in ("1" * 16, "2" * 16):
+        (tmp_path / f".step-00000003.{name}.hornbeam-tmp").touch()
+        (tmp_path / f".step-00000003.{name}.hornbeam-dir").mkdir()
+    (tmp_path / "mine.txt").touch()
+    held = hornbeam._lock.FileLock(tmp_path / f".step-00000003.{'2' * 16}.hornbeam-tmp")
+    assert [c.step for c in CheckpointManager(tmp_path).all()] == [1]
+    with CheckpointManager(tmp_path) as ckpt:
+        assert ckpt.restore(model) == 2
+    assert sorted(os.listdir(tmp_path)) == [
+        ".lock",
+        f".step-00000003.{'2' * 16}.hornbeam-dir",
+        f".step-00000003.{'2' * 16}.hornbeam-tmp",
+        "checkpoints.json",
+        "mine.txt",
+        "step-00000001",
+    ]
+    held.release()
+    (tmp_path / "checkpoints.json").unlink()
+    for use in (CheckpointManager(tmp_path).all, lambda: CheckpointManager(tmp_path).save(4, model)):
+        with pytest.raises(CheckpointError, match=r"no 'checkpoints\.json'"):
+            use()
+    assert (tmp_path / "step-00000001").is_dir()
+    for text in ("{", '{"format": 2}', '{"format": 1, "checkpoints": [{"name": "../x"}]}'):
+        (tmp_path / "checkpoints.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"checkpoints\.json"):
+            CheckpointManager(tmp_path).all()
+
+
+def test_a_reader_whose_checkpoint_is_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    with CheckpointManager(tmp_path, keep_last=1) as ckpt:
+        ckpt.save(1, model)
+        reader = CheckpointManager(tmp_path)
+        original = _statefile.read
+
+        def read(path: Path) -> Any:
+            if "step-00000001" in str(path):
+                ckpt.save(2, model)
+                ckpt._cleaner.join()
+            return original(path)
+
+        monkeypatch.setattr(_statefile, "read", read)
+        assert reader.restore(build()) == 3
+        monkeypatch.undo()
+        stale = reader.latest()
+        ckpt.save(3, model)
+        ckpt._cleaner.join()
+        with pytest.raises(CheckpointError, match="missing"):
+            stale.check()
+
+
+def test_a_forked_child_is_no_writer(tmp_path: Path) -> None:
+    script = r"""
+import os, sys, keras
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.errors import CheckpointError
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+ckpt = CheckpointManager(sys.argv[1]).__enter__()
+ckpt.save(0, model)
+child = os.fork()
+if child == 0:
+    try:
+        ckpt.save(1, model)
+    except CheckpointError:
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+ckpt.save(2, model)  # the lock is still ours
+ckpt.close()
+with CheckpointManager(sys.argv[1]) as again:
+    assert [c.step for c in again.all()] == [0, 2]
+"""
+    run(script, tmp_path, backend="numpy")
+
+
+def run(script: str, *arguments: Any, backend: str = keras.backend.backend(), check: bool = True) -> Any:
+    source = Path(hornbeam.__file__).parent.parent
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"keep_last": 0}, "keep_last"),
+        ({"keep_best": 2}, "monitor"),
+        ({"mode": "auto"}, "mode"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        CheckpointManager(tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_arguments_of_save(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, keep_best=1, monitor="loss") as ckpt:
+        for step in (-1, True, 1.0):
+            with pytest.raises(ValueError, match="step"):
+                ckpt.save(step, build())
+        with pytest.raises(ValueError, match="loss"):
+            ckpt.save(1, build())
+        assert ckpt.all() == []
+    with pytest.raises(ValueError, match="monitor"):
+        CheckpointManager(tmp_path).best()
+    assert json.loads((tmp_path / "checkpoints.json").read_text()) == {"format": 1, "checkpoints": []}
