@@ -69,7 +69,8 @@ def save_model(
         **kwargs: As `keras.saving.save_model`.
 
     Returns:
-        The handle of an asynchronous save, otherwise `None`; `hornbeam.last_save_report()` says what was saved.
+        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        save, its handle.
 
     Raises:
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
@@ -82,10 +83,7 @@ def save_model(
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
-        return request.handle
-    _remember_stock(filepath, before)
-    return None
+    return _outcome(filepath, before, request)
 
 
 def load_model(
@@ -167,7 +165,8 @@ def save_weights(
         **kwargs: As `keras.saving.save_weights`.
 
     Returns:
-        The handle of an asynchronous save, otherwise `None`; `hornbeam.last_save_report()` says what was saved.
+        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        save, its handle.
 
     Raises:
         ValueError: For a wrong extension or a model that is not built.
@@ -178,10 +177,7 @@ def save_weights(
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
         saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
-        return request.handle
-    _remember_stock(filepath, before)
-    return None
+    return _outcome(filepath, before, request)
 
 
 def load_weights(
@@ -256,10 +252,12 @@ def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _remember_stock(filepath: Any, before: SaveReport | None) -> None:
-    """Leaves no older report as the last one where stock Keras did the save."""
-    if last_save_report() is before:
+def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request | None) -> Handle | None:
+    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
+        return request.handle
+    if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one
         remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
+    return None
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
