@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+JOBS ?= 2# processes that run Python tests; each takes up to 8 GB
 BENCH_ARGS ?=
 SOAK ?= 100000
 
@@ -41,7 +42,7 @@ setup: $(VENV)/.group-dev $(VENV)/.extension ## Make .venv: every tool, and horn
 demo: $(VENV)/.group-demo $(VENV)/.extension ## Save and load a model beside stock Keras, with timings
 	$(PY) benches/demo.py
 
-test: check test-rust test-python test-backend-jax test-backend-numpy ## All checks and tests of the main environment
+test: check test-rust test-python docs test-backend-jax test-backend-numpy ## All checks and tests of the main environment
 
 test-rust: $(VENV)/.group-build ## The Rust tests, without features and with libhdf5
 	@echo "==> Rust tests, no features"
@@ -51,11 +52,11 @@ test-rust: $(VENV)/.group-build ## The Rust tests, without features and with lib
 
 test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
 	@echo "==> Python tests, TensorFlow"
-	KERAS_BACKEND=tensorflow $(PY) -m pytest $(PYTEST_ARGS)
+	KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-backend-%: setup ## The parity tests on another backend of .venv: jax, numpy
 	@echo "==> Python tests, $* backend"
-	KERAS_BACKEND=$* $(PY) -m pytest $(BACKEND_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=$* $(PY) -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 
 soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2), kills and failures during saves, restarts
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
@@ -121,9 +122,9 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 
 test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The parity tests on torch, and on the oldest Keras supported
 	@echo "==> Python tests, torch backend"
-	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras 3.12.4"
-	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 clean: ## Remove everything these targets made
 	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .mypy_cache .pytest_cache .ruff_cache .hypothesis

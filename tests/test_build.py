@@ -34,7 +34,9 @@ def both(path: Path) -> tuple[Any, Any]:
 
 
 @lazy
-@pytest.mark.parametrize("name", ["functional", "nested", "recurrent", "attention", "subclassed", "mixed_precision"])
+@pytest.mark.parametrize(
+    "name", ["functional", "nested", "recurrent", "attention", "subclassed", "mixed_precision", "frozen_parts"]
+)
 def test_variables_are_the_same_things(name: str, tmp_path: Path) -> None:
     model, _, _ = ZOO[name]()
     model.save(tmp_path / "m.keras")
@@ -50,6 +52,24 @@ def test_variables_are_the_same_things(name: str, tmp_path: Path) -> None:
             assert b.value.device == a.value.device
             assert _counted_off(b.value.name) == _counted_off(a.value.name)
     assert values(ours) == values(stock)
+
+
+@lazy
+@pytest.mark.parametrize("shortcuts", [(), ("attributes", "signatures", "tensors", "variables")])
+def test_what_was_frozen_can_train_again(shortcuts: tuple[str, ...], tmp_path: Path) -> None:
+    base = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization()], name="base")
+    base.trainable = False
+    model = keras.Sequential([base, keras.layers.Dense(1)])
+    model.save(tmp_path / "m.keras")
+    with hornbeam.options(shortcuts=shortcuts):
+        stock, ours = both(tmp_path / "m.keras")
+    x, y = np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
+    for model in (stock, ours):
+        model.get_layer("base").trainable = True
+        model.compile("sgd", "mse")
+        model.train_on_batch(x, y)
+    assert values(ours) == values(stock)
+    assert not np.array_equal(ours.get_layer("base").get_weights()[0], base.get_weights()[0])
 
 
 DEFAULT = ("attributes", "signatures", "tensors", "variables")

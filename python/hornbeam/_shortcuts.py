@@ -64,6 +64,7 @@ _WRAPPERS: dict[type, type] = {
     dict: tracking.TrackedDict,
     set: tracking.TrackedSet,
 }
+_FUNCTIONS = (FunctionType, MethodType)
 _ATOMS = frozenset([bool, int, float, str, type(None)])
 
 
@@ -72,6 +73,7 @@ def _set_attribute(self: Any, name: str, value: Any) -> None:
     scope = _local.scope
     if (
         scope is None
+        or "attributes" not in scope.shortcuts
         or "_tracker" not in self.__dict__
         or not (scope.plain.get(type(self)) or _is_plain(scope, type(self)))
     ):
@@ -136,7 +138,7 @@ class _Inspect:
 
     def signature(self, function: Any, **kwargs: Any) -> inspect.Signature:
         scope = _local.scope
-        if scope is None or kwargs or type(function) not in (FunctionType, MethodType):
+        if scope is None or "signatures" not in scope.shortcuts or kwargs or type(function) not in _FUNCTIONS:
             return inspect.signature(function, **kwargs)
         key = (function.__func__, "bound") if type(function) is MethodType else function
         found = scope.signatures.get(key)
@@ -146,7 +148,7 @@ class _Inspect:
 
     def getfullargspec(self, function: Any) -> inspect.FullArgSpec:
         scope = _local.scope
-        if scope is None or type(function) is not FunctionType:
+        if scope is None or "signatures" not in scope.shortcuts or type(function) is not FunctionType:
             return inspect.getfullargspec(function)
         found = scope.specs.get(function)
         if found is None:
@@ -160,7 +162,7 @@ class _Inspect:
 def _is_tensor(value: Any) -> bool:
     """`tf.is_tensor`."""
     scope = _local.scope
-    if scope is None:
+    if scope is None or "tensors" not in scope.shortcuts:
         return bool(_tensor_patch.original(value))
     kind = type(value)
     if kind in scope.no_tensors:
@@ -184,7 +186,7 @@ def make_variable(variable: Any, value: Any, creation: _tensors.Creation) -> Any
         return None
     if tuple(value.shape) != tuple(variable._shape) or not _tensors.is_eager():
         return None
-    return _put_together(variable, value, creation.name_scope, creation.key)
+    return _put_together(variable, value, creation.name_scope, creation.key, creation.trainable)
 
 
 @functools.cache
@@ -198,7 +200,7 @@ def _tensorflow() -> Any:
     return context, ops, generated, handle_data_util, resource_variable_ops
 
 
-def _put_together(variable: Any, value: Any, name_scope: str, key: str | None) -> Any:
+def _put_together(variable: Any, value: Any, name_scope: str, key: str | None, trainable: bool) -> Any:
     context, ops, generated, handle_data_util, resource_variable_ops = _tensorflow()
 
     # As ResourceVariable._init_from_args in eager mode.
@@ -219,7 +221,7 @@ def _put_together(variable: Any, value: Any, name_scope: str, key: str | None) -
     made._in_graph_mode = False
     resource_variable_ops.BaseResourceVariable.__init__(
         made,
-        trainable=variable.trainable,
+        trainable=trainable,
         shape=shape,
         dtype=dtype,
         handle=handle,
@@ -320,7 +322,7 @@ def _variables_work() -> bool:
         real = describe(variable._value)
         value = tf.constant([[1.0, 2.0]])
         with tf.init_scope():
-            ours = describe(_put_together(variable, value, "", None))
+            ours = describe(_put_together(variable, value, "", None, True))
         return _same("variables", ours, real)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         _state.logger.warning("the shortcut 'variables' does not work with this TensorFlow: %s", error)

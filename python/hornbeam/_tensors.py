@@ -353,11 +353,12 @@ def shares() -> bool:
 class Creation:
     """Where a variable would have been created, so that it can be created there later."""
 
-    __slots__ = ("key", "name_scope")
+    __slots__ = ("key", "name_scope", "trainable")
 
-    def __init__(self, name_scope: str | None, key: str | None) -> None:
+    def __init__(self, name_scope: str | None, key: str | None, trainable: bool) -> None:
         self.name_scope = name_scope
         self.key = key
+        self.trainable = trainable  # a layer that is frozen makes its variables before it freezes them
 
 
 _keys = itertools.count()
@@ -366,7 +367,7 @@ _keys = itertools.count()
 def note_creation(variable: Any) -> Creation | None:
     """Notes what TensorFlow takes from the surroundings; `None` where it cannot be restored later."""
     if _backend() != "tensorflow":
-        return Creation(None, None)
+        return Creation(None, None, variable.trainable)
     import tensorflow as tf
 
     graph = tf.compat.v1.get_default_graph()
@@ -377,7 +378,7 @@ def note_creation(variable: Any) -> Creation | None:
         or _device_scope()
     ):
         return None
-    return Creation(tf.get_current_name_scope(), f"{variable._name}_hornbeam_{next(_keys)}")
+    return Creation(tf.get_current_name_scope(), f"{variable._name}_hornbeam_{next(_keys)}", variable.trainable)
 
 
 def is_eager() -> bool:
@@ -395,6 +396,14 @@ def _device_scope() -> str:
 
 def create(creation: Creation, variable: Any, make: Callable[[], None]) -> None:
     """Runs `make` as where `creation` was noted; afterwards the variable has the key promised then."""
+    now, variable._trainable = variable._trainable, creation.trainable
+    try:
+        _create(creation, variable, make)
+    finally:
+        variable._trainable = now
+
+
+def _create(creation: Creation, variable: Any, make: Callable[[], None]) -> None:
     if _backend() == "jax":
         import jax
 
