@@ -1,7 +1,7 @@
 """Trainings that are killed and started again until they end, each beside one that is not.
 
-`python resumes.py SCENARIO KILLS SEED` prints, as JSON, what the two ended with. Each attempt is a forked child, so that
-the backend is imported once. A child kills itself with SIGKILL at one of its ticks: around every batch, epoch, and
+`python resumes.py SCENARIO KILLS SEED` prints, as JSON, what the two ended with. Each attempt is a forked child, so
+that the backend is imported once. A child kills itself with SIGKILL at one of its ticks: around every batch, epoch, and
 write of a file of a checkpoint.
 """
 
@@ -26,9 +26,9 @@ warnings.filterwarnings("ignore", message=".*fork.*")
 
 import keras
 import numpy as np
-from helpers import values
 from keras import layers
 
+from helpers import values
 from hornbeam import _core, _statefile
 from hornbeam.callbacks import BackupAndRestore
 from hornbeam.checkpoint import CheckpointManager

@@ -127,7 +127,7 @@ def _names() -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "name", {"functional", "recurrent", "attention", "subclassed", "preprocessing_with_assets"} & ZOO.keys()
+    "name", sorted({"functional", "recurrent", "attention", "subclassed", "preprocessing_with_assets"} & ZOO.keys())
 )
 def test_automatic_names_count_on_alike(name: str, tmp_path: Path) -> None:
     model, _, _ = ZOO[name]()
