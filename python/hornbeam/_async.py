@@ -101,18 +101,18 @@ class Handle:
                 return
         self._call(callback)
 
-    def _end(self, error: BaseException | None) -> None:
+    def _end(self, error: BaseException | None) -> list[Callable[[Handle], Any]]:
+        """Notes how it ended; returns whom to tell."""
         with self._lock:
             self._error = error
             self._finished.set()
             callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            self._call(callback)
+        return callbacks
 
     def _call(self, callback: Callable[[Handle], Any]) -> None:
         try:
             callback(self)
-        except Exception:
+        except BaseException:  # the writer goes on, also after a `sys.exit()`
             _state.logger.exception("a callback of the save of '%s' failed", self.path)
 
 
@@ -159,6 +159,7 @@ class _Queue:
         self.failed: list[Handle] = []
         self.staging = _Staging()
         self.staged = False  # somebody's values are in it
+        self.told: list[tuple[Handle, list[Callable[[Handle], Any]]]] = []  # callbacks of saves that were replaced
 
     def places(self) -> int:
         return 2 - (self.writing is not None) - (self.waiting is not None) - self.reserved
@@ -166,7 +167,8 @@ class _Queue:
     def submit(self, job: _Job, *, reserved: bool) -> None:
         with self.changed:
             self.reserved -= reserved
-            while self.places() < 1:  # never for who has reserved a place
+            # Never for who has reserved a place; and those who have may be waiting for this one's memory.
+            while self.places() + (self.reserved if job.stages else 0) < 1:
                 if not (job.replaceable and self.replace()):
                     self.changed.wait()
             # Once the interpreter ends, nobody waits for a new thread: the caller writes.
@@ -181,7 +183,8 @@ class _Queue:
                 except RuntimeError:  # no more threads
                     ending, self.writing, self.thread = True, None, None
         if ending:
-            self._end(job, job.run())
+            for callback in self._end(job, job.run()):
+                job.handle._call(callback)
 
     def replace(self) -> bool:
         """Gives up the waiting save, if it agrees; the caller holds the lock."""
@@ -189,7 +192,7 @@ class _Queue:
             return False
         job, self.waiting = self.waiting, None
         error = CancelledError(f"A later save took the place of that of '{job.handle.path}'.")
-        self._end(job, error, told=True)
+        self.told.append((job.handle, self._end(job, error, told=True)))  # by the writer, without the lock
         return True
 
     def _work(self) -> None:
@@ -198,7 +201,12 @@ class _Queue:
                 job = self.writing
             if job is None:
                 return
-            self._end(job, job.run())
+            ended = [(job.handle, self._end(job, job.run()))]
+            with self.changed:
+                ended, self.told = self.told + ended, []
+            for handle, callbacks in ended:
+                for callback in callbacks:
+                    handle._call(callback)
             with self.changed:
                 job = self.writing = self.waiting
                 self.waiting = None
@@ -206,15 +214,25 @@ class _Queue:
                     self.thread = None
                 self.changed.notify_all()
 
-    def _end(self, job: _Job, error: BaseException | None, *, told: bool = False) -> None:
-        job.drop()
+    def _end(self, job: _Job, error: BaseException | None, *, told: bool = False) -> list[Callable[[Handle], Any]]:
+        """Gives back what the save held; returns whom to tell."""
+        try:
+            job.drop()
+        except BaseException as e:
+            _state.logger.exception("cleaning up after the save of '%s' failed", job.handle.path)
+            error = error or e
         with self.changed:
             if job.stages:
                 self.staged = False
+            job.handle._error = error  # before anybody is told of it
             if error is not None and not told:
                 self.failed.append(job.handle)
             self.changed.notify_all()
-        job.handle._end(error)
+        return job.handle._end(error)
+
+    def is_writer(self) -> bool:
+        """Whether this is the writer's thread, in a callback: it must not wait for itself."""
+        return self.thread is threading.current_thread()
 
     def raise_failed(self, path: str | None = None) -> None:
         """Raises what nobody was told of yet: of any save, or of those to one path."""
@@ -275,9 +293,11 @@ def _start_anew() -> None:
     for job in (_queue.writing, _queue.waiting):
         if job is not None:
             job.handle._finished, job.handle._lock = threading.Event(), threading.Lock()
+            job.handle._callbacks = []  # the parent's to call
             job.handle._end(CancelledError(f"The save of '{job.handle.path}' belongs to the parent process."))
     _queue = _Queue()
     _local.__dict__.clear()
+    _state.renew_lock()  # the writer may have held it
 
 
 if hasattr(os, "register_at_fork"):
@@ -339,6 +359,8 @@ class Request:
     def __enter__(self) -> Request:
         queue = self._queue
         queue.raise_failed()
+        if queue.is_writer() and queue.waiting is not None:
+            raise UnsupportedError("A callback of a save cannot make an asynchronous one while another waits.")
         if not self.latest_wins:  # else a place is made when the snapshot was taken
             with queue.changed:
                 while queue.places() < 1:
@@ -412,6 +434,8 @@ def settle(path: Any, *, loads: bool = False) -> None:
     if not isinstance(path, str | os.PathLike) or (queue.writing is None and not queue.failed):
         return
     real = os.path.realpath(os.fsdecode(path))
+    if queue.is_writer():
+        return
     with queue.changed:
         pending = [job.handle for job in (queue.writing, queue.waiting) if job is not None and job.real == real]
     for handle in pending:

@@ -181,6 +181,12 @@ def stats(*, reset: bool = False) -> Stats:
     return copy
 
 
+def renew_lock() -> None:
+    """In a forked child, where another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
 def count(*, engine: str | None = None, **amounts: int) -> None:
     """Adds to the counters."""
     with _lock:
