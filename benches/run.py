@@ -334,7 +334,7 @@ def main() -> int:
     if args.append and out is not None and out.exists():
         earlier = json.loads(out.read_text())
         result |= {key: earlier[key] for key in ("models", "peers", "ceilings")}
-        result["command"] = earlier["command"].removesuffix(" …") + " …"  # one such command for each workload
+        result["command"] = earlier["command"]
 
     def keep(key: str, rows: list[Result]) -> None:
         measured = {row["workload"] for row in rows}

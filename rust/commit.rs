@@ -105,7 +105,8 @@ impl Pending {
     /// instead, if it was.
     ///
     /// # Errors
-    /// `Io`; the target is then as it was, unless it is written in place.
+    /// `Io`; the target is then as it was, unless it is written in place, or its directory could not be brought to
+    /// stable storage: then it is the new one, which a loss of power may still undo.
     pub fn commit(mut self, len: u64) -> Result<Option<&'static str>> {
         let target = self.target.clone();
         self.commit_inner(len).map_err(|e| e.with_path(&target))?;
@@ -121,7 +122,11 @@ impl Pending {
             // On macOS `sync_all` is F_FULLFSYNC.
             file.sync_all().during("cannot bring the file to stable storage")?;
         }
-        let Some(temporary) = &self.temporary else { return Ok(()) };
+        let Some(temporary) = &self.temporary else {
+            // It may have been made just now.
+            let made = self.durable && file.metadata().is_ok_and(|m| m.is_file());
+            return if made { sync_directory(&self.target) } else { Ok(()) };
+        };
         if cfg!(windows) {
             self.file = None; // an open file cannot be renamed there
             self.replaced = None;
@@ -250,11 +255,13 @@ impl Directory {
     }
 
     fn commit_inner(&mut self) -> Result<()> {
-        let Some(temporary) = self.temporary.clone() else { return Ok(()) };
         if self.durable && cfg!(unix) {
-            let inner = File::open(&temporary).and_then(|d| d.sync_all());
+            let inner = File::open(self.path()).and_then(|d| d.sync_all());
             inner.during("cannot bring the directory to stable storage")?;
         }
+        let Some(temporary) = self.temporary.clone() else {
+            return if self.durable { sync_directory(&self.target) } else { Ok(()) };
+        };
         if self.target.exists() {
             exchange(&temporary, &self.target)?; // the old one now has the temporary name, and is removed on drop
             self.keep_others(&temporary)?;
