@@ -187,6 +187,9 @@ class CheckpointManager:
             self._group.meet(wait=self._place.rank == 0)
         if self._place.rank == 0:
             with contextlib.suppress(FileNotFoundError):
+                self._write_manifest([])  # killed from here on, the directory is one without checkpoints
+                for path in self._directories():
+                    shutil.rmtree(path)
                 shutil.rmtree(self.directory)
         self.close()
 
