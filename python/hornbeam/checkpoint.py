@@ -219,7 +219,7 @@ class CheckpointManager:
         try:
             text = manifest.read_bytes()
         except FileNotFoundError:
-            if self._lock is None and any(self._directories()):
+            if any(self._directories()):
                 raise CheckpointError(
                     f"'{self.directory}' has checkpoints, but no '{_MANIFEST}' that names the complete ones. "
                     "Restore that file, or move the directories elsewhere; their model files can be loaded."
@@ -361,6 +361,7 @@ class CheckpointManager:
             raise ValueError(f"`keep_best` needs '{self.monitor}'. Received: metrics={dict(metrics or {})}")
         self._open()
         self.wait()
+        self.all()  # raises where somebody took the manifest away, before anything is written
         if self._group is None:
             return self._save(step, model, numbers, extra or {}, self.asynchronous)
         _processes.refuse_remote([*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())])
