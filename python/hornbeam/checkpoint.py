@@ -406,7 +406,11 @@ class CheckpointManager:
                 directory.commit()
             known = crc() if self.save_weights_only else None
             saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, known)
-            self._commit(saved, time.monotonic() - started)
+            try:
+                self._commit(saved, time.monotonic() - started)
+            except BaseException:
+                self._discard(target)
+                raise
             return saved
 
         if not asynchronous:
@@ -431,6 +435,16 @@ class CheckpointManager:
             len(before) + 1 - len(listed),
             extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": [c.step for c in listed]},
         )
+
+    def _discard(self, target: Path) -> None:
+        """Deletes a checkpoint whose commit failed, unless the manifest names it all the same, or cannot be read."""
+        try:
+            unlisted = target in self._unlisted()
+        except (OSError, CheckpointError) as error:
+            logger.warning("'%s' stays, since the manifest cannot be read: %s", target, error)
+            return
+        if unlisted:
+            _remove([target])
 
     def _unlisted(self) -> list[Path]:
         """Directories of checkpoints that the manifest does not name."""
