@@ -565,6 +565,7 @@ class _Pending:
         except BaseException as error:
             self._error = error
         finally:
+            del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
             self._done.set()
 
     def wait(self) -> BaseException | None:
