@@ -23,6 +23,7 @@ import hornbeam
 from helpers import values
 from hornbeam import _random, _statefile
 from hornbeam.checkpoint import CheckpointManager
+from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
@@ -233,6 +234,46 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="built"):
             ckpt.restore(keras.Sequential([keras.layers.Dense(1)]))
         assert values(smaller) == before
+
+
+class Picky:
+    """Takes no state."""
+
+    def get_state(self) -> int:
+        return 3
+
+    def set_state(self, state: Any) -> None:
+        raise AssertionError
+
+    def check_state(self, state: Any) -> None:
+        raise CheckpointError(f"not {state}")
+
+
+def test_extra_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        data = resumable(np.zeros((4, 2)), batch_size=2)
+        extra = {"data": data, "metric": keras.metrics.Mean(), "n": 3, "picky": Picky(), "pair": [1, 2]}
+        ckpt.save(0, build(), extra=extra)
+        model = build()
+        fill(model, 7)
+        before = values(model)
+        other = resumable(np.zeros((6, 2)), batch_size=2)
+        other.epoch = 5
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"data": other}, "other data"),
+            ({"metric": data}, "not of data"),
+            ({"metric": keras.metrics.BinaryAccuracy(), "data": other}, "other data"),
+            ({"metric": build()}, "another model"),
+            ({"n": keras.metrics.Mean()}, "another object"),
+            ({"pair": keras.metrics.Mean()}, "another object"),
+            ({"n": 3}, "Nothing can take"),
+            ({"picky": Picky()}, "not 3"),
+        ]
+        for extra, match in wrong:
+            with pytest.raises(CheckpointError, match=match):
+                ckpt.restore(model, extra=extra)
+            assert values(model) == before
+            assert (other.epoch, other.step) == (5, 0)
 
 
 @pytest.mark.parametrize("file", ["state.zip", "model.weights.h5"])

@@ -313,6 +313,8 @@ class CheckpointManager:
         if not model.built:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
         _training_state.check(model, state["model"], where)
+        for name, item in extra.items():
+            _training_state.check_given(item, state["extra"][name], f"{where}: {name}")
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
