@@ -343,7 +343,7 @@ class CheckpointManager:
 
         Args:
             step: What it is called. One of the same step is replaced.
-            model: The model.
+            model: The model. An optimizer that has no variables yet is built.
             metrics: Numbers to choose the best by, and for the record.
             extra: What else belongs to it: JSON-able values, bytes, arrays; objects with `get_state`; Keras'
                 optimizers, metrics, layers and seed generators that are no part of the model.
@@ -364,9 +364,12 @@ class CheckpointManager:
         self._open()
         self.wait()
         self.all()  # raises where somebody took the manifest away, before anything is written
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and model.built and not optimizer.built:  # so that it fits a model that was trained
+            optimizer.build(model.trainable_variables)
         if self._group is None:
             return self._save(step, model, numbers, extra or {}, self.asynchronous)
-        _processes.refuse_remote([*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())])
+        _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
         if self._place.rank != 0:
             self._group.meet()
             return next((c for c in self.all() if c.step == step), None)
