@@ -216,6 +216,47 @@ def test_whole_models(tmp_path: Path) -> None:
     assert values(model) == values(build())
 
 
+def test_a_model_that_was_not_trained_yet(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(0, model)
+        expected = values(model)
+        for variable in [*model.variables, *model.optimizer.variables]:  # "training"
+            variable.assign(keras.ops.ones_like(variable))
+        assert ckpt.restore(model) == 1
+        assert values(model) == expected
+        fresh = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        fresh.compile("adam", "mse")
+        assert ckpt.restore(fresh) == 1
+        assert values(fresh) == expected
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_lora_is_exact(weights_only: bool, tmp_path: Path) -> None:
+    def adapted() -> Any:
+        ids = keras.Input((3,), dtype="int32")
+        inner = keras.Sequential([keras.Input((3, 4)), keras.layers.Dense(5, name="inner")])
+        model = keras.Model(ids, keras.layers.Dense(2)(inner(keras.layers.Embedding(7, 4)(ids))))
+        model.layers[1].enable_lora(2)
+        inner.layers[0].enable_lora(2)
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    model, rng = adapted(), np.random.default_rng(0)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        variable.assign((rng.normal(size=variable.shape) * 10).astype(variable.dtype))
+    expected = values(model)
+    with CheckpointManager(tmp_path, save_weights_only=weights_only) as ckpt:
+        ckpt.save(0, model)
+        assert values(model) == expected
+        other = adapted()
+        assert values(other) != expected
+        ckpt.restore(other)
+        assert values(other) == expected
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as ckpt:
         ckpt.save(0, build())

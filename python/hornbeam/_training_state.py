@@ -60,8 +60,13 @@ def _match(variables: list[Any], state: Values, where: str) -> list[tuple[Any, n
 
 
 def _outside_files(model: Any) -> list[Any]:
-    """Variables that Keras saves nowhere: seed generators, above all."""
-    saved = {id(variable) for variable in model.weights}
+    """Variables that Keras does not save as they are: seed generators, above all.
+
+    A layer with LoRA saves its kernel with the product of the low-rank factors added, and loads factors of zero.
+    """
+    layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else ()
+    merged = {id(v) for layer in layers if getattr(layer, "lora_enabled", False) for v in layer.variables}
+    saved = {id(variable) for variable in model.weights} - merged
     return [variable for variable in model.variables if id(variable) not in saved]
 
 
