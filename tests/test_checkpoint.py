@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -20,8 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import hornbeam
 from helpers import values
-from hornbeam import _statefile
+from hornbeam import _random, _statefile
 from hornbeam.checkpoint import CheckpointManager
+from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
@@ -185,6 +187,25 @@ def test_restores_everything(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_keras_generator_without_its_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras 3.12 has no GLOBAL_SEED_GENERATOR."""
+    from keras.src.random import seed_generator
+
+    keras.random.normal((1,))  # makes Keras' own generator
+    spec = importlib.util.spec_from_file_location("older", _random.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    older = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.delattr(seed_generator, "GLOBAL_SEED_GENERATOR", raising=False)
+        spec.loader.exec_module(older)
+    state = older.capture()
+    np.testing.assert_array_equal(state["keras"], _random.capture()["keras"])
+    drawn = keras.ops.convert_to_numpy(keras.random.normal((3,)))
+    older.restore(state)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(keras.random.normal((3,))), drawn)
+
+
 def test_whole_models(tmp_path: Path) -> None:
     model = build()
     with CheckpointManager(tmp_path, save_weights_only=False) as ckpt:
@@ -193,6 +214,47 @@ def test_whole_models(tmp_path: Path) -> None:
         fill(model, 7)
         assert ckpt.restore(model) == 1
     assert values(model) == values(build())
+
+
+def test_a_model_that_was_not_trained_yet(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(0, model)
+        expected = values(model)
+        for variable in [*model.variables, *model.optimizer.variables]:  # "training"
+            variable.assign(keras.ops.ones_like(variable))
+        assert ckpt.restore(model) == 1
+        assert values(model) == expected
+        fresh = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        fresh.compile("adam", "mse")
+        assert ckpt.restore(fresh) == 1
+        assert values(fresh) == expected
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_lora_is_exact(weights_only: bool, tmp_path: Path) -> None:
+    def adapted() -> Any:
+        ids = keras.Input((3,), dtype="int32")
+        inner = keras.Sequential([keras.Input((3, 4)), keras.layers.Dense(5, name="inner")])
+        model = keras.Model(ids, keras.layers.Dense(2)(inner(keras.layers.Embedding(7, 4)(ids))))
+        model.layers[1].enable_lora(2)
+        inner.layers[0].enable_lora(2)
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    model, rng = adapted(), np.random.default_rng(0)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        variable.assign((rng.normal(size=variable.shape) * 10).astype(variable.dtype))
+    expected = values(model)
+    with CheckpointManager(tmp_path, save_weights_only=weights_only) as ckpt:
+        ckpt.save(0, model)
+        assert values(model) == expected
+        other = adapted()
+        assert values(other) != expected
+        ckpt.restore(other)
+        assert values(other) == expected
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
@@ -213,6 +275,46 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="built"):
             ckpt.restore(keras.Sequential([keras.layers.Dense(1)]))
         assert values(smaller) == before
+
+
+class Picky:
+    """Takes no state."""
+
+    def get_state(self) -> int:
+        return 3
+
+    def set_state(self, state: Any) -> None:
+        raise AssertionError
+
+    def check_state(self, state: Any) -> None:
+        raise CheckpointError(f"not {state}")
+
+
+def test_extra_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        data = resumable(np.zeros((4, 2)), batch_size=2)
+        extra = {"data": data, "metric": keras.metrics.Mean(), "n": 3, "picky": Picky(), "pair": [1, 2]}
+        ckpt.save(0, build(), extra=extra)
+        model = build()
+        fill(model, 7)
+        before = values(model)
+        other = resumable(np.zeros((6, 2)), batch_size=2)
+        other.epoch = 5
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"data": other}, "other data"),
+            ({"metric": data}, "not of data"),
+            ({"metric": keras.metrics.BinaryAccuracy(), "data": other}, "other data"),
+            ({"metric": build()}, "another model"),
+            ({"n": keras.metrics.Mean()}, "another object"),
+            ({"pair": keras.metrics.Mean()}, "another object"),
+            ({"n": 3}, "Nothing can take"),
+            ({"picky": Picky()}, "not 3"),
+        ]
+        for extra, match in wrong:
+            with pytest.raises(CheckpointError, match=match):
+                ckpt.restore(model, extra=extra)
+            assert values(model) == before
+            assert (other.epoch, other.step) == (5, 0)
 
 
 @pytest.mark.parametrize("file", ["state.zip", "model.weights.h5"])
@@ -269,6 +371,87 @@ def test_what_crashes_leave(tmp_path: Path) -> None:
         (tmp_path / "checkpoints.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"checkpoints\.json"):
             CheckpointManager(tmp_path).all()
+
+
+def test_a_manager_that_is_dropped_gives_the_directory_back(tmp_path: Path) -> None:
+    model = build()
+    for asynchronous in (False, True, False):
+        ckpt = CheckpointManager(tmp_path, asynchronous=asynchronous)
+        ckpt.save(1, model)
+        hornbeam.wait()
+        del ckpt
+    assert [c.step for c in CheckpointManager(tmp_path).all()] == [1]
+
+
+def test_deleting_all_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, unlink, interrupted = build(), os.unlink, 0
+    while True:
+        ckpt = CheckpointManager(tmp_path / "run").__enter__()  # takes over what the interrupted one left
+        ckpt.save(1, model)
+        ckpt.save(2, model)
+        left = interrupted
+
+        def interrupt(*arguments: Any, **keywords: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            unlink(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", interrupt)
+            try:
+                ckpt.delete_all()
+                break
+            except KeyboardInterrupt:
+                interrupted += 1
+        ckpt.close()
+        assert CheckpointManager(tmp_path / "run").all() == []
+    assert interrupted >= 4  # two files of each checkpoint, at least
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_manifest_that_cannot_be_written(asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space")
+
+    model = build()
+    with CheckpointManager(tmp_path, asynchronous=asynchronous) as ckpt:
+        ckpt.save(1, model)
+        ckpt.wait()
+        before = sorted(os.listdir(tmp_path))
+        monkeypatch.setattr(ckpt, "_write_manifest", refuse)
+        for step in (1, 2):
+            with pytest.raises(OSError, match="no space"):  # noqa: PT012
+                ckpt.save(step, model)
+                ckpt.wait()
+            assert sorted(os.listdir(tmp_path)) == before
+        assert [c.step for c in ckpt.all()] == [1]
+
+        original = ckpt.__class__._write_manifest
+
+        def write_and_raise(checkpoints: Any) -> None:
+            original(ckpt, checkpoints)
+            raise OSError("not on stable storage")
+
+        monkeypatch.setattr(ckpt, "_write_manifest", write_and_raise)
+        with pytest.raises(OSError, match="stable storage"):  # noqa: PT012
+            ckpt.save(3, model)
+            ckpt.wait()
+        ckpt.latest().check()
+        assert [c.step for c in ckpt.all()] == [1, 3]
+
+
+def test_a_manifest_that_goes_while_the_directory_is_held(tmp_path: Path) -> None:
+    model = build()
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(1, model)
+        (tmp_path / "checkpoints.json").unlink()
+        for use in (ckpt.all, lambda: ckpt.save(2, model)):
+            with pytest.raises(CheckpointError, match=r"no 'checkpoints\.json'"):
+                use()
+    assert sorted(os.listdir(tmp_path)) == [".lock", "step-00000001"]
 
 
 def test_a_reader_whose_checkpoint_is_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

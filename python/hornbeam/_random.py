@@ -8,12 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.random import seed_generator
+
+#: The name that Keras keeps its own generator under; Keras 3.12 has no constant for it.
+_GLOBAL: str = getattr(seed_generator, "GLOBAL_SEED_GENERATOR", "global_seed_generator")
 
 
 def capture() -> dict[str, Any]:
     """The state of every generator that gives random numbers without being asked for one by name."""
-    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(_GLOBAL)
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -25,7 +28,8 @@ def capture() -> dict[str, Any]:
 def restore(state: dict[str, Any]) -> None:
     """Gives the generators the state that `capture` took; another backend's is left alone."""
     if state["keras"] is not None:
-        global_seed_generator().state.assign(state["keras"])  # first: a new one draws its seed from Python's generator
+        # First: a new one draws its seed from Python's generator.
+        seed_generator.global_seed_generator().state.assign(state["keras"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     name, backend = state["backend"]
@@ -35,11 +39,11 @@ def restore(state: dict[str, Any]) -> None:
 
 def reseed(seed: int, epoch: int) -> None:
     """Makes whatever is random in an epoch a function of `seed` and the epoch's number."""
-    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(_GLOBAL)
     keras.utils.set_random_seed(derive(seed, epoch))
     if generator is not None:  # Keras drops it, but traced functions hold on to it
         generator.state.assign(np.array([derive(seed, epoch) & 0x7FFFFFFF, 0]))
-        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+        global_state.set_global_attribute(_GLOBAL, generator)
 
 
 def derive(*numbers: int) -> int:

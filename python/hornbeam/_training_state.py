@@ -60,8 +60,13 @@ def _match(variables: list[Any], state: Values, where: str) -> list[tuple[Any, n
 
 
 def _outside_files(model: Any) -> list[Any]:
-    """Variables that Keras saves nowhere: seed generators, above all."""
-    saved = {id(variable) for variable in model.weights}
+    """Variables that Keras does not save as they are: seed generators, above all.
+
+    A layer with LoRA saves its kernel with the product of the low-rank factors added, and loads factors of zero.
+    """
+    layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else ()
+    merged = {id(v) for layer in layers if getattr(layer, "lora_enabled", False) for v in layer.variables}
+    saved = {id(variable) for variable in model.weights} - merged
     return [variable for variable in model.variables if id(variable) not in saved]
 
 
@@ -78,20 +83,38 @@ def state_of(item: Any) -> Any:
     return item
 
 
-def is_stateful(item: Any) -> bool:
-    """Whether `give_state` can give the object what `state_of` took."""
-    return (
-        callable(getattr(item, "set_state", None))
-        or isinstance(item, keras.random.SeedGenerator)
-        or (hasattr(item, "variables") and not isinstance(item, Mapping))
-    )
+def check_given(item: Any, state: Any, where: str) -> None:
+    """Refuses a state that `give_state` cannot give to the object, before anything is changed.
+
+    An object with `set_state` is asked if it has `check_state`, too; otherwise what it thinks of it shows only then.
+
+    Raises:
+        CheckpointError: The state is of another object, or nothing can be given to this one.
+    """
+    if callable(getattr(item, "set_state", None)):
+        if callable(getattr(item, "check_state", None)):
+            item.check_state(state)
+        return
+    variables = _variables_of(item)
+    if variables is None:
+        raise CheckpointError(
+            f"Nothing can take the state of '{where}': expected an object with `set_state` or `variables`, "
+            f"found {type(item).__name__!r}. Without an object it is in `extra` of the manager afterwards."
+        )
+    if not (isinstance(state, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in state)):
+        raise CheckpointError(f"'{where}' is of another object. Expected variables, found {type(state).__name__!r}.")
+    _match(variables, state, where)
+
+
+def _variables_of(item: Any) -> list[Any] | None:
+    if isinstance(item, keras.random.SeedGenerator):
+        return [item.state]
+    return list(item.variables) if hasattr(item, "variables") and not isinstance(item, Mapping) else None
 
 
 def give_state(item: Any, state: Any, where: str) -> None:
-    """Gives an object of the user's the state that was taken of it."""
+    """Gives an object of the user's the state that was taken of it, and that `check_given` let pass."""
     if callable(getattr(item, "set_state", None)):
         item.set_state(state)
-    elif isinstance(item, keras.random.SeedGenerator):
-        assign([item.state], state, where)
     else:
-        assign(item.variables, state, where)
+        assign(_variables_of(item) or [], state, where)

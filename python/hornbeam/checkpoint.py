@@ -187,6 +187,9 @@ class CheckpointManager:
             self._group.meet(wait=self._place.rank == 0)
         if self._place.rank == 0:
             with contextlib.suppress(FileNotFoundError):
+                self._write_manifest([])  # killed from here on, the directory is one without checkpoints
+                for path in self._directories():
+                    shutil.rmtree(path)
                 shutil.rmtree(self.directory)
         self.close()
 
@@ -216,7 +219,7 @@ class CheckpointManager:
         try:
             text = manifest.read_bytes()
         except FileNotFoundError:
-            if self._lock is None and any(self._directories()):
+            if any(self._directories()):
                 raise CheckpointError(
                     f"'{self.directory}' has checkpoints, but no '{_MANIFEST}' that names the complete ones. "
                     "Restore that file, or move the directories elsewhere; their model files can be loaded."
@@ -310,6 +313,8 @@ class CheckpointManager:
         if not model.built:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
         _training_state.check(model, state["model"], where)
+        for name, item in extra.items():
+            _training_state.check_given(item, state["extra"][name], f"{where}: {name}")
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
@@ -338,7 +343,7 @@ class CheckpointManager:
 
         Args:
             step: What it is called. One of the same step is replaced.
-            model: The model.
+            model: The model. An optimizer that has no variables yet is built.
             metrics: Numbers to choose the best by, and for the record.
             extra: What else belongs to it: JSON-able values, bytes, arrays; objects with `get_state`; Keras'
                 optimizers, metrics, layers and seed generators that are no part of the model.
@@ -358,9 +363,13 @@ class CheckpointManager:
             raise ValueError(f"`keep_best` needs '{self.monitor}'. Received: metrics={dict(metrics or {})}")
         self._open()
         self.wait()
+        self.all()  # raises where somebody took the manifest away, before anything is written
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and model.built and not optimizer.built:  # so that it fits a model that was trained
+            optimizer.build(model.trainable_variables)
         if self._group is None:
             return self._save(step, model, numbers, extra or {}, self.asynchronous)
-        _processes.refuse_remote([*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())])
+        _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
         if self._place.rank != 0:
             self._group.meet()
             return next((c for c in self.all() if c.step == step), None)
@@ -402,7 +411,11 @@ class CheckpointManager:
                 directory.commit()
             known = crc() if self.save_weights_only else None
             saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, known)
-            self._commit(saved, time.monotonic() - started)
+            try:
+                self._commit(saved, time.monotonic() - started)
+            except BaseException:
+                self._discard(target)
+                raise
             return saved
 
         if not asynchronous:
@@ -427,6 +440,16 @@ class CheckpointManager:
             len(before) + 1 - len(listed),
             extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": [c.step for c in listed]},
         )
+
+    def _discard(self, target: Path) -> None:
+        """Deletes a checkpoint whose commit failed, unless the manifest names it all the same, or cannot be read."""
+        try:
+            unlisted = target in self._unlisted()
+        except (OSError, CheckpointError) as error:
+            logger.warning("'%s' stays, since the manifest cannot be read: %s", target, error)
+            return
+        if unlisted:
+            _remove([target])
 
     def _unlisted(self) -> list[Path]:
         """Directories of checkpoints that the manifest does not name."""
@@ -547,6 +570,7 @@ class _Pending:
         except BaseException as error:
             self._error = error
         finally:
+            del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
             self._done.set()
 
     def wait(self) -> BaseException | None:

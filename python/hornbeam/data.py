@@ -88,8 +88,19 @@ class Resumable(DataAdapter):
         Raises:
             CheckpointError: The state is that of other data.
         """
+        self.check_state(state)
         self.epoch, self.step = state["epoch"], state["step"]
         self._set_source_state(state["source"])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuses what `set_state` would refuse, and changes nothing.
+
+        Raises:
+            CheckpointError: The state is that of other data.
+        """
+        if not (isinstance(state, dict) and state.keys() >= {"epoch", "step", "source"}):
+            raise CheckpointError(f"The checkpoint is not of data. Expected a position, found {state!r:.200}.")
+        self._check_source_state(state["source"])
 
     def open(self, make: Callable[[], Any], *, goes_on: bool) -> Any:
         """An iterator of the backend's for `fit`, from the position on.
@@ -106,8 +117,11 @@ class Resumable(DataAdapter):
     def _source_state(self) -> Any:
         raise NotImplementedError
 
+    def _check_source_state(self, state: Any) -> None:
+        """Raises `CheckpointError` for the state of other data, as far as that can be seen."""
+
     def _set_source_state(self, state: Any) -> None:
-        raise NotImplementedError
+        """Goes there."""
 
     def on_epoch_begin(self) -> None:
         """Called by `fit`."""
@@ -211,7 +225,7 @@ class _Indexed(Resumable):
     def _source_state(self) -> dict[str, Any]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}
 
-    def _set_source_state(self, state: Any) -> None:
+    def _check_source_state(self, state: Any) -> None:
         if state != self._source_state():
             raise CheckpointError(f"The checkpoint is of other data. Expected {self._source_state()}, found {state}.")
 
