@@ -314,6 +314,34 @@ def test_new_shards_leave_nothing_of_the_old(tmp_path: Path) -> None:
         assert set(os.listdir(tmp_path)) == {*shards, "m.safetensors.index.json", "m-notes.safetensors"}
 
 
+def test_shards_replace_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("keras.src.utils.io_utils.ask_to_proceed_with_overwrite", lambda path: asked.append(path))
+    big = chain(layers.Dense(64), layers.Dense(64), shape=(64,))
+    size = 64 * 65 * 4 / 1024**3
+    single, index = tmp_path / "v.safetensors", tmp_path / "v.safetensors.index.json"
+    single.write_bytes(b"mine")
+    with pytest.warns(UserWarning, match="is left as it is"):
+        saving.save_weights(big, index, max_shard_size=size, overwrite=False)
+    assert single.read_bytes() == b"mine"
+    assert not asked
+    single.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 3
+    disturb(big)
+    saving.save_weights(big, single, max_shard_size=size, overwrite=False)  # the answer is no
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(asked) == 1
+    assert all(str(path) in asked[0] for path in before)
+    index.unlink()
+    saving.save_weights(big, index, max_shard_size=size, overwrite=False)  # its shards are there
+    assert not index.exists()
+    assert len(asked) == 2
+    saving.save_weights(big, single, max_shard_size=size)
+    assert before.keys() == set(tmp_path.iterdir())
+    assert all(path.read_bytes() != before[path] for path in before if path != index)
+
+
 def test_an_interrupted_replacement_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hornbeam import _core
 

@@ -50,7 +50,7 @@ def save_weights(
     Args:
         model: The model; it must be built.
         filepath: Ends in `.safetensors` or, with `max_shard_size`, `.safetensors.index.json`.
-        overwrite: Replace an existing file without asking.
+        overwrite: Replace what exists, shards and index included, without asking.
         max_shard_size: Most bytes of the tensors of a shard in GB (1024³ bytes). What fits into one, at a path that
             ends in `.safetensors`, is one file without an index.
         objects_to_skip: Layers to leave out.
@@ -70,16 +70,19 @@ def save_weights(
     _async.settle(text)
     if _state.current().compression is not None:
         raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
-    if not overwrite and os.path.exists(text) and not io_utils.ask_to_proceed_with_overwrite(text):
-        return
     skipped = {id(o) for o in objects_to_skip or ()}
     with _save._recorded(model, assets=False, visited=skipped) as (store, _):
         named = _name(store)
         shards = _split(named, None if max_shard_size is None else max_shard_size * 1024**3)
-        if len(shards) == 1 and text.endswith(_SUFFIX):
+        places = None if len(shards) == 1 and text.endswith(_SUFFIX) else _Places(text, len(shards))
+        replaced = [Path(text)] if places is None else places.replaced()
+        there = ", ".join(str(path) for path in replaced if path.exists())
+        if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
+            return
+        if places is None:
             _save_one(named, text)
         else:
-            _save_shards(shards, text)
+            _save_shards(shards, places)
 
 
 def _check_local(text: str) -> None:
@@ -173,21 +176,47 @@ def _save_one(named: _Named, text: str) -> None:
     _save._count_save(plan, named, info["bytes"], text)
 
 
-def _save_shards(shards: list[_Named], text: str) -> None:
+class _Places:
+    """Where shards and their index go, and what has to go for them.
+
+    Attributes:
+        index: The index.
+        shards: The shards, in order.
+        stale: What no index names any more, and the single file if that is what was asked for: it would be taken for
+            this save. Who names the index keeps a file of that name, which may be anything.
+    """
+
+    def __init__(self, text: str, count: int) -> None:
+        base = Path(text.removesuffix(_INDEX).removesuffix(_SUFFIX))
+        self.index = base.with_name(f"{base.name}{_INDEX}")
+        self.shards = [base.with_name(f"{base.name}-{i:05}-of-{count:05}{_SUFFIX}") for i in range(1, count + 1)]
+        single = base.with_name(f"{base.name}{_SUFFIX}")
+        old = [self.index.with_name(name) for name in _old_shards(self.index, base.name)]
+        self.stale = [path for path in old if path not in self.shards]
+        if not text.endswith(_INDEX):
+            self.stale.append(single)
+        elif single.exists():
+            warnings.warn(
+                f"'{single}' is left as it is; programs that look for one file before an index will take it for these "
+                "weights. Remove it, or save under another name.",
+                stacklevel=2,
+            )
+
+    def replaced(self) -> list[Path]:
+        """What is written over or removed, where it exists."""
+        return [self.index, *self.shards, *self.stale]
+
+
+def _save_shards(shards: list[_Named], places: _Places) -> None:
     """Every shard is complete before the first takes its place; the old index goes first, the new one comes last."""
     options, report = _state.current(), shards[0].report
-    base = Path(text.removesuffix(_INDEX).removesuffix(_SUFFIX))
-    index_path = base.with_name(f"{base.name}{_INDEX}")
-    names = [f"{base.name}-{i:05}-of-{len(shards):05}{_SUFFIX}" for i in range(1, len(shards) + 1)]
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.datasets}
+    named = list(zip(places.shards, shards, strict=True))
+    weight_map = {tensor: path.name for path, shard in named for tensor in shard.datasets}
     total = sum(shard.nbytes for shard in shards)
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    old = _old_shards(index_path, base.name)
-    files = [(str(index_path.with_name(name)), shard, shard.plan()) for name, shard in zip(names, shards, strict=True)]
-    _shards.write(files, index_path, index.encode(), options, report)
-    # What would be taken for this save by who looks for one file first, and what no index names any more.
-    stale = [base.with_name(f"{base.name}{_SUFFIX}"), *(index_path.with_name(n) for n in old if n not in names)]
-    for path in stale:
+    files = [(str(path), shard, shard.plan()) for path, shard in named]
+    _shards.write(files, places.index, index.encode(), options, report)
+    for path in places.stale:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 
