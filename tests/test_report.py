@@ -6,7 +6,6 @@ import contextlib
 import json
 import pickle
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from keras import layers
 import hornbeam
 from helpers import state
 from hornbeam import IncompleteLoadError, saving
-from hornbeam.errors import UnsupportedError
 from zoo import ZOO, chain, floats, train
 
 
@@ -356,14 +354,6 @@ def test_reports_are_readable(tmp_path: Path) -> None:
     assert "&lt;m&gt;" in report._repr_html_()
     assert json.loads(json.dumps(report.to_dict()))["complete"] is True
     assert set(report.seconds) == {"open", "read", "assign"}
-
-
-def test_stock_loads_cannot_be_strict_or_partial(tmp_path: Path) -> None:
-    model = two_towers()
-    model.save_weights(tmp_path / "m.weights.h5")
-    shutil.copy(tmp_path / "m.weights.h5", tmp_path / "m.h5")
-    with pytest.raises(UnsupportedError, match="Only `by_name` works"):
-        saving.load_weights(model, tmp_path / "m.h5", only="head")
 
 
 def test_layers_that_are_not_loaded_do_not_even_run(tmp_path: Path) -> None:

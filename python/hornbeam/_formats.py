@@ -46,7 +46,7 @@ def load_model(
     """`saving_api.load_model`."""
     if _savedmodel.is_savedmodel(filepath):
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
-    if not str(filepath).endswith((".h5", ".hdf5")) and _legacy.is_hdf5(filepath):
+    if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _legacy.is_hdf5(filepath):
         return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
