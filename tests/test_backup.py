@@ -227,6 +227,32 @@ def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureF
         assert "stateful" in text
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="tf.data needs TensorFlow")
+def test_keras_does_not_read_ahead_of_the_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    if BACKEND == "jax":  # Keras reads ahead where this is no CPU, Keras 3.12 always
+        import jax
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    data = resumable(dataset)
+    states = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            data.step = batch + 1
+            states.append(data.get_state())
+
+    build().fit(data, verbose=0, callbacks=[BackupAndRestore(tmp_path / "b", save_freq=2), Look()])
+    expected = [np.asarray(x) for x, _ in resumable(dataset)]
+    for i, state in enumerate(states[:-1]):
+        again = resumable(dataset)
+        again.set_state(state)
+        rest = [np.asarray(x) for x, _ in again]
+        np.testing.assert_array_equal(np.concatenate(rest), np.concatenate(expected[i + 1 :]))
+
+
 def test_keras_own_tests_pass(tmp_path: Path) -> None:
     source = Path(importlib.util.find_spec("keras").submodule_search_locations[0]) / "src"
     test = source / "callbacks" / "backup_and_restore_test.py"

@@ -146,7 +146,7 @@ def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
     """`EpochIterator._enumerate_iterator` from the position of the data on, with one iterator for each epoch."""
     data.on_epoch_begin()
     goes_on = epochs.steps_per_epoch is not None and data.num_batches is None
-    iterator = data.open(lambda: iter(epochs._get_iterator()), goes_on=goes_on)
+    iterator = data.open(lambda: iter(_begin(epochs, data)), goes_on=goes_on)
     length, size = epochs.steps_per_epoch or epochs._num_batches, epochs.steps_per_execution
     step = data.step
     while length is None or step < length:
@@ -154,6 +154,15 @@ def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
         yield step, step + size - 1, iterator
         step += size
     data.on_epoch_end()
+
+
+def _begin(epochs: Any, data: Resumable) -> Any:
+    """What `fit` iterates over; where Keras reads ahead of training (JAX), without that, if the position is the data's.
+
+    A distribution has an iterator of its own, which does not read ahead.
+    """
+    reads_ahead = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
+    return data.get_jax_iterator() if reads_ahead and not data.counts else epochs._get_iterator()
 
 
 def _is_distributed(epochs: Any) -> bool:

@@ -67,6 +67,8 @@ class Resumable(DataAdapter):
         step: How many batches of it were taken.
     """
 
+    counts = True  # `epoch` and `step` are all there is to the position
+
     def __init__(self) -> None:
         self.epoch = self.step = 0
         self._began = False
@@ -232,6 +234,8 @@ class _Indexed(Resumable):
 
 class _Dataset(Resumable):
     """A `tf.data.Dataset`: its iterator knows its position, and can be asked for it."""
+
+    counts = False
 
     def __init__(self, dataset: Any) -> None:
         super().__init__()
