@@ -157,8 +157,12 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
     let Node::Dict(header) = header else { return Err(malformed("its header is no JSON object")) };
     let mut index = Index::default();
     let mut ends = Vec::new();
+    let mut described = false;
     for (name, node) in header.into_entries() {
         if name == METADATA {
+            if std::mem::replace(&mut described, true) {
+                return Err(malformed("a name comes twice").with_entry(METADATA));
+            }
             index.attributes = metadata(node).ok_or_else(|| malformed("its __metadata__ is no object of strings"))?;
             continue;
         }

@@ -1290,8 +1290,8 @@ mod safetensors {
 
     #[test]
     fn what_is_written_is_read_and_aligned() {
-        let metadata = vec![("format".to_owned(), "keras".to_owned()), ("b".to_owned(), "ß\"\n".to_owned())];
-        let tag = |name: &str| vec![("dtype".to_owned(), name.to_owned())];
+        let metadata = vec![("format".to_owned(), "keras".into()), ("b".to_owned(), "ß\"\n".into())];
+        let tag = |name: &str| vec![("dtype".to_owned(), name.into())];
         let mut tree = Tree::flat();
         tree.add_group("__metadata__", metadata.clone()).unwrap();
         for (name, dtype, shape, attributes) in [
@@ -1391,6 +1391,7 @@ mod safetensors {
             (file(r#"{"a":{}}"#, b""), "lacks its dtype"),
             (file(r#"{"__metadata__":{"a":1}}"#, b""), "no object of strings"),
             (file(r#"{"__metadata__":{"a":"b","a":"b"}}"#, b""), "a name comes twice"),
+            (file(r#"{"__metadata__":{"a":"b"},"__metadata__":{"c":"d"}}"#, b""), "a name comes twice"),
             (file(r#"{"\ud800":1}"#, b""), "not Unicode"),
             (file(&format!(r#"{{"a":{0},"a":{0}}}"#, tensor("U8", "[0]", "[0,0]")), b""), "a name comes twice"),
             (file(r#"{"a":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#, b""), "duplicate"),

@@ -16,9 +16,10 @@ import pytest
 
 import hornbeam
 import hornbeam.export
+import hornbeam.saving
 from hornbeam import _keras
 from hornbeam._export import Request, requested
-from hornbeam.errors import UnsupportedError, VerificationError
+from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 from hornbeam.export import ExportArchive, export
 
 tf = pytest.importorskip("tensorflow", reason="SavedModels are written by TensorFlow")
@@ -175,6 +176,22 @@ def test_other_files_in_the_directory_stay(tmp_path: Path, caplog: pytest.LogCap
     with pytest.raises(NotADirectoryError, match="a file stands there"):
         export(model_of(keras.layers.Dense(2)), tmp_path / "file", verbose=False)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_of_such_names_is_somebody_elses_without_a_graph(tmp_path: Path) -> None:
+    model = model_of(keras.layers.Dense(2))
+    names = ("assets/logo.png", "debug/notes.txt", "assets.extra/model.keras")
+    for name in names:
+        (tmp_path / "site" / name).parent.mkdir(parents=True)
+        (tmp_path / "site" / name).write_text("mine")
+    with pytest.raises(InvalidError, match="no part of a SavedModel"):
+        hornbeam.saving.save_model(model, tmp_path / "site")
+    assert {p.name for p in (tmp_path / "site").iterdir()} == {"assets", "debug", "assets.extra"}
+    export(model, tmp_path / "site", verbose=False)  # in place
+    assert [(tmp_path / "site" / name).read_text() for name in names] == ["mine"] * 3
+    export(model, tmp_path / "site", verbose=False)  # replaced: it is a SavedModel now
+    assert (tmp_path / "site" / "debug" / "notes.txt").read_text() == "mine"
+    assert tf.saved_model.contains_saved_model(str(tmp_path / "site"))
 
 
 def test_a_difference_is_found_and_the_old_artifact_stays(tmp_path: Path) -> None:

@@ -67,6 +67,39 @@ def test_uninstall_restores_every_attribute() -> None:
     assert everything() == before
 
 
+def test_installing_waits_for_a_thread_that_imports_keras() -> None:
+    program = """
+import importlib, sys, threading
+from hornbeam import _hook
+started, awaited = threading.Event(), threading.Event()
+
+class Pause:
+    def find_spec(self, name, path, target=None):
+        if name == "keras.src.saving.object_registration":
+            started.set()
+            assert awaited.wait(60)
+
+sys.meta_path.insert(0, Pause())
+real = importlib.import_module
+def import_module(name, package=None):
+    if threading.current_thread() is threading.main_thread():
+        awaited.set()
+    return real(name, package)
+importlib.import_module = import_module
+thread = threading.Thread(target=lambda: real("keras"))
+thread.start()
+assert started.wait(60)
+_hook.install()
+assert awaited.is_set()
+thread.join()
+import keras
+assert "__hornbeam__" in vars(keras.saving.save_model)
+assert "__hornbeam__" in vars(sys.modules["keras.src.saving.saving_lib"].save_model)
+print("patched")
+"""
+    assert "patched" in python("-c", program, KERAS_BACKEND="numpy")
+
+
 def test_references_taken_before_install_go_through_the_core(tmp_path: Path) -> None:
     from keras.models import load_model, save_model
     from keras.saving import load_weights, save_weights

@@ -268,6 +268,45 @@ def test_code_that_fails_in_the_middle_leaves_the_model(tmp_path: Path) -> None:
     assert state(model) == before
 
 
+def test_what_custom_code_changes_in_place_is_undone(tmp_path: Path) -> None:
+    class Changes(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = [1]
+            self.names = {"a": {"b": 1}}
+            self.kinds = {"a"}
+            self.table = np.zeros(3)
+            self.raw = None
+            if keras.backend.backend() == "tensorflow":
+                import tensorflow as tf
+
+                self.raw = tf.Variable([1.0, 2.0], trainable=False)
+
+        def load_own_variables(self, store: Any) -> None:
+            self.seen.append(2)
+            self.names["a"]["b"] = 2
+            self.kinds.add("b")
+            self.table += 1
+            if self.raw is not None:
+                self.raw.assign([3.0, 4.0])
+            raise KeyboardInterrupt
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    layer = Changes()
+    model = chain(layers.Dense(3), layer)
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    before = disturb(model)
+    with pytest.raises(KeyboardInterrupt):
+        saving.load_weights(model, tmp_path / "m.weights.h5")
+    assert state(model) == before
+    assert (list(layer.seen), dict(layer.names["a"]), set(layer.kinds)) == ([1], {"b": 1}, {"a"})
+    assert layer.table.tolist() == [0, 0, 0]
+    if layer.raw is not None:
+        assert layer.raw.numpy().tolist() == [1, 2]
+
+
 @pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
 def test_optimizer_state_is_part_of_a_complete_load(tmp_path: Path) -> None:
     model, *_ = train(chain(layers.Dense(2)), floats(16, 6), floats(16, 2))

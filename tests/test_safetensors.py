@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,21 @@ def test_the_state_of_an_optimizer_of_another_name_is_found(tmp_path: Path) -> N
     saving.save_weights(model, tmp_path / "w.safetensors")
     saving.load_weights(other, tmp_path / "w.safetensors", strict=True)
     assert saved(other) == saved(model)
+
+
+def test_automatic_names_that_stand_for_other_places_are_warned_of(tmp_path: Path) -> None:
+    def build(*names: str) -> Any:
+        return chain(*(layers.Dense(4, name=name) for name in names), shape=(4,))
+
+    model = build("dense_1", "dense_2", "head")
+    saving.save_weights(model, tmp_path / "w.safetensors")
+    other = build("dense_2", "dense_1", "head")
+    with pytest.warns(UserWarning, match=r"saved as 'dense_1/kernel' is 'dense_2/kernel'.*loaded by name"):
+        saving.load_weights(other, tmp_path / "w.safetensors")
+    assert state(other) != state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saving.load_weights(build("dense_1", "dense_2", "head"), tmp_path / "w.safetensors")
 
 
 def test_an_optimizer_is_loaded_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

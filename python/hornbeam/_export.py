@@ -29,11 +29,11 @@ from hornbeam._explain import describe, explain, unbuilt
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 
 Stock = Callable[..., Any]
+#: One of them makes a directory a SavedModel.
+_GRAPHS = ("saved_model.pb", "saved_model.pbtxt", "saved_model.cpb")
 #: What a SavedModel consists of; a directory with anything else in it is not replaced.
 PARTS = (
-    "saved_model.pb",
-    "saved_model.pbtxt",
-    "saved_model.cpb",
+    *_GRAPHS,
     "fingerprint.pb",
     "keras_metadata.pb",  # Keras 2
     "variables",
@@ -44,6 +44,8 @@ PARTS = (
 #: Where the whole model is, in a SavedModel that `save` wrote; beside it, a copy of the fingerprint it belongs to.
 WHOLE = os.path.join("assets.extra", "model.keras")
 FINGERPRINT = "fingerprint.pb"
+#: What TensorFlow itself writes into `debug/`.
+_DEBUG_INFO = os.path.join("debug", "saved_model_debug_info.pb")
 #: Of 16-bit numbers, and of others: the largest difference between two ways to compute the same, relative to the
 #: largest number there, but at least to 1.
 _TOLERANCE_16, _TOLERANCE = 2e-2, 1e-4
@@ -196,12 +198,12 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         raise UnsupportedError(f"Endpoints that hornbeam did not see being added cannot be verified: {unknown}")
     _trace(self)
     current = _state.current()
-    with _core.Directory(target, PARTS, atomic=current.atomic, durable=current.durable) as directory:
+    with _core.Directory(target, () if others else PARTS, atomic=current.atomic, durable=current.durable) as directory:
         root = Path(directory.path)
         in_place = os.path.realpath(root) == os.path.realpath(target)
         if request.extra is not None:
             request.extra(root)
-        elif in_place:
+        elif in_place and _is_savedmodel(target):
             (root / WHOLE).unlink(missing_ok=True)  # it belongs to the old one
         stock(self, str(root), options, False)
         if request.extra is not None and (root / FINGERPRINT).exists():
@@ -227,23 +229,28 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
 
 
 def _keep_extra(old: Path, new: Path) -> None:
-    """What others put into `assets.extra/`, warm-up requests for example, stays."""
-    ours = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT))
-    for path in (old / "assets.extra").rglob("*"):
+    """What others put into `assets.extra/`, warm-up requests for example, and `debug/` stays."""
+    ours = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT), _DEBUG_INFO)
+    for path in (*(old / "assets.extra").rglob("*"), *(old / "debug").rglob("*")):
         name = path.relative_to(old)
         if path.is_file() and str(name) not in ours and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, new / name)
 
 
+def _is_savedmodel(target: str) -> bool:
+    return any(os.path.exists(os.path.join(target, name)) for name in _GRAPHS)
+
+
 def _others(target: str) -> list[str]:
-    """What is in the directory besides a SavedModel.
+    """What is in the directory besides a SavedModel: everything, where there is none (`assets/` may be anybody's).
 
     Raises:
         NotADirectoryError: When it is a file.
     """
     try:
-        return sorted(set(os.listdir(target)) - set(PARTS))
+        names = os.listdir(target)
+        return sorted(set(names) - set(PARTS) if _is_savedmodel(target) else names)
     except FileNotFoundError:
         return []
     except NotADirectoryError as error:

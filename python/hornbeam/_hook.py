@@ -76,6 +76,7 @@ def install() -> None:
     harmless. Before `import keras` it imports neither Keras nor a backend.
     """
     global _forever
+    _await_import()
     with _lock:
         _forever = True
         _update()
@@ -87,6 +88,14 @@ def uninstall() -> None:
     with _lock:
         _forever = False
         _update()
+
+
+def _await_import() -> None:
+    """Waits for another thread that imports Keras: half a module cannot be patched. It may need `_lock` meanwhile."""
+    for name in ("keras", *MODULES):
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            importlib.import_module(name)
 
 
 def _update() -> None:
@@ -119,6 +128,7 @@ def is_installed() -> bool:
 def installed() -> Iterator[None]:
     """`install()` for the length of a `with` block; what others installed stays installed."""
     global _blocks
+    _await_import()
     with _lock:
         _blocks += 1
         _update()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import Variable as KerasVariable
 from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
 
 from hornbeam import _keras, _tensors
 
@@ -36,6 +39,7 @@ class Journal:
         self.part = part
         self.undoable = undoable
         self._held: set[int] = set()
+        self._kept: list[Any] = []
         self._values: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
@@ -58,12 +62,37 @@ class Journal:
             attributes = getattr(saveable, "__dict__", None)
             if attributes is not None:
                 self._states.append((attributes, dict(attributes)))
+                if _is_custom(saveable):
+                    self._keep_contents(attributes)
+
+    def _keep_contents(self, attributes: dict[str, Any]) -> None:
+        """Keeps what code that is not Keras' may change without an assignment: variables, arrays, containers."""
+        todo, seen = list(attributes.values()), set()
+        while todo:
+            value = todo.pop()
+            if id(value) in seen or isinstance(value, KerasSaveable):
+                continue
+            seen.add(id(value))
+            if isinstance(value, KerasVariable):
+                if value._value is not None:
+                    self.before(value)
+            elif id(value) not in self._held:
+                restore = _kept(value)
+                if restore is not None:
+                    self._held.add(id(value))
+                    self._kept.append(value)  # its id stays its own
+                    self._values.append(restore)
+            if isinstance(value, dict):
+                todo += value.values()
+            elif isinstance(value, list | tuple | set):
+                todo += value
 
     def take_over(self, inner: Journal) -> None:
         """Makes what a load inside of this one did a part of it."""
         self.assigned.update(inner.assigned)
         self.cast += inner.cast
         self._held |= inner._held
+        self._kept += inner._kept
         self._values += inner._values
         self._states += inner._states
 
@@ -81,6 +110,41 @@ class Journal:
                 attributes.update(before)
         if failed is not None:
             raise failed
+
+
+def _is_custom(saveable: Any) -> bool:
+    """Whether its state is loaded by code that is not Keras'."""
+    owner = next((c for c in type(saveable).__mro__ if "load_own_variables" in vars(c)), None)
+    return "load_own_variables" in vars(saveable) or (owner is not None and not owner.__module__.startswith("keras."))
+
+
+def _kept(value: Any) -> Callable[[], None] | None:
+    """What gives a container, an array or a variable of the backend its content back; `None` for anything else."""
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return functools.partial(np.copyto, value, array) if value.flags.writeable else None
+    # The classes' own methods: Keras' containers track what comes in, and may be locked; a proxy is none of these.
+    if issubclass(type(value), list):
+        items = list(value)
+        return lambda: value.__setitem__(slice(None), items)
+    if issubclass(type(value), set):
+        members = set(value)
+
+        def refill() -> None:
+            set.clear(value)
+            set.update(value, members)
+
+        return refill
+    if issubclass(type(value), dict):
+        return functools.partial(_refill, value, list(value.items()))
+    return _tensors.hold_raw(value)
+
+
+def _refill(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
+    base = OrderedDict if isinstance(value, OrderedDict) else dict
+    base.clear(value)
+    for key, item in items:
+        base.__setitem__(value, key, item)
 
 
 class Part(Protocol):

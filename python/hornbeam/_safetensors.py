@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -305,6 +306,8 @@ class Names:
             warnings.warn("Skipping the optimizer's state: the file has other variables for it.", stacklevel=2)
             slots = {}
         by_place = not by_name and not shapes.keys() >= set(weights.values()) and there.keys() >= weights.keys()
+        if not by_place and not by_name and there.keys() >= weights.keys() and shapes.keys() >= set(weights.values()):
+            _warn_of_counts(weights, there)
         if by_place:
             weights = {path: there[path] for path in weights}
             same = all(shapes.get(there.get(path, "")) == tuple(structure.values[path].shape) for path in slots)
@@ -320,6 +323,22 @@ class Names:
     def place(self, name: str) -> str:
         """Where the file says that a name belongs; its name, if it does not."""
         return self._places.get(name, name)
+
+
+def _warn_of_counts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Warns where names fit, but differ by their counts (`dense`, `dense_1`) from those of the same places."""
+    found = next((p for p, n in ours.items() if n != theirs[p] and _uncounted(n) == _uncounted(theirs[p])), None)
+    if found is not None:
+        warnings.warn(
+            f"Names and places disagree: what was saved as '{theirs[found]}' is '{ours[found]}' in the model. The "
+            "weights are loaded by name. If the names are automatic, build the model as when it was saved (after "
+            "`keras.utils.clear_session()`), or give the layers names of their own.",
+            stacklevel=2,
+        )
+
+
+def _uncounted(name: str) -> str:
+    return re.sub(r"_\d+(?=/|$)", "", name)
 
 
 def _tail(name: str) -> str:

@@ -327,6 +327,28 @@ def hold(variable: Any) -> Callable[[], None]:
     return restore
 
 
+def hold_raw(value: Any) -> Callable[[], None] | None:
+    """As `hold`, for a `tf.Variable` or a torch tensor that no Keras variable is around; `None` for anything else."""
+    if _backend() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(value, tf.Variable):
+            held = tf.identity(value)
+            return lambda: value.assign(held)
+    if _backend() == "torch":
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            copy = value.detach().clone()
+
+            def restore() -> None:
+                with torch.no_grad():
+                    value.copy_(copy)
+
+            return restore
+    return None
+
+
 @functools.cache
 def shares() -> bool:
     """Whether `share` works here. Tries the real thing once: values arrive, and updates leave the source alone."""
