@@ -41,7 +41,7 @@ pub fn check_expansion(declared: u64, stored: u64, floor: u64, most: u64) -> Res
     if declared <= floor || declared <= stored.saturating_mul(most) {
         return Ok(());
     }
-    Err(Error::new(Kind::Limit, "Not allowed: refusing to load a potential shape or decompression bomb")
+    Err(Error::new(Kind::Limit, "Not allowed: refusing to load a potential decompression bomb or shape bomb")
         .with_found(format_args!("{declared} bytes declared"), format_args!("{stored} bytes stored")))
 }
 
