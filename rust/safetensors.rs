@@ -43,7 +43,7 @@ impl Engine for Safetensors {
 fn lay_out(tree: &Tree) -> Result<Layout> {
     let datasets = tree.datasets();
     let mut order: Vec<usize> = (0..datasets.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse((datasets[i].nbytes % ALIGNMENT == 0, datasets[i].dtype.size()))); // stable
+    order.sort_by_key(|&i| std::cmp::Reverse((datasets[i].nbytes.is_multiple_of(ALIGNMENT), datasets[i].dtype.size()))); // stable
     let mut header = Encoder::new();
     header.begin_dict();
     for group in tree.groups() {

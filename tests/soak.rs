@@ -114,7 +114,7 @@ impl Sink for Grow {
 /// A little of everything; `wide` has more members in a group than one node holds.
 fn tree(wide: bool, ascii: bool) -> Tree {
     let mut tree = Tree::new();
-    let text = |name: &str, value: &str| vec![(name.to_owned(), value.to_owned())];
+    let text = |name: &str, value: &str| vec![(name.to_owned(), value.into())];
     tree.add_group("layers/dense/vars", text("name", "größe")).expect("new");
     for (i, dtype) in DType::named().chain([DType::Opaque(1), DType::Opaque(2)]).enumerate() {
         tree.add_dataset(&format!("types/{i}"), dtype, [2 * (i as u64 % 3)], vec![]).expect("new");
