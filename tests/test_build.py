@@ -57,19 +57,21 @@ def test_variables_are_the_same_things(name: str, tmp_path: Path) -> None:
 @lazy
 @pytest.mark.parametrize("shortcuts", [(), ("attributes", "signatures", "tensors", "variables")])
 def test_what_was_frozen_can_train_again(shortcuts: tuple[str, ...], tmp_path: Path) -> None:
-    base = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization()], name="base")
-    base.trainable = False
-    model = keras.Sequential([base, keras.layers.Dense(1)])
+    inputs = keras.Input((3,))
+    frozen = keras.layers.Dense(4, name="frozen")
+    frozen.trainable = False
+    model = keras.Model(inputs, keras.layers.Dense(1)(frozen(inputs)))
     model.save(tmp_path / "m.keras")
     with hornbeam.options(shortcuts=shortcuts):
         stock, ours = both(tmp_path / "m.keras")
     x, y = np.random.default_rng(0).normal(size=(8, 3)).astype("float32"), np.ones((8, 1), "float32")
-    for model in (stock, ours):
-        model.get_layer("base").trainable = True
-        model.compile("sgd", "mse")
-        model.train_on_batch(x, y)
+    for loaded in (stock, ours):
+        loaded.get_layer("frozen").trainable = True
+        loaded.compile("sgd", "mse")
+        loaded.train_on_batch(x, y)
     assert values(ours) == values(stock)
-    assert not np.array_equal(ours.get_layer("base").get_weights()[0], base.get_weights()[0])
+    changed = keras.ops.convert_to_numpy(ours.get_layer("frozen").kernel)
+    assert not np.array_equal(changed, keras.ops.convert_to_numpy(frozen.kernel))
 
 
 DEFAULT = ("attributes", "signatures", "tensors", "variables")
