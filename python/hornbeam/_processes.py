@@ -103,6 +103,7 @@ class Group:
         """
         self._directory, self._place, self._timeout = directory, place, timeout
         self._nonce, self._run, self._met = secrets.token_hex(8), "", 0
+        self._failures: dict[str, str] = {}  # by the number of the meeting: who fails does not wait to be heard
         directory.mkdir(parents=True, exist_ok=True)
         if place.rank == 0:
             self._run = secrets.token_hex(8)
@@ -124,15 +125,17 @@ class Group:
             CheckpointError: Not all came in time, or the chief has failed.
         """
         self._met += 1
-        self._tell(failed)
+        if failed is not None:
+            self._failures[str(self._met)] = failed
+        self._tell()
         if wait and failed is None:
             self._wait(self._all_here, "come to save")
 
     def _file(self, rank: int) -> Path:
         return self._directory / f"process-{rank}.json"
 
-    def _tell(self, failed: str | None = None) -> None:
-        said = {"nonce": self._nonce, "run": self._run, "met": self._met, "failed": failed}
+    def _tell(self) -> None:
+        said = {"nonce": self._nonce, "run": self._run, "met": self._met, "failures": self._failures}
         _core.write_file(self._file(self._place.rank), json.dumps(said).encode())
 
     def _heard(self, rank: int) -> dict[str, Any]:
@@ -162,8 +165,8 @@ class Group:
             said = self._heard(rank)
             if said.get("run") != self._run or said["met"] < self._met:
                 missing.append(rank)
-            elif said.get("failed"):
-                raise CheckpointError(f"process {rank} could not save: {said['failed']}")
+            elif (why := said["failures"].get(str(self._met))) is not None:
+                raise CheckpointError(f"process {rank} could not save: {why}")
         return missing
 
     def _wait(self, missing: Callable[[], list[int]], what: str) -> None:
