@@ -1,6 +1,6 @@
 """The only file that reaches into `keras.src`: detects what is there, patches it, restores it.
 
-Every save and load of Keras goes through a few functions of four modules, looked up on the module at each call. They
+Every save and load of Keras goes through a few functions of five modules, looked up there at each call. They
 are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.
 """
 
