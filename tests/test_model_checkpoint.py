@@ -344,6 +344,8 @@ def test_an_error_of_the_writer_ends_training(epochs: int, tmp_path: Path) -> No
 
     class Lose(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if epoch > 0:
+                return  # one save is lost: how far the next one is by now is anybody's guess
             for path in (tmp_path / "d").glob(".m.keras.*.hornbeam-tmp"):
                 path.unlink()
             release.__exit__(None, None, None)
