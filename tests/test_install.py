@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 import hornbeam.callbacks
-from hornbeam import UnsupportedError
+from hornbeam import UnsupportedError, _hook, _keras
 from zoo import ZOO, chain
 
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
@@ -180,6 +183,53 @@ def test_blocks_in_two_threads_do_not_end_each_other() -> None:
         thread.join()
         assert hasattr(saving_lib.save_model, "__hornbeam__")
     assert not hasattr(saving_lib.save_model, "__hornbeam__")
+
+
+def test_a_wrapper_that_somebody_else_put_around_a_dispatcher_stays(tmp_path: Path) -> None:
+    stock = saving_lib.save_model
+    calls = []
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    with hornbeam.installed():
+        below = saving_lib.save_model
+
+        @functools.wraps(below)
+        def logged(*args: Any, **kwargs: Any) -> Any:
+            calls.append(_hook.is_installed())
+            return below(*args, **kwargs)
+
+        saving_lib.save_model = logged
+    try:
+        assert saving_lib.save_model is logged
+        for installed in (False, True):
+            with hornbeam.installed() if installed else contextlib.nullcontext():
+                assert saving_lib.save_model is logged
+                before = hornbeam.stats().saves
+                saving_lib.save_model(model, tmp_path / "m.keras")
+                assert hornbeam.stats().saves - before == installed
+        assert calls == [False, True]
+    finally:
+        saving_lib.save_model = below
+        with hornbeam.installed():
+            pass
+    assert saving_lib.save_model is stock
+
+
+def test_a_patch_leaves_what_was_put_over_it() -> None:
+    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _keras._Patch()
+
+    def ours() -> str:
+        return f"ours {patch.original()}"
+
+    with patch(owner, "f", ours):
+        owner.f = functools.wraps(ours)(lambda: f"theirs {ours()}")
+    for _ in range(2):
+        assert owner.f() == "theirs ours stock"
+        with patch(owner, "f", ours):
+            assert owner.f() == "theirs ours stock"
+    owner.f = ours
+    with patch(owner, "f", ours):
+        pass
+    assert owner.f() == "stock"
 
 
 def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ _OURS = {
 assert tuple(_SIGNATURES) == _hook.MODULES
 
 _lock = threading.RLock()
-_originals: dict[tuple[str, str], Callable[..., Any]] = {}
+#: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
+_placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _users = 0  # scopes in force, in all threads
 _local = threading.local()
 
@@ -118,33 +119,45 @@ def _place(where: str, name: str) -> tuple[Any, str]:
     return (getattr(module, owner) if owner else module), attribute
 
 
+def _reaches(function: Any, ours: Any) -> bool:
+    """Whether a function is ours, or one that somebody put around it by `functools.wraps`."""
+    while function is not None and function is not ours:
+        function = getattr(function, "__wrapped__", None)
+    return function is ours
+
+
 def patch(module: ModuleType) -> None:
     """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
     where = module.__name__
     if where == _hook.EXPORTS and archive_class() is None:
         return  # a backend that exports nothing
     with _lock:
-        originals = {name: getattr(*_place(where, name), None) for name in _SIGNATURES[where]}
-        if any(hasattr(original, "__hornbeam__") for original in originals.values()):
+        found = {name: getattr(*_place(where, name), None) for name in _SIGNATURES[where]}
+        placed = {name: _placed[where, name][1] for name in found if (where, name) in _placed}
+        wanted = {name: original for name, original in found.items() if not _reaches(original, placed.get(name, ()))}
+        if not all(_is_known(where, name, original) for name, original in wanted.items()):
             return
-        if not all(_is_known(where, name, original) for name, original in originals.items()):
-            return
-        for name, original in originals.items():
+        for name, original in wanted.items():
             if original is not None:
-                _originals[where, name] = original
-                setattr(*_place(where, name), _dispatcher(where, name, original))
+                dispatcher = _dispatcher(where, name, original)
+                _placed[where, name] = original, dispatcher
+                setattr(*_place(where, name), dispatcher)
 
 
 def unpatch(module: ModuleType) -> None:
-    """Restores the originals, unless a scope or `install()` still needs the dispatchers."""
+    """Restores the originals, unless a scope or `install()` still needs the dispatchers.
+
+    What somebody else has put over a dispatcher since then stays: below it the dispatcher does nothing.
+    """
     where = module.__name__
     with _lock:
         if _users or _hook.is_installed():
             return
         for name in _SIGNATURES[where]:
-            original = _originals.pop((where, name), None)
-            if original is not None and hasattr(getattr(*_place(where, name)), "__hornbeam__"):
+            original, dispatcher = _placed.get((where, name), (None, None))
+            if original is not None and getattr(*_place(where, name)) is dispatcher:
                 setattr(*_place(where, name), original)
+                del _placed[where, name]
 
 
 def follow_aliases() -> None:
@@ -154,16 +167,15 @@ def follow_aliases() -> None:
     arguments that stock Keras refuses at once are refused.
     """
     with _lock:
-        for (where, name), original in list(_originals.items()):
-            now = getattr(*_place(where, name))
-            _replace_aliases(name, original, now)
+        for (_where, name), (original, dispatcher) in list(_placed.items()):
+            _replace_aliases(name, original, dispatcher)
 
 
 def restore_aliases() -> None:
     """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
     with _lock:
-        for (where, name), original in list(_originals.items()):
-            _replace_aliases(name, getattr(*_place(where, name)), original, but=where)
+        for (where, name), (original, dispatcher) in list(_placed.items()):
+            _replace_aliases(name, dispatcher, original, but=where)
 
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:
@@ -277,21 +289,25 @@ class _Patch:
     def __init__(self) -> None:
         self.users = 0
         self.original: Any = None
+        self.replacement: Any = ()  # nothing reaches it
 
     @contextlib.contextmanager
     def __call__(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
         with _lock:
             if self.users == 0:
-                self.original = getattr(owner, name)
-                setattr(owner, name, replacement)
+                now = getattr(owner, name)
+                if not _reaches(now, self.replacement):
+                    self.original, self.replacement = now, replacement
+                    setattr(owner, name, replacement)
             self.users += 1
         try:
             yield
         finally:
             with _lock:
                 self.users -= 1
-                if self.users == 0:
+                if self.users == 0 and getattr(owner, name) is self.replacement:
                     setattr(owner, name, self.original)
+                    self.replacement = ()
 
 
 _walk_patch = _Patch()
