@@ -22,19 +22,12 @@ from keras import layers
 from keras.src.saving import saving_lib
 
 import hornbeam
-from helpers import saved, state
+from helpers import reported, saved, state
 from hornbeam import _cast, saving
 from hornbeam.errors import InvalidError, UnsupportedError
 from zoo import ZOO, chain, floats, train
 
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def reported(save: Any, *args: Any, **kwargs: Any) -> hornbeam.SaveReport:
-    assert save(*args, **kwargs) is None  # as Keras
-    report = hornbeam.last_save_report()
-    assert report is not None
-    return report
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import hornbeam
-from helpers import saved, state
+from helpers import reported, saved, state
 from hornbeam import IncompleteLoadError, saving
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
 from zoo import ZOO, chain, floats, train
-
-
-def reported(save: Any, *args: Any, **kwargs: Any) -> hornbeam.SaveReport:
-    assert save(*args, **kwargs) is None  # as Keras
-    report = hornbeam.last_save_report()
-    assert report is not None
-    return report
 
 
 @pytest.fixture(autouse=True)
