@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import ctypes
 import gc
 import hashlib
+import importlib.util
 import io
 import os
 import platform
@@ -203,6 +205,13 @@ def _output(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def compile_package() -> None:
+    """Compiles hornbeam's modules, as pip does when it installs them: a first run would include it else."""
+    found = importlib.util.find_spec("hornbeam")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        compileall.compile_dir(folder, quiet=1)
 
 
 def quiet() -> None:

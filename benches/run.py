@@ -320,6 +320,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, and saves what was found after every step; 1 if anything was not equal or handed over."""
     args = arguments()
+    measure.compile_package()
     result: Result = {
         "command": shlex.join(["python", "benches/run.py", *sys.argv[1:]]),
         "turns": args.turns,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import re
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -15,9 +17,18 @@ import pytest
 
 import hornbeam
 from helpers import saved, values
+from hornbeam import _keras, _shortcuts
 from zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
+
+
+@pytest.fixture(autouse=True)
+def _all_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models stand for large ones here."""
+    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 0)
+
+
 lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other backends build the stock way")
 
 
@@ -190,10 +201,102 @@ def test_an_error_at_any_patch_point_leaves_nothing_patched(
         keras.models.load_model(tmp_path / "m.keras")
     assert [getattr(o, n) for o, n in _patch_points()] == before
     assert gc.isenabled()
+    assert gc.get_threshold()[0] > 0
     monkeypatch.undo()
     with hornbeam.installed(), hornbeam.options(strict=True):
         again = keras.models.load_model(tmp_path / "m.keras")
     assert saved(again) == saved(model)
+
+
+@lazy
+def test_the_first_loads_of_a_few_variables_try_no_shortcuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = ZOO["functional"]()
+    model.save(tmp_path / "m.keras")
+    count = len(model.variables) + len(model.optimizer.variables)  # more than the file has
+    tried: list[str] = []
+    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 3 * count)
+    monkeypatch.setattr(_shortcuts, "_built", 0)
+    for name in ("_attributes_work", "_variables_work"):
+        monkeypatch.setattr(_shortcuts, name, lambda name=name: bool(tried.append(name)))
+    for _ in range(2):
+        assert saved(hornbeam.saving.load_model(tmp_path / "m.keras")) == saved(model)
+    assert not tried
+    hornbeam.saving.save_model(model, tmp_path / "again.keras")
+    for _ in range(9):
+        hornbeam.saving.load_model(tmp_path / "m.keras")
+    assert set(tried) == {"_attributes_work", "_variables_work"}
+
+
+@keras.saving.register_keras_serializable("build")
+class Computed(keras.layers.Layer):
+    """Has attributes that are in no dictionary."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        type(self).asked.append(name)
+        if name == "computed":
+            return 3
+        raise AttributeError(name)
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+def test_a_class_that_computes_attributes_goes_the_stock_way(tmp_path: Path) -> None:
+    inputs = keras.Input((2,))
+    keras.Model(inputs, Computed(name="computed")(inputs)).save(tmp_path / "m.keras")
+    asked = []
+    for loaded_by in (keras.models.load_model, hornbeam.saving.load_model):
+        Computed.asked.clear()
+        model = loaded_by(tmp_path / "m.keras")
+        assert model.get_layer("computed").computed == 3
+        asked.append(list(Computed.asked))
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_is_done_to_the_collector_during_a_load_stays(enabled: bool, tmp_path: Path) -> None:
+    before = gc.get_threshold()
+    try:
+        with _keras.collector_rests():
+            assert gc.get_threshold()[0] == 0
+            with _keras.collector_rests():
+                (gc.enable if enabled else gc.disable)()
+            assert gc.get_threshold()[0] == 0
+        assert gc.isenabled() is enabled
+        assert gc.get_threshold() == before
+        with _keras.collector_rests():
+            gc.set_threshold(123, 4, 5)
+        assert gc.get_threshold() == (123, 4, 5)
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_collects_what_other_threads_of_its_parent_had_resting() -> None:
+    """Also one that was forked while the lock was held."""
+    before, inside, done = gc.get_threshold(), threading.Event(), threading.Event()
+
+    def rests() -> None:
+        with _keras.collector_rests(), _keras._collector_lock:
+            inside.set()
+            done.wait()
+
+    thread = threading.Thread(target=rests)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        found = gc.get_threshold()
+        with _keras.collector_rests():
+            resting = gc.get_threshold()[0] == 0
+        os._exit(0 if resting and found == gc.get_threshold() == before else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert gc.get_threshold() == before
 
 
 def _all(model: Any) -> list[Any]:

@@ -268,6 +268,21 @@ def test_what_cannot_be_serialised_is_named_with_its_place(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_object_that_cannot_tell_its_place_does_not_hide_the_error(tmp_path: Path) -> None:
+    class Shy(Factor):
+        @property
+        def path(self) -> str:
+            raise ZeroDivisionError
+
+        @path.setter
+        def path(self, value: Any) -> None:
+            pass
+
+    model = keras.Sequential([keras.Input((4,)), Shy(object())])
+    with pytest.raises(TypeError):
+        save_model(model, tmp_path / "m.keras")
+
+
 class Loss(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         return keras.ops.mean(y_true - y_pred)

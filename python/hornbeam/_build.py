@@ -171,10 +171,13 @@ def _dispatch_key(self: Any, variable: Any) -> Any:
 
 
 @contextlib.contextmanager
-def scope() -> Iterator[None]:
+def scope(variables: int = _shortcuts.WORTH_TRYING) -> Iterator[None]:
     """Variables made by this thread wait for their value; nested scopes belong to the outermost.
 
     The cyclic garbage collector rests meanwhile: a model is millions of objects that all stay.
+
+    Args:
+        variables: How many there will be; if nobody knows, enough for every shortcut.
     """
     if getattr(_local, "pending", None) is not None or backend.backend() not in ("tensorflow", "jax"):
         yield
@@ -186,7 +189,7 @@ def scope() -> Iterator[None]:
 
             stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
             stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
-        stack.enter_context(_shortcuts.scope())
+        stack.enter_context(_shortcuts.scope(variables=variables))
         stack.enter_context(_keras.collector_rests())
         pending: list[Any] = []
         _local.pending = pending

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras.src.saving import saving_lib
 
-from hornbeam import _core
+from hornbeam import _core, _state
 
 
-def explain(error: BaseException, text: str) -> None:
-    """Adds to the message of an error; its type and traceback stay."""
-    if len(error.args) == 1 and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0].rstrip()}\n{text}",)
-    else:
-        error.add_note(text)
+def explain(error: BaseException, text: Callable[[], str]) -> None:
+    """Adds what `text` says to the message of an error; its type and traceback stay.
+
+    Users' objects are asked about themselves here. What they raise is only logged: it must not take the error's place.
+    """
+    try:
+        more = text()
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (f"{error.args[0].rstrip()}\n{more}",)
+        else:
+            error.add_note(more)
+    except Exception:
+        _state.logger.debug("an error could not be explained further", exc_info=True)
 
 
 def describe(what: Any) -> str:
@@ -35,15 +43,15 @@ def unbuilt(layer: Any) -> str:
     return f"; not built in it: {', '.join(inner[:8])}{' and more' if len(inner) > 8 else ''}" if inner else ""
 
 
-def explain_config(error: BaseException, model: Any) -> None:
-    """Says whose config could not be serialised: the innermost layer that fails alone, or what `compile()` got."""
+def culprit(model: Any) -> str:
+    """Whose config cannot be serialised: the innermost layer that fails alone, or what `compile()` got."""
     layers = list(model._flatten_layers()) if isinstance(model, keras.Layer) else []
     for layer in reversed(layers):
         try:
             _core.encode_json(saving_lib.serialize_keras_object(layer.get_config()))
         except Exception:
             where = "" if layer is model else f" in the model '{model.name}'"
-            explain(error, f"The object is {describe(layer)}{where}.")
-            return
+            return f"The object is {describe(layer)}{where}."
     if layers:
-        explain(error, f"What `compile()` got is in the way: the layers of '{model.name}' can be serialised.")
+        return f"What `compile()` got is in the way: the layers of '{model.name}' can be serialised."
+    return f"The object is {describe(model)}."

@@ -133,7 +133,7 @@ def get_input_signature(stock: Stock, model: Any) -> Any:
     try:
         return stock(model)
     except ValueError as error:
-        explain(error, f"The model is {describe(model)}{unbuilt(model)}.")
+        explain(error, lambda: f"The model is {describe(model)}{unbuilt(model)}.")
         raise
 
 
@@ -143,7 +143,7 @@ def track(stock: Stock, self: Any, resource: Any) -> Any:
         return stock(self, resource)
     except ValueError as error:
         if isinstance(resource, keras.Layer):
-            explain(error, f"The layer is {describe(resource)}{unbuilt(resource)}.")
+            explain(error, lambda: f"The layer is {describe(resource)}{unbuilt(resource)}.")
         raise
 
 
@@ -156,7 +156,8 @@ def add_endpoint(
     try:
         made = stock(self, name, fn, input_signature, **kwargs)
     except (TypeError, ValueError) as error:
-        explain(error, f"The endpoint is '{name}', made of {describe(fn)}, with input_signature={input_signature!r}.")
+        made = f"The endpoint is '{name}', made of"
+        explain(error, lambda: f"{made} {describe(fn)}, with input_signature={input_signature!r}.")
         raise
     _endpoints(self)[name] = _Endpoint(fn, self._endpoint_signatures.get(name), verify)
     return made
@@ -276,9 +277,13 @@ def _trace(archive: Any) -> None:
         try:
             getattr(archive._tf_trackable, name).get_concrete_function()
         except Exception as error:
-            what = f"The endpoint is '{name}', made of {describe(endpoint.function)}"
-            explain(error, f"{what}, traced with input_signature={endpoint.signature!r}.")
+            explain(error, functools.partial(_traced, name, endpoint))
             raise
+
+
+def _traced(name: str, endpoint: _Endpoint) -> str:
+    made = f"The endpoint is '{name}', made of {describe(endpoint.function)}"
+    return f"{made}, traced with input_signature={endpoint.signature!r}."
 
 
 def _sync(root: Path) -> None:
@@ -346,7 +351,10 @@ def _ask(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
         except Exception as error:
             if size == _SIZES[-1]:
                 explain(
-                    error, f"Endpoint '{name}' could not be compared: the model refuses the example for {signature!r}."
+                    error,
+                    lambda: (
+                        f"Endpoint '{name}' could not be compared: the model refuses the example for {signature!r}."
+                    ),
                 )
                 raise
     raise AssertionError("no size was tried")

@@ -1,26 +1,34 @@
 """Which format a save or load is about, where stock Keras would refuse it: the functions of `saving_api`.
 
 Each function here stands in for the function of `saving_api` of the same name; the first argument is the stock one.
+What handles a format is imported when one of its files comes: a first load of a small model is mostly imports.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from keras.src.legacy.saving import legacy_h5_format
+from keras.src.utils import file_utils
 
-from hornbeam import _cast, _legacy, _safetensors, _savedmodel
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
+_SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
 
 
 def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
-    if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
+    from hornbeam import _cast
+
+    if _is_savedmodel_asked_for(filepath, zipped, kwargs.get("save_format")):
+        from hornbeam import _savedmodel
+
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     as_h5 = kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras"))
@@ -44,9 +52,11 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
-    if _savedmodel.is_savedmodel(filepath):
+    if _is_savedmodel(filepath):
+        from hornbeam import _savedmodel
+
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
-    if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _legacy.is_hdf5(filepath):
+    if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _is_hdf5(filepath):
         return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
@@ -55,16 +65,67 @@ def save_weights(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_weights`."""
+    from hornbeam import _cast
+
     with _cast.asked(kwargs):
-        if _safetensors.is_named(filepath):
+        if _is_safetensors(filepath):
+            from hornbeam import _safetensors
+
             return _safetensors.save_weights(model, filepath, overwrite, max_shard_size, **kwargs)
         return stock(model, filepath, overwrite, max_shard_size, **kwargs)
 
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
-    if _safetensors.is_named(filepath):
+    if _is_safetensors(filepath):
+        from hornbeam import _safetensors
+
         return _safetensors.load_weights(model, filepath, skip_mismatch, **kwargs)
-    if _legacy.is_legacy(filepath):
+    if _is_legacy(filepath):
+        from hornbeam import _legacy
+
         return _legacy.load_weights(stock, model, filepath, skip_mismatch, **kwargs)
     return stock(model, filepath, skip_mismatch, **kwargs)
+
+
+def _is_savedmodel_asked_for(filepath: Any, zipped: bool | None, save_format: Any) -> bool:
+    """Whether a save is to be a SavedModel: by `save_format`, or by a name without an extension."""
+    if not isinstance(filepath, str | os.PathLike) or zipped is not None:
+        return False
+    text = os.fsdecode(filepath)
+    if text.startswith("hf://") or file_utils.is_remote_path(text) or Path(text).name in ("", ".."):
+        return False
+    suffix = Path(text).suffix
+    if save_format:  # in those names the extension decides, as in Keras
+        return save_format in _SAVEDMODEL and suffix not in (".keras", ".h5", ".hdf5")
+    return suffix == ""
+
+
+def _is_savedmodel(filepath: Any) -> bool:
+    """Whether a local SavedModel stands there, by its content. Keras' own directories go first."""
+    if not isinstance(filepath, str | os.PathLike) or not os.path.isdir(filepath):
+        return False
+    names = set(os.listdir(filepath))
+    return "config.json" not in names and not names.isdisjoint(["saved_model.pb", "saved_model.cpb"])
+
+
+def _is_safetensors(filepath: Any) -> bool:
+    """Whether a path says that safetensors are meant."""
+    return str(filepath).endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _is_legacy(filepath: Any) -> bool:
+    """Whether a name is that of a legacy weights file."""
+    text = str(filepath)
+    return text.endswith((".h5", ".hdf5")) and not text.endswith(".weights.h5")
+
+
+def _is_hdf5(filepath: Any) -> bool:
+    """Whether the content of a local file is HDF5."""
+    try:
+        if not os.path.isfile(filepath):
+            return False
+        with open(filepath, "rb") as file:
+            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+    except (OSError, TypeError):
+        return False

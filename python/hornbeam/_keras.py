@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "write_out": ("self", "filepath", "options", "verbose"),
     },
 }
-#: Where hornbeam's own functions of the same names are (without a leading underscore); the first that has one.
+#: Where hornbeam's own functions of the same names are (without a leading underscore): what saves, then what loads.
 _OURS = {
     _hook.SAVING_LIB: ("hornbeam._save", "hornbeam._load"),
     _hook.SAVING_API: ("hornbeam._formats",),
@@ -77,7 +78,8 @@ def _active() -> bool:
 
 @functools.cache
 def _ours(module: str, name: str) -> Callable[..., Any]:
-    for place in _OURS[module]:
+    places = _OURS[module]
+    for place in places[::-1] if "load" in name else places:  # imports no more than it must
         function = getattr(importlib.import_module(place), name.rpartition(".")[2].lstrip("_"), None)
         if function is not None:
             return function
@@ -397,25 +399,45 @@ def watch_fit() -> None:
 
 _collector_lock = threading.Lock()
 _collector_users = 0
+_collector_threshold = (0, 0, 0)  # before the first of them
 
 
 @contextlib.contextmanager
 def collector_rests() -> Iterator[None]:
-    """The cyclic garbage collector does not run meanwhile, in any thread."""
-    global _collector_users
+    """The cyclic garbage collector does not run meanwhile, in any thread; whether it is enabled stays the caller's."""
+    global _collector_users, _collector_threshold
     with _collector_lock:
-        resting = _collector_users > 0 or gc.isenabled()
-        if resting:
-            _collector_users += 1
-            gc.disable()
+        if _collector_users == 0:
+            _collector_threshold = gc.get_threshold()
+            gc.set_threshold(0, *_collector_threshold[1:])
+        _collector_users += 1
+    _local.resting = getattr(_local, "resting", 0) + 1
     try:
         yield
     finally:
-        if resting:
-            with _collector_lock:
-                _collector_users -= 1
-                if _collector_users == 0:
-                    if gc.get_freeze_count() == 0:  # else they would be somebody's
-                        gc.freeze()  # what was built is old now: no collection goes through it at once
-                        gc.unfreeze()
-                    gc.enable()
+        _local.resting -= 1
+        with _collector_lock:
+            _collector_users -= 1
+            if _collector_users == 0:
+                _wake_collector()
+
+
+def _wake_collector() -> None:
+    if gc.isenabled() and gc.get_freeze_count() == 0:  # else they would be somebody's
+        gc.freeze()  # what was built is old now: no collection goes through it at once
+        gc.unfreeze()
+    if gc.get_threshold() == (0, *_collector_threshold[1:]):  # nobody has set another one meanwhile
+        gc.set_threshold(*_collector_threshold)
+
+
+def _start_anew() -> None:
+    """In a forked child: other threads are not there, and neither are their locks and what they had resting."""
+    global _lock, _collector_lock, _collector_users
+    _lock, _collector_lock = threading.RLock(), threading.Lock()
+    users, _collector_users = _collector_users, getattr(_local, "resting", 0)
+    if users > 0 and _collector_users == 0:
+        _wake_collector()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -126,23 +126,6 @@ def load_weights(
     return report
 
 
-def is_legacy(filepath: Any) -> bool:
-    """Whether a name is that of a legacy weights file."""
-    text = str(filepath)
-    return text.endswith((".h5", ".hdf5")) and not text.endswith(".weights.h5")
-
-
-def is_hdf5(filepath: Any) -> bool:
-    """Whether the content of a local file is HDF5."""
-    try:
-        if not os.path.isfile(filepath):
-            return False
-        with open(filepath, "rb") as file:
-            return file.read(8) == b"\x89HDF\r\n\x1a\n"
-    except (OSError, TypeError):
-        return False
-
-
 def _is_no_slot(path: str) -> bool:
     return not path.startswith(f"{_OPTIMIZER}/")
 

@@ -151,12 +151,12 @@ def _load_model(
     safe_mode: bool,
 ) -> Any:
     with ExitStack() as stack:
-        journal = stack.enter_context(_journal.journal(undoable=False))
-        stack.enter_context(_build.scope())
         # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
         whole = compile or _state.current().verify
         wanted = None if whole else lambda path: not path.startswith("optimizer/")
         image = Image(weights, weights_name, wanted=wanted, read_ahead=_read_ahead())
+        journal = stack.enter_context(_journal.journal(undoable=False))
+        stack.enter_context(_build.scope(variables=len(image.datasets)))
         store = LoadStore([image])
         stack.callback(store.close)
         stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))

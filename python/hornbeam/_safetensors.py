@@ -34,11 +34,6 @@ _INDEX = f"{_SUFFIX}.index.json"
 _PATHS = "keras_paths"
 
 
-def is_named(filepath: Any) -> bool:
-    """Whether a path says that safetensors are meant."""
-    return str(filepath).endswith((_SUFFIX, _INDEX))
-
-
 def save_weights(
     model: Any,
     filepath: Any,

@@ -301,9 +301,9 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
         with saving_lib.ObjectSharingScope(), _shortcuts.scope(frozenset(["tensors"])):
             config = _core.encode_json(saving_lib.serialize_keras_object(model))
     except Exception as error:
-        from hornbeam._explain import explain_config
+        from hornbeam._explain import culprit, explain
 
-        explain_config(error, model)
+        explain(error, lambda: culprit(model))
         raise
     metadata = {
         "keras_version": saving_lib.keras_version,

@@ -13,31 +13,12 @@ import keras
 from keras.src import backend
 from keras.src.export import saved_model as stock_export
 from keras.src.saving import saving_api, serialization_lib
-from keras.src.utils import file_utils, io_utils
+from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
 from hornbeam import _async, _export, _report
 from hornbeam._export import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
-
-_FORMATS = ("tf", "tensorflow")  # what Keras 2 called it
-
-
-def is_asked_for(filepath: Any, zipped: bool | None, save_format: Any) -> bool:
-    """Whether a save is to be a SavedModel: by `save_format`, or by a name without an extension."""
-    if not isinstance(filepath, str | os.PathLike) or zipped is not None:
-        return False
-    text = os.fsdecode(filepath)
-    if text.startswith("hf://") or file_utils.is_remote_path(text) or Path(text).name in ("", ".."):
-        return False
-    suffix = Path(text).suffix
-    if save_format:
-        return save_format in _FORMATS and suffix not in (
-            ".keras",
-            ".h5",
-            ".hdf5",
-        )  # there the name decides, as in Keras
-    return suffix == ""
 
 
 def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
@@ -78,14 +59,6 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
     report = _report.last_save_report()
     if report is not None:
         report.path = target  # it was written under another name
-
-
-def is_savedmodel(filepath: Any) -> bool:
-    """Whether a local SavedModel stands there, by its content. Keras' own directories go first."""
-    if not isinstance(filepath, str | os.PathLike) or not os.path.isdir(filepath):
-        return False
-    names = set(os.listdir(filepath))
-    return "config.json" not in names and not names.isdisjoint(["saved_model.pb", "saved_model.cpb"])
 
 
 def load_model(filepath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:

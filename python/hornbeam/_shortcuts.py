@@ -3,6 +3,8 @@
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
+Loads of a few variables do without those that have to be tried, until they add up.
+
 - `attributes`: what is set on a layer and is no variable, layer, metric or seed generator goes past Keras' and
   TensorFlow's trackers, which track nothing else; lists, dictionaries and sets get Keras' tracking wrapper directly.
 - `signatures`: `inspect.signature` of a function is taken once, not for every layer of a class.
@@ -38,6 +40,9 @@ class _Local(threading.local):
 
 
 _local = _Local()
+#: Trying the shortcuts out takes longer than building so many variables without them.
+WORTH_TRYING = 64
+_built = 0  # variables that this process has loaded
 _attribute_patch = _keras._Patch()
 _layer_inspect_patch = _keras._Patch()
 _operation_inspect_patch = _keras._Patch()
@@ -65,6 +70,7 @@ _WRAPPERS: dict[type, type] = {
     set: tracking.TrackedSet,
 }
 _FUNCTIONS = (FunctionType, MethodType)
+_GETTERS = frozenset(["__getattr__", "__getattribute__"])
 _ATOMS = frozenset([bool, int, float, str, type(None)])
 
 
@@ -124,9 +130,10 @@ def _is_plain(scope: _Scope, cls: type) -> bool:
     known = scope.plain.get(cls)
     if known is None:
         beyond = cls.__mro__[cls.__mro__.index(keras.layers.Layer) + 1 :]
-        setters = [base for base in beyond if "__setattr__" in vars(base)]
+        involved = [base for base in beyond if "__setattr__" in vars(base)]
+        involved += [base for base in cls.__mro__ if not vars(base).keys().isdisjoint(_GETTERS)]
         hook = getattr(cls, "_setattr_hook", None)
-        ours = all(base.__module__.split(".")[0] in ("keras", "tensorflow", "builtins") for base in setters)
+        ours = all(base.__module__.split(".")[0] in ("keras", "tensorflow", "builtins") for base in involved)
         tracker = getattr(cls, "_initialize_tracker", None)
         known = ours and all(f is None or f.__module__.startswith("keras.") for f in (hook, tracker))
         scope.plain[cls] = known
@@ -236,9 +243,19 @@ def _put_together(variable: Any, value: Any, name_scope: str, key: str | None, t
 
 
 @contextlib.contextmanager
-def scope(among: Set[str] = _state.SHORTCUTS) -> Iterator[None]:
-    """Takes those shortcuts that are switched on and work here."""
+def scope(among: Set[str] = _state.SHORTCUTS, variables: int = 0) -> Iterator[None]:
+    """Takes those shortcuts that are switched on and work here.
+
+    Args:
+        among: Those that the caller can use.
+        variables: How many variables are going to be built. What has to be tried first is left out until the process
+            has built enough of them.
+    """
+    global _built
+    _built += variables
     wanted = _state.current().shortcuts & among
+    if _built < WORTH_TRYING:
+        wanted -= {"attributes", "variables"}
     with contextlib.ExitStack() as stack:
         if "attributes" in wanted and _attributes_work():
             stack.enter_context(_attributes())
@@ -314,7 +331,7 @@ def _variables_work() -> bool:
             (type(made), made.name, made.dtype, made.shape, made.device, made.trainable, made.numpy().tolist()),
             (handle.dtype, handle.shape, handle.device, handle._name, handle._parent_trackable() is made),
             (handle._handle_data, made._graph_key, made._unique_id.rpartition("_")[0], made._handle_name),
-            tf.function(lambda: made + 1.0)().numpy().tolist(),
+            tf.function(lambda: made + 1.0, autograph=False)().numpy().tolist(),
         )
 
     try:
