@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hornbeam._tried import Tried
+
 
 class Deferred:
     """A value whose host array is made when its turn comes; what it will look like is known now.
@@ -349,27 +351,29 @@ def hold_raw(value: Any) -> Callable[[], None] | None:
     return None
 
 
-@functools.cache
 def shares() -> bool:
-    """Whether `share` works here. Tries the real thing once: values arrive, and updates leave the source alone."""
-    if _backend() != "tensorflow":
-        return False
-    try:
-        import tensorflow as tf
-        from tensorflow.python.eager import context
-        from tensorflow.python.framework.ops import EagerTensor
+    """Whether `share` works here."""
+    return _backend() == "tensorflow" and _shares()
 
-        context.ensure_initialized()
-        block = np.zeros(256, np.uint8)
-        start = -block.ctypes.data % 64
-        array = block[start : start + 64].view(np.float32)
-        array[:] = np.arange(16)
-        variable = tf.Variable(EagerTensor(array, context.context().device_name, None))
-        variable.assign_add(tf.ones(16))
-        right = np.array_equal(variable.numpy(), np.arange(16) + 1)
-        return bool(right and np.array_equal(array, np.arange(16)))
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
+
+def _try_share() -> bool:
+    """Values arrive, and updates leave the source alone."""
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+    from tensorflow.python.framework.ops import EagerTensor
+
+    context.ensure_initialized()
+    block = np.zeros(256, np.uint8)
+    start = -block.ctypes.data % 64
+    array = block[start : start + 64].view(np.float32)
+    array[:] = np.arange(16)
+    variable = tf.Variable(EagerTensor(array, context.context().device_name, None))
+    variable.assign_add(tf.ones(16))
+    right = np.array_equal(variable.numpy(), np.arange(16) + 1)
+    return bool(right and np.array_equal(array, np.arange(16)))
+
+
+_shares = Tried("handing memory over without a copy", _try_share)
 
 
 class Creation:
