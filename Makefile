@@ -16,7 +16,7 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py
+MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py
 BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py tests/test_data.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 

@@ -539,7 +539,8 @@ def test_a_model_may_be_loaded_while_one_is_loaded(tmp_path: Path) -> None:
 def test_loads_in_several_threads(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    names = ["functional", "sequential", "convolutional", "nested"]
+    names = ["functional", "sequential", "convolutional", "nested", "mixed_precision", "optimizer_Adam"]
+    names = [name for name in [*names, "recurrent", "attention"] if name in ZOO]
     models = {name: ZOO[name]()[0] for name in names}
 
     def round_trip(job: tuple[int, str]) -> bool:
@@ -548,9 +549,8 @@ def test_loads_in_several_threads(tmp_path: Path) -> None:
         with hornbeam.options(strict=True):
             models[name].save(path)
             loaded = keras.models.load_model(path)
-        weights = zip(loaded.get_weights(), models[name].get_weights(), strict=True)
-        return all(np.array_equal(a, b) for a, b in weights)
+        return saved(loaded) == saved(models[name])
 
     with hornbeam.installed(), ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(round_trip, enumerate(names * 3)))
-    assert hornbeam.stats().loads == 12
+        assert all(pool.map(round_trip, enumerate(names * 2)))
+    assert hornbeam.stats().loads == 2 * len(names)

@@ -1,4 +1,4 @@
-"""Values ↔ host memory, per backend. The only file that knows TensorFlow, JAX and torch.
+"""Values ↔ host memory, per backend: what is shared, copied, adopted, held.
 
 A value is *shared* where its memory cannot change while it is held (TensorFlow and JAX tensors on the CPU), *deferred*
 where it can or has to be fetched from a device (torch, NumPy, accelerators): then it is copied when its turn comes.
