@@ -111,9 +111,18 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         inexact = self._input.inexact
         if inexact is None and self.save_freq != "epoch" and self._input.resumable is None:
             inexact = "an epoch is repeated from its beginning; wrap the data in hornbeam.data.resumable"
+        inexact = inexact or self._own_saving()
         if inexact is not None and not self._warned:
             self._warned = True
             logger.warning("BackupAndRestore: a restart is not exact: %s", inexact)
+
+    def _own_saving(self) -> str | None:
+        """Which layers, and optimizers, decide themselves what a weights file has of them."""
+        parts = [*self.model._flatten_layers(), *([self.model.optimizer] if self.model.optimizer is not None else [])]
+        own = [
+            p.name for p in parts if not type(p).save_own_variables.__module__.startswith(("keras.src.", "hornbeam."))
+        ]
+        return f"what `save_own_variables` of {own} writes may be less than their variables hold" if own else None
 
     def _claim(self) -> None:
         """Takes the directory; from a `fit` of this process that was interrupted, too."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras.src.legacy.saving import legacy_h5_format
 
-from hornbeam import _cast, _legacy, _safetensors, _savedmodel
+from hornbeam import _async, _cast, _legacy, _safetensors, _savedmodel
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
@@ -20,6 +20,8 @@ def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
+    if not overwrite:
+        _async.settle(filepath)  # whoever is asked shall see the file
     if _savedmodel.is_asked_for(filepath, zipped, kwargs.get("save_format")):
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
@@ -44,6 +46,7 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    _async.settle(filepath, loads=True)  # before stock Keras looks whether there is a file
     if _savedmodel.is_savedmodel(filepath):
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
     if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _legacy.is_hdf5(filepath):
@@ -55,6 +58,8 @@ def save_weights(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_weights`."""
+    if not overwrite:
+        _async.settle(filepath)
     with _cast.asked(kwargs):
         if _safetensors.is_named(filepath):
             return _safetensors.save_weights(model, filepath, overwrite, max_shard_size, **kwargs)
@@ -63,6 +68,7 @@ def save_weights(
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
+    _async.settle(filepath, loads=True)
     if _safetensors.is_named(filepath):
         return _safetensors.load_weights(model, filepath, skip_mismatch, **kwargs)
     if _legacy.is_legacy(filepath):
