@@ -195,9 +195,8 @@ ways = [
 ]
 
 def there():
-    return {os.stat(p).st_ino: p for p, *_ in os.walk(".")} | {
-        os.stat(os.path.join(top, name)).st_ino: os.path.join(top, name) for top, _, names in os.walk(".") for name in names
-    }
+    found = [os.path.join(top, name) for top, inner, names in os.walk(".") for name in [*inner, *names]]
+    return {os.stat(path).st_ino: path for path in found}
 
 for i, way in enumerate(ways):
     before = there()

@@ -118,10 +118,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _own_saving(self) -> str | None:
         """Which layers, and optimizers, decide themselves what a weights file has of them."""
-        parts = [*self.model._flatten_layers(), *([self.model.optimizer] if self.model.optimizer is not None else [])]
-        own = [
-            p.name for p in parts if not type(p).save_own_variables.__module__.startswith(("keras.src.", "hornbeam."))
-        ]
+        optimizer = self.model.optimizer
+        parts = [*self.model._flatten_layers(), *([optimizer] if optimizer is not None else [])]
+        known = ("keras.src.", "hornbeam.")
+        own = [part.name for part in parts if not type(part).save_own_variables.__module__.startswith(known)]
         return f"what `save_own_variables` of {own} writes may be less than their variables hold" if own else None
 
     def _claim(self) -> None:
