@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,25 @@ def test_a_training_that_had_stopped_stays_stopped(tmp_path: Path) -> None:
     assert again.fit(X, Y, epochs=5, verbose=0, callbacks=[Stop(), more]).epoch == []
     assert values(again)[:4] == values(model)[:4]
     assert again._initial_epoch is None
+
+
+def test_a_training_killed_at_its_very_end_has_its_random_state(tmp_path: Path) -> None:
+    """Its backup is complete, and no epoch is left that would restore what comes before an epoch."""
+
+    def drawn(root: Path, *others: Any) -> Any:
+        build().fit(X, Y, epochs=2, verbose=0, callbacks=[*others, BackupAndRestore(root, seed=3)])
+        return random.random(), np.random.random(), keras.ops.convert_to_numpy(keras.random.normal((2,))).tolist()
+
+    class Kill(keras.callbacks.Callback):
+        def on_train_end(self, logs: Any = None) -> None:
+            raise KeyboardInterrupt
+
+    expected = drawn(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        drawn(tmp_path / "b", Kill())
+    random.seed(9)
+    np.random.seed(9)
+    assert drawn(tmp_path / "b") == expected
 
 
 def test_keras_own_backups_are_taken_over(tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Deletes the backup, unless it is to stay."""
         self.model._initial_epoch = None
+        if self._resumed is not None and _processes.is_chief():  # no epoch was left that would have done it
+            _random.restore(self._resumed["random"])
         if self.delete_checkpoint:
             self._manager.delete_all()
         self._manager.close()
