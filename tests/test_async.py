@@ -225,12 +225,15 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
 
 
 def test_config_and_assets_are_those_of_the_call(tmp_path: Path) -> None:
-    lookup = layers.StringLookup(vocabulary=["a", "b"], name="lookup")
-    model = chain(lookup, shape=(1,), dtype="string", name="before") if BACKEND == "tensorflow" else small()
+    model = small()
+    if BACKEND == "tensorflow":
+        lookup = layers.StringLookup(vocabulary=["a", "b"], name="lookup")
+        model = chain(lookup, shape=(1,), dtype="string", name="before")
     with held():
         save_model(model, tmp_path / "m.keras", asynchronous=True)
         model.name = "after"
-        lookup.set_vocabulary(["x", "y", "z"])
+        if BACKEND == "tensorflow":
+            lookup.set_vocabulary(["x", "y", "z"])
     hornbeam.wait()
     loaded = load_model(tmp_path / "m.keras")
     assert loaded.name != "after"
