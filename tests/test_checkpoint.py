@@ -317,6 +317,14 @@ def test_extra_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
             assert (other.epoch, other.step) == (5, 0)
 
 
+@pytest.mark.parametrize("dtype", ["V2", "M8[s]", "U3", [("a", "f4")], object])
+def test_arrays_that_could_not_be_read_are_refused(dtype: Any, tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        with pytest.raises(hornbeam.errors.InvalidError, match="arrays of dtype"):
+            ckpt.save(0, build(), extra={"odd": np.zeros(3, dtype)})
+        assert ckpt.all() == []
+
+
 @pytest.mark.parametrize("file", ["state.zip", "model.weights.h5"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 def test_damage_is_told(file: str, how: str, tmp_path: Path) -> None:
@@ -501,11 +509,32 @@ with CheckpointManager(sys.argv[1]) as again:
     run(script, tmp_path, backend="numpy")
 
 
+def test_a_forked_child_removes_nothing_of_its_parent(tmp_path: Path) -> None:
+    script = r"""
+import gc, os, sys
+from hornbeam import _core
+directory = _core.Directory(sys.argv[1] + "/d", ["a"])
+open(os.path.join(directory.path, "a"), "w").close()
+for leave in (lambda: directory.__exit__(), lambda: globals().pop("directory")):
+    child = os.fork()
+    if child == 0:
+        leave()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+assert len(os.listdir(sys.argv[1])) == 2
+directory.commit()
+assert os.listdir(sys.argv[1]) == ["d"] and os.listdir(sys.argv[1] + "/d") == ["a"]
+"""
+    run(script, tmp_path, backend="numpy")
+
+
 def run(script: str, *arguments: Any, backend: str = keras.backend.backend(), check: bool = True) -> Any:
     source = Path(hornbeam.__file__).parent.parent
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    limit = 3000 if SOAK else 300
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -14,6 +14,7 @@ from typing import Any
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
+from hornbeam import _async
 from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
@@ -26,6 +27,8 @@ def save_model(
     """`saving_api.save_model`."""
     from hornbeam import _cast
 
+    if not overwrite:
+        _async.settle(filepath)  # whoever is asked shall see the file
     if _is_savedmodel_asked_for(filepath, zipped, kwargs.get("save_format")):
         from hornbeam import _savedmodel
 
@@ -52,6 +55,7 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    _async.settle(filepath, loads=True)  # before stock Keras looks whether there is a file
     if _is_savedmodel(filepath):
         from hornbeam import _savedmodel
 
@@ -67,6 +71,8 @@ def save_weights(
     """`saving_api.save_weights`."""
     from hornbeam import _cast
 
+    if not overwrite:
+        _async.settle(filepath)
     with _cast.asked(kwargs):
         if _is_safetensors(filepath):
             from hornbeam import _safetensors
@@ -77,6 +83,7 @@ def save_weights(
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
+    _async.settle(filepath, loads=True)
     if _is_safetensors(filepath):
         from hornbeam import _safetensors
 

@@ -23,7 +23,7 @@ from keras.src.ops.operation import Operation
 from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _async, _core, _keras, _progress, _save, _state, _tensors
+from hornbeam import _async, _core, _durable, _keras, _progress, _save, _state, _tensors
 from hornbeam._store import Dataset, RecordStore
 
 Stock = Callable[..., Any]
@@ -50,7 +50,7 @@ def save_model_to_hdf5(
     _async.settle(filepath)
     reason = unsupported(filepath)
     if reason is not None:
-        return _save._hand_over(reason, stock, model, filepath, overwrite, include_optimizer)
+        return _save._hand_over(reason, filepath, stock, model, filepath, overwrite, include_optimizer)
     text = os.fspath(filepath)
     if not overwrite and os.path.isfile(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
@@ -65,8 +65,8 @@ def save_model_to_hdf5(
             shuffle=options.shuffle,
             chunk_bytes=options.chunk_bytes,
         )
-        if os.path.dirname(text):
-            os.makedirs(os.path.dirname(text), exist_ok=True)
+        with _durable.directories(text, durable=options.durable):
+            os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
         buffers = _save._buffers(file.store)
         save = plan.start(text, buffers, archive=False, atomic=options.atomic, durable=options.durable)
         with _progress.watch("save", text, plan.nbytes, lambda: save.written):
