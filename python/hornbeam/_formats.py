@@ -15,7 +15,6 @@ from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
 from hornbeam import _async
-from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
@@ -35,8 +34,6 @@ def save_model(
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     as_h5 = kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras"))
-    if kwargs.get("dtype") is not None and (as_h5 or str(filepath).endswith((".h5", ".hdf5"))):
-        raise UnsupportedError(f"Legacy HDF5 files are saved in the types of the model. Received: {filepath}")
     with _cast.asked(kwargs, "include_optimizer"):
         if as_h5:
             return _save_as_h5(stock, model, filepath, overwrite, **kwargs)
@@ -60,7 +57,7 @@ def load_model(
         from hornbeam import _savedmodel
 
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
-    if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _is_hdf5(filepath):
+    if not str(filepath).endswith((".h5", ".hdf5")) and _is_hdf5(filepath):  # Keras 2 called it `.keras`, too
         return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
