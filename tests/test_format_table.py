@@ -160,7 +160,9 @@ def unpack(root: Path) -> list[tuple[str, Path]]:
             archive.extractall(root / path.stem)
     found = [(path.name.rpartition("-"), path) for path in root.iterdir()]
     in_order = sorted(found, key=lambda f: ([int(n) for n in f[0][2].split(".")], f[0][0]))
-    return [(f"{package.capitalize()} {version}", path) for (package, _, version), path in in_order]
+    return [
+        (f"{'Keras' if package == 'keras' else package} {version}", path) for (package, _, version), path in in_order
+    ]
 
 
 def bits(arrays: Any) -> list[bytes]:
@@ -178,12 +180,12 @@ def golden(root: Path, name: str, form: str) -> tuple[bool, bool]:
     """Whether the weights come back, and whether the optimizer's state does."""
     path = root / f"{name}.{form}"
     model = None
-    if form == "weights.h5" and path.exists():  # into a model of other values
+    if form == "weights.h5":  # into a model of other values
         model = keras.models.load_model(root / f"{name}.keras")
         for variable in model.weights:
             variable.assign(keras.ops.zeros_like(variable))
         model.load_weights(path)
-    elif path.exists():
+    else:
         with contextlib.suppress(ValueError):
             model = keras.models.load_model(path)
     if model is None:
@@ -197,11 +199,11 @@ def era_row(shown: str, root: Path) -> list[str]:
     plain, custom = ERAS[shown.split()[1][0]]
     cells = []
     for form in ("keras", "weights.h5", "h5"):
-        found = [golden(root, name, form) for name in plain]
-        cells.append([all(loads for loads, _ in found), all(state for _, state in found)])
+        found = [golden(root, name, form) for name in plain if (root / f"{name}.{form}").exists()]
+        mark = [all(loads for loads, _ in found), all(state for _, state in found)]
+        cells.append(["✓" if yes else "" for yes in mark] if found else ["n/a", "n/a"])
     known = all(golden(root, name, "keras")[0] for name in custom)
-    marks = [*cells[0], known, cells[1][0], *cells[2]]
-    return [shown, *("✓" if mark else "" for mark in marks)]
+    return [shown, *cells[0], "✓" if known else "", cells[1][0], *cells[2]]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -146,7 +146,7 @@ def test_models(era: str, name: str, form: str, golden: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize("form", ["keras", "h5"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("era", ["keras-2.12.0", "keras-2.15.0", "tf_keras-2.21.0"])
+@pytest.mark.parametrize("era", ["keras-2.12.0", "keras-2.15.0"])
 def test_optimizers(era: str, name: str, form: str, golden: Path) -> None:
     model = keras.models.load_model(golden / era / f"{name}.{form}")
     # Keras 2 did not save the product of momentums that Nadam goes on with.
@@ -154,7 +154,7 @@ def test_optimizers(era: str, name: str, form: str, golden: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OLD)
-@pytest.mark.parametrize("era", ["keras-2.12.0", "keras-2.15.0", "tf_keras-2.21.0"])
+@pytest.mark.parametrize("era", ["keras-2.12.0", "keras-2.15.0"])
 def test_optimizers_that_were_old_then(era: str, name: str, golden: Path) -> None:
     recorded = Recorded(golden / era / f"{name}.npz")
     whole = name != "old_nadam"  # whose momentum follows another schedule
@@ -190,10 +190,6 @@ def test_what_2_12_called_keras_and_was_hdf5(golden: Path) -> None:
     path = golden / "keras-2.12.0" / "functional_hdf5.keras"
     assert path.read_bytes().startswith(b"\x89HDF")
     check(keras.models.load_model(path), Recorded(golden / "keras-2.12.0" / "functional.npz"))
-    with hornbeam.options(strict=False):
-        hornbeam.uninstall()
-        with pytest.raises(ValueError, match="File not found"):
-            keras.models.load_model(path)
 
 
 @pytest.mark.parametrize("name", ["functional", "nested"])
@@ -206,8 +202,10 @@ def test_architectures_in_json(era: str, name: str, golden: Path) -> None:
         check(model, recorded, state=False, trained=0)
 
 
+#: What is nothing by itself; an `InputLayer` has no shape here.
+BASES = ("Constraint", "Initializer", "InputLayer", "InputSpec", "Layer", "Loss")
 #: What Keras 3 has under another name, or computes.
-RENAMED = {"alpha", "negative_slope", "axis", "ragged", "fn", "reduction", "dtype"}
+RENAMED = {"alpha", "negative_slope", "axis", "ragged", "fn", "reduction", "dtype", "factor"}
 
 
 def kept(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -222,12 +220,13 @@ def test_every_class_that_keras_3_has_takes_its_configuration(era: str, golden: 
     for key, (new, old) in json.loads((golden / era / "objects.json").read_text()).items():
         kind, _, name = key.partition("/")
         cls = getattr(getattr(keras, kind), name, None)
-        if cls is None or cls is keras.layers.InputLayer:  # that has no shape here
+        if cls is None or name in BASES:
             absent.add(name)
             continue
-        made = serialization_lib.deserialize_keras_object(_migrate._migrated(new, {}, frozenset()))
-        assert type(made) is cls, key
-        assert kept(made.get_config(), new["config"]) == {}, key
+        if "module" in new:  # 2.12 has that form only inside of `.keras` files
+            made = serialization_lib.deserialize_keras_object(_migrate._migrated(new, {}, frozenset()))
+            assert type(made) is cls, key
+            assert kept(made.get_config(), new["config"]) == {}, key
         if kind == "layers":
             with saving_options.keras_option_scope(use_legacy_config=True), _legacy._classes_only():
                 made = saving_utils.model_from_config(_migrate._migrated(old, {}, frozenset()))
@@ -236,20 +235,12 @@ def test_every_class_that_keras_3_has_takes_its_configuration(era: str, golden: 
         else:
             made = getattr(keras, kind).deserialize(old)
         assert type(made) is cls, key
+        assert kind == "losses" or kept(made.get_config(), old["config"]) == {}, key
         count += 1
     assert count > 140
-    assert {n for n in absent if "Random" not in n} <= {
-        "AbstractRNNCell",
-        "InputLayer",
-        "InstanceMethod",
-        "InstanceProperty",
-        "SyncBatchNormalization",
-        "ThresholdedReLU",
-        "MeanMetricWrapper",
-        "SumOverBatchSizeMetricWrapper",
-        "MetricBase",
-        "LayerCategory",
-    }
+    assert {n for n in absent if "Random" not in n} - set(BASES) <= {
+        "AbstractRNNCell", "MeanTensor", "RadialConstraint", "ThresholdedReLU",
+    }  # fmt: skip
 
 
 def configurations(golden: Path) -> Iterator[str]:
@@ -282,7 +273,7 @@ def test_every_entry_of_the_tables_is_in_a_file(golden: Path) -> None:
         for name in Recorded(path).names:
             slots.setdefault(name.split("/")[0], set()).update(name.removesuffix(":0").split("/"))
     for name, table in _migrate._SLOTS.items():
-        assert set(table) <= slots[name], name
+        assert set(table) <= slots["Adam" if table is _migrate._ADAM else name], name
     whole = {name.removeprefix("old_").replace("amsgrad", "adam") for name in OPTIMIZERS}
     assert {name.lower() for name in _migrate._ORDER} <= whole
 

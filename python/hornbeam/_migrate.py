@@ -43,6 +43,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         (("SeparableConv1D", "SeparableConv2D"), {"groups": 1, **_KERNEL}),
         (("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"), {"noise_shape": None, "trainable": _ANY}),
         (("Discretization",), {"trainable": _ANY}),
+        (("RandomBrightness", "RandomContrast", "RandomCrop", "RandomFlip"), {"rng_type": _ANY}),
+        (("RandomRotation", "RandomTranslation", "RandomZoom"), {"rng_type": _ANY}),
         (
             ("MultiHeadAttention",),
             {"query_shape": _ANY, "key_shape": _ANY, "value_shape": _ANY, "softmax_robust_masking": False},
