@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 from keras import layers
 
 import hornbeam
-from helpers import archive_tree, saved, tree
+from helpers import archive_tree, saved, script, tree
 from hornbeam import _async
 from hornbeam.errors import CancelledError, UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
@@ -592,11 +591,8 @@ fill(1)
 """
 
 
-def script(code: str, root: Path, *, fails: bool = False) -> subprocess.CompletedProcess[str]:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", SCRIPT + code, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def run(code: str, root: Path, *, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    done = script(SCRIPT + code, root, KERAS_BACKEND="numpy")
     assert (done.returncode != 0) == fails, done.stderr
     return done
 
@@ -610,14 +606,14 @@ save_model(model, root + "/b.keras", asynchronous=True)
 fill(3)
 atexit.register(lambda: save_model(model, root + "/c.keras", asynchronous=True))
 """
-    script(code + end, tmp_path, fails="raise" in end)
+    run(code + end, tmp_path, fails="raise" in end)
     for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
         assert values(tmp_path / f"{name}.keras") == {value}
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_error_at_exit_is_told(tmp_path: Path) -> None:
-    done = script(
+    done = run(
         """
 os.mkdir(root + "/d")
 release = threading.Event()
@@ -637,7 +633,7 @@ release.set()
 
 
 def test_a_forked_child_starts_anew(tmp_path: Path) -> None:
-    script(
+    run(
         """
 import gc
 release = threading.Event()
@@ -682,9 +678,9 @@ def test_another_process_is_refused_while_one_writes(tmp_path: Path) -> None:
     model = small()
     with held():
         save_model(model, tmp_path / "m.keras", asynchronous=True)
-        done = script('save_model(model, root + "/m.keras")', tmp_path, fails=True)
+        done = run('save_model(model, root + "/m.keras")', tmp_path, fails=True)
         assert f"under way, in process {os.getpid()}" in done.stderr
         assert "Let one process write each path" in done.stderr
     hornbeam.wait()
-    script('save_model(model, root + "/m.keras")', tmp_path)
+    run('save_model(model, root + "/m.keras")', tmp_path)
     assert values(tmp_path / "m.keras") == {1.0}

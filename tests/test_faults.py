@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import hornbeam
+from helpers import script
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
 COMPILER = shutil.which("cc")
@@ -215,23 +215,15 @@ print("all of it")
 """
 
 
-def run(script: str, root: Path, *arguments: str) -> str:
+def run(code: str, root: Path, *arguments: str) -> str:
     """Runs a script above the library; gives what it prints."""
     library, inside = root / "faults.so", root / "root"
     source = Path(__file__).with_name("faults.c")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
     inside.mkdir()
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": "numpy",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PYTHONPATH": str(Path(hornbeam.__file__).parent.parent),
-        "LD_PRELOAD": str(library),
-        "HORNBEAM_FAULT": str(root / "fault"),
-        "HORNBEAM_SYNCED": str(root / "synced"),
-    }
-    command = [sys.executable, "-c", script, str(inside), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    files = {"HORNBEAM_FAULT": str(root / "fault"), "HORNBEAM_SYNCED": str(root / "synced")}
+    preload = {"LD_PRELOAD": str(library), "KERAS_BACKEND": "numpy"}
+    done = script(code, inside, *arguments, timeout=1500, **files, **preload)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

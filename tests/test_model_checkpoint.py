@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from keras import layers
 
-import hornbeam
-from helpers import saved
+from helpers import saved, script
 from hornbeam import _async, _model_checkpoint
 from hornbeam._ledger import Ledger
 from hornbeam._retention import Entry, plan_retention
@@ -422,13 +419,6 @@ def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv("TF_CONFIG")
         assert (tmp_path / f"{kind}{index}.keras").exists() == writes
         assert callback.best == 0.5  # all of them know
-
-
-def script(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 DISTRIBUTED = r"""
