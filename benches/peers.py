@@ -72,11 +72,11 @@ def save_hornbeam(engine: str, path: Path, tensors: Tensors, *, archive: bool = 
     save.finish([("config.json", b"{}")] if archive else [])
 
 
-def load_hornbeam(engine: str, path: Path) -> Tensors:
+def load_hornbeam(engine: str, path: Path, *, archive: bool = False) -> Tensors:
     """Every tensor in memory of its own, as `hornbeam.saving.load_weights` gets them."""
     from hornbeam import _core
 
-    weights = _core.open(str(path), archive=False).weights(engine=engine)
+    weights = _core.open(str(path), archive=archive).weights(engine=engine)
     datasets = weights.datasets()
     reading = weights.fetch(list(range(len(datasets))), verify=True, read_ahead=1 << 62)
     loaded = {}

@@ -168,16 +168,34 @@ def ceilings(task: Result) -> Result:
         "emit": emit,
         "write_1m": partial(measure.write_blocks, plain, arrays, MIB),
     }
+
+    def fetch() -> float:
+        measure.settle(2 * nbytes)  # what it takes is warm, as far as memory of a virtual machine can be
+        start = time.perf_counter()
+        loaded = peers.load_hornbeam("direct", target, archive=True)
+        taken = time.perf_counter() - start
+        del loaded  # to give the memory back is nobody's read
+        return taken
+
+    def fresh(block: int) -> float:
+        measure.settle(2 * nbytes)
+        return measure.read_blocks(target, block, fresh=True)
+
     reads: dict[str, Callable[[], float]] = {
         "read_256k": partial(measure.read_blocks, target, 256 * KIB),
         "read_1m": partial(measure.read_blocks, target, MIB),
+        "fetch": fetch,
+        "fresh_256k": partial(fresh, 256 * KIB),
+        "fresh_1m": partial(fresh, MIB),
     }
     seconds: dict[str, list[float]] = {name: [] for name in [*writes, *reads]}
     for turn in range(task["rounds"] + 1):  # the first warms up
         target.unlink(missing_ok=True)
         measure.settle(2 * nbytes)
-        order = [*writes.items()]
-        for name, run in [*order[turn % 3 :], *order[: turn % 3], *reads.items()]:
+        order, behind = [*writes.items()], [*reads.items()]
+        if turn % 2:
+            behind.reverse()
+        for name, run in [*order[turn % 3 :], *order[: turn % 3], *behind]:
             taken = run()
             if turn:
                 seconds[name].append(taken)
@@ -185,7 +203,9 @@ def ceilings(task: Result) -> Result:
     rates = {name: nbytes / median(taken) / 1e9 for name, taken in seconds.items()}
     half = min(nbytes, 512 * MIB)
     share = rates["emit"] / max(rates["write_256k"], rates["write_1m"])
-    return {**rates, "memcpy": half / measure.copy_memory(half) / 1e9, "share": share, "nbytes": nbytes}
+    read_share = rates["fetch"] / max(rates["fresh_256k"], rates["fresh_1m"])
+    memcpy = half / measure.copy_memory(half) / 1e9
+    return {**rates, "memcpy": memcpy, "share": share, "read_share": read_share, "nbytes": nbytes}
 
 
 CHILDREN: dict[str, Callable[[Result], Result]] = {
@@ -269,7 +289,10 @@ def bench_ceilings(args: argparse.Namespace, folder: Path) -> list[Result]:
         task = {"shape": shape, "folder": str(folder), "rounds": 3 if args.quick else 9}
         row = {"workload": workload, **measure.middle([child("ceilings", task) for _ in range(args.turns)])}
         rows.append(row)
-        say(f"{workload}: write alone {row['emit']:.2f} GB/s, {row['share']:.0%} of the ceiling")
+        say(
+            f"{workload}: write alone {row['emit']:.2f} GB/s, {row['share']:.0%} of the ceiling; "
+            f"read with CRC {row['fetch']:.2f}, {row['read_share']:.0%} of a read into fresh memory"
+        )
     return rows
 
 

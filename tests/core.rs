@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
 use hornbeam::archive::WEIGHTS;
 use hornbeam::archive::read::{Members, Method};
@@ -1211,6 +1211,130 @@ fn an_interrupt_ends_the_wait_and_an_error_reaches_whoever_asks() {
     });
     let error = fetch.unwrap().take(0, &stop).unwrap_err();
     assert!(matches!(error.kind(), Kind::Cancelled), "{error}");
+}
+
+/// Bytes that the reader's thread gets only when the gate is open; what others get, `for_others` says.
+struct Gated<F> {
+    data: Vec<u8>,
+    open: Mutex<bool>,
+    changed: Condvar,
+    for_others: F,
+}
+
+impl<F: Fn() -> Result<()>> Gated<F> {
+    fn open_gate(&self) {
+        *self.open.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+impl<F: Fn() -> Result<()> + Send + Sync> ReadAt for Gated<F> {
+    fn len(&self) -> u64 {
+        self.data.len() as u64
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        if std::thread::current().name() == Some("hornbeam-fetch") {
+            drop(self.changed.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
+        } else {
+            (self.for_others)()?;
+        }
+        self.data[..].read_at(buf, offset)
+    }
+}
+
+/// 40 MiB in tensors large and small, with gaps, read through a closed gate.
+fn gated<F: Fn() -> Result<()> + Send + Sync + 'static>(for_others: F) -> (Arc<Gated<F>>, Request) {
+    let data: Vec<u8> = (0..40 * MIB).map(|i| ((i * 7) >> 5) as u8).collect();
+    let mut tensors = vec![Extent { offset: 5, len: 11 * MIB + 3 }, Extent { offset: 12 * MIB, len: 4 * MIB }];
+    tensors.extend((0..220).map(|i| Extent { offset: 17 * MIB + i * 100_000, len: 99_000 }));
+    let crc = Some(crc32fast::hash(&data));
+    let source = Arc::new(Gated { data, open: Mutex::new(false), changed: Condvar::new(), for_others });
+    (Arc::clone(&source), Request { crc, ..request(source, 40 * MIB, tensors, u64::MAX) })
+}
+
+/// Opens the gate at the end, also of a test that fails: the reader's thread is waited for.
+struct Opened<'a, F: Fn() -> Result<()>>(&'a Gated<F>);
+
+impl<F: Fn() -> Result<()>> Drop for Opened<'_, F> {
+    fn drop(&mut self) {
+        self.0.open_gate();
+    }
+}
+
+/// Waits for long, but not for ever.
+fn patience() -> impl Fn() -> Result<()> {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    move || if std::time::Instant::now() < end { Ok(()) } else { Err(Error::new(Kind::Cancelled, "nobody helped")) }
+}
+
+#[test]
+fn whoever_waits_reads_the_rest() {
+    for drop_rest in [false, true] {
+        let (source, request) = gated(|| Ok(()));
+        let tensors = request.tensors.clone();
+        let fetch = Fetch::start(request).unwrap();
+        let opened = Opened(&*source);
+        // The reader has one part at most, the first 4 MiB; this tensor is in the last one.
+        let last = tensors.len() - 1;
+        let slot = fetch.take(last, &patience()).unwrap().unwrap();
+        drop(opened);
+        if drop_rest { fetch.drain(WAIT) } else { fetch.complete(WAIT) }.unwrap();
+        let is =
+            |i: usize, bytes: &[u8]| bytes == &source.data[tensors[i].offset as usize..][..tensors[i].len as usize];
+        assert!(is(last, slot.bytes()));
+        for i in (0..last).filter(|_| !drop_rest) {
+            assert!(is(i, fetch.take(i, WAIT).unwrap().unwrap().bytes()), "{i}");
+        }
+    }
+}
+
+#[test]
+fn what_an_interrupted_helper_leaves_is_read_by_others() {
+    let slow = AtomicBool::new(true);
+    let (source, request) = gated(move || {
+        let since = std::time::Instant::now();
+        // Longer than a waiter waits before it asks whether to go on.
+        while slow.load(Ordering::SeqCst) && since.elapsed() < 2 * hornbeam::io::fetch::POLL {}
+        slow.store(false, Ordering::SeqCst);
+        Ok(())
+    });
+    let tensors = request.tensors.clone();
+    let fetch = Fetch::start(request).unwrap();
+    let opened = Opened(&*source);
+    let stop = || Err(Error::new(Kind::Cancelled, "interrupted"));
+    let error = fetch.take(tensors.len() - 1, &stop).unwrap_err();
+    assert!(matches!(error.kind(), Kind::Cancelled), "{error}");
+    drop(opened);
+    fetch.complete(WAIT).unwrap();
+    for (i, &Extent { offset, len }) in tensors.iter().enumerate() {
+        let slot = fetch.take(i, WAIT).unwrap().unwrap();
+        assert_eq!(slot.bytes(), &source.data[offset as usize..(offset + len) as usize], "{i}");
+    }
+}
+
+#[test]
+fn an_error_of_a_helper_is_the_outcome() {
+    for crc in [true, false] {
+        let failed = Arc::new(AtomicBool::new(false));
+        let noted = Arc::clone(&failed);
+        let (source, request) = gated(move || {
+            noted.store(true, Ordering::SeqCst);
+            Err(Error::new(Kind::Io(std::io::Error::from_raw_os_error(5)), "disk"))
+        });
+        let fetch = Fetch::start(Request { crc: request.crc.filter(|_| crc), ..request }).unwrap();
+        let opened = Opened(&*source);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| fetch.take(100, &patience()).map(|_| ()));
+            while !failed.load(Ordering::SeqCst) && !waits.is_finished() {
+                std::thread::yield_now();
+            }
+            drop(opened); // the reader has its part, and finds nothing more to do
+            let error = waits.join().unwrap().unwrap_err();
+            assert!(matches!(error.kind(), Kind::Io(e) if e.raw_os_error() == Some(5)), "{error}");
+            assert!(fetch.complete(WAIT).is_err());
+        });
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
-Loads of a few variables do without those that take long to try, until they add up.
+Loads of a few variables do without those that take long to try, until they add up to what trying them costs.
 
 - `attributes`: what is set on a layer and is no variable, layer, metric or seed generator goes past Keras' and
   TensorFlow's trackers, which track nothing else; lists, dictionaries and sets get Keras' tracking wrapper directly.

@@ -54,17 +54,20 @@ impl Block {
     #[cfg(unix)]
     fn mapped(len: usize) -> Option<Self> {
         use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-        let whole = len.checked_next_multiple_of(4096)?.checked_add(HUGE_PAGE)?;
+        // A last huge page that is nearly full is worth its rest.
+        let pages = len.checked_next_multiple_of(HUGE_PAGE).filter(|pages| pages - len <= len / 16);
+        let pages = pages.or_else(|| len.checked_next_multiple_of(4096))?;
+        let whole = pages.checked_add(HUGE_PAGE)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new private mapping; no existing memory is affected.
         let base = unsafe { mmap_anonymous(std::ptr::null_mut(), whole, protection, MapFlags::PRIVATE) }.ok()?;
         let base = NonNull::new(base.cast::<u8>())?;
         let skip = base.as_ptr().align_offset(HUGE_PAGE);
-        // SAFETY: `skip` < HUGE_PAGE, so `skip + len` stays inside the mapping.
+        // SAFETY: `skip` < HUGE_PAGE, so `skip + pages` stays inside the mapping.
         let start = unsafe { base.add(skip) };
         #[cfg(target_os = "linux")]
         // SAFETY: the range lies inside the mapping; the advice changes no content. It is a hint, so errors are fine.
-        let _ = unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage) };
+        let _ = unsafe { rustix::mm::madvise(start.as_ptr().cast(), pages, rustix::mm::Advice::LinuxHugepage) };
         Some(Self { start, len, memory: Memory::Mapped { base, len: whole } })
     }
 

@@ -1,10 +1,13 @@
 //! Extents → aligned memory, in file order, in a background thread, with the CRC on the way.
 //!
 //! The reader runs ahead of whoever takes the tensors by a bounded number of bytes, unless a later tensor is asked
-//! for. Every byte of the image passes the CRC, also those between tensors. What is no plain run of bytes is decoded by
-//! whoever knows how, in the same thread.
+//! for. Whoever would have to wait for it reads the next part instead: then there are two readers, and no core idles.
+//! Every byte of the image passes the CRC, also those between tensors. What is no plain run of bytes is decoded by
+//! whoever knows how, in the reader's thread.
 #![allow(unsafe_code)] // writes into blocks that are not shared until they are complete
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,6 +20,9 @@ use crate::h5::ALIGNMENT;
 /// Bytes per read of what is small or skipped; larger tensors are read in such steps too, so that the CRC finds them
 /// in cache.
 const STEP: usize = 256 << 10;
+
+/// Bytes of a part: what one thread reads before it looks for more.
+const PART: u64 = OWN_BLOCK as u64;
 
 /// Bytes that are decoded together: enough for all threads to be busy to the end.
 const BATCH: u64 = 32 << 20;
@@ -84,7 +90,7 @@ impl Slot {
 }
 
 /// Fills the memory of some tensors that are not plain runs of bytes, by their numbers, from the given file.
-pub type Decode = Box<dyn Fn(&dyn ReadAt, &[usize], &mut [&mut [u8]]) -> Result<()> + Send>;
+pub type Decode = Box<dyn Fn(&dyn ReadAt, &[usize], &mut [&mut [u8]]) -> Result<()> + Send + Sync>;
 
 /// What is read, and what is known about it beforehand.
 pub struct Request {
@@ -111,6 +117,9 @@ pub struct Fetch {
 }
 
 struct Shared {
+    request: Request,
+    plan: Vec<Run>,
+    order: Vec<usize>, // tensor → its place in the plan
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -119,14 +128,56 @@ struct Shared {
 struct State {
     slots: Vec<Option<Slot>>,
     done: Vec<bool>,
-    ahead: u64,
-    read: u64,             // bytes of tensors, taken or not
+    ahead: u64,                               // bytes of tensors that are read or being read, and not taken
+    read: u64,                                // bytes of tensors, taken or not
+    run: usize,                               // where the next part begins: in this run of the plan,
+    at: u64,                                  // at this byte of it
+    parts: usize,                             // how many there were so far
+    returned: Vec<Part>,                      // by those who were interrupted
+    active: usize,                            // parts being read
+    open: BTreeMap<usize, (Arc<Block>, u64)>, // tensors with a block of their own, and the bytes still to come
+    checksum: Checksum,
+    failed: Option<Error>, // of a helper
     wanted: Option<usize>, // the tensor somebody waits for
     takers: usize,         // who do
     blocked: bool,         // the reader waits for one of them
     goal: Goal,
     outcome: Option<Result<()>>,
     asked: Option<Instant>, // when a waiting caller was last asked whether to go on
+}
+
+/// The CRC-32 of the image, put together from those of runs of parts.
+#[derive(Default)]
+struct Checksum {
+    all: crc32fast::Hasher, // of the parts before `next`
+    next: usize,
+    later: BTreeMap<usize, (usize, crc32fast::Hasher)>,
+}
+
+impl Checksum {
+    fn add(&mut self, parts: Range<usize>, crc: crc32fast::Hasher) {
+        self.later.insert(parts.start, (parts.end, crc));
+        while let Some((end, crc)) = self.later.remove(&self.next) {
+            self.all.combine(&crc);
+            self.next = end;
+        }
+    }
+}
+
+/// What is read in one go.
+struct Part {
+    number: usize,
+    pieces: Vec<Piece>,
+    arena: usize, // bytes of the small tensors in it, each at a multiple of the alignment
+    keep: bool,
+    cut: bool, // by the limit: whoever reads it has the next one as well
+}
+
+/// A run of bytes of the image: `at` of a tensor, or between tensors.
+struct Piece {
+    extent: Extent,
+    tensor: Option<usize>,
+    at: usize,
 }
 
 /// What the reader is to do; it never takes back the later of two.
@@ -143,6 +194,18 @@ enum Goal {
     Stop,
 }
 
+impl State {
+    fn check_stop(&self) -> Result<()> {
+        if self.goal == Goal::Stop { Err(stopped()) } else { Ok(()) }
+    }
+
+    /// Whether to go on: an error of a helper's is the reader's too.
+    fn check(&mut self) -> Result<()> {
+        self.check_stop()?;
+        self.failed.take().map_or(Ok(()), Err)
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -156,14 +219,167 @@ impl Shared {
         state
     }
 
-    /// Lets go, and wakes others if they wait for what has changed: to wake somebody for each of 50,000 tensors takes
-    /// longer than to read them.
-    fn wake(&self, state: MutexGuard<'_, State>, if_so: impl FnOnce(&State) -> bool) {
-        let wake = if_so(&state);
+    /// Whether there is a part to be claimed; waits for those that others are reading, which may come back.
+    fn more(&self) -> Result<bool> {
+        let mut state = self.lock();
+        loop {
+            state.check()?;
+            if state.run < self.plan.len() || !state.returned.is_empty() {
+                return Ok(true);
+            }
+            if state.active == 0 {
+                return Ok(false);
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// Whether a part that is still to be claimed brings tensor `i` nearer.
+    fn is_ahead(&self, state: &State, i: usize) -> bool {
+        self.order.get(i).is_some_and(|&run| run >= state.run || !state.returned.is_empty())
+    }
+
+    /// The next part, if there is one.
+    fn claim(&self, state: &mut State) -> Option<Part> {
+        let part = state.returned.pop().or_else(|| self.next_part(state))?;
+        state.active += 1;
+        Some(part)
+    }
+
+    fn next_part(&self, state: &mut State) -> Option<Part> {
+        let keep = state.goal != Goal::Drain;
+        let room = self.request.read_ahead.saturating_sub(state.ahead);
+        let most = if state.goal >= Goal::All { PART } else { room.min(PART) };
+        let mut part = Part { number: state.parts, pieces: Vec::new(), arena: 0, keep, cut: most < PART };
+        let mut len = 0;
+        while let Some(&(run, tensor)) = self.plan.get(state.run) {
+            let n = (run.len - state.at).min(PART);
+            let small = keep && tensor.is_some() && run.len < OWN_BLOCK as u64;
+            let arena = if small { part.arena + (n as usize).next_multiple_of(ALIGNMENT as usize) } else { part.arena };
+            if !part.pieces.is_empty() && (len + n > most || arena > OWN_BLOCK) {
+                break;
+            }
+            let extent = Extent { offset: run.offset + state.at, len: n };
+            part.pieces.push(Piece { extent, tensor, at: state.at as usize });
+            (len, part.arena) = (len + n, arena);
+            state.ahead += if keep && tensor.is_some() { n } else { 0 };
+            state.at += n;
+            if state.at == run.len {
+                (state.run, state.at) = (state.run + 1, 0);
+            }
+        }
+        if part.pieces.is_empty() {
+            return None;
+        }
+        state.parts += 1;
+        Some(part)
+    }
+
+    /// A part for somebody who waits for tensor `wanted`, or for all.
+    fn part_for(&self, state: &mut State, wanted: Option<usize>) -> Option<Part> {
+        let useful = match state.goal {
+            Goal::Stop => false,
+            Goal::All | Goal::Drain => true,
+            Goal::Ahead => state.ahead < self.request.read_ahead || wanted.is_some_and(|i| self.is_ahead(state, i)),
+        };
+        if useful && state.failed.is_none() && self.request.source.is_ours() { self.claim(state) } else { None }
+    }
+
+    /// Reads a part in the thread of somebody who would wait otherwise.
+    fn help<'a>(&'a self, part: Part, reader: &mut Reader<'a>) -> Result<()> {
+        let mut crc = crc32fast::Hasher::new();
+        let result = self.read_part(&part, reader, &mut crc);
+        // All that the reader needs to know comes with the end of the part, or it might be done too early.
+        let mut state = self.lock();
+        state.active -= 1;
+        let mut interrupted = Ok(());
+        match result {
+            Ok(()) => state.checksum.add(part.number..part.number + 1, crc),
+            Err(error) if reader.interrupted => {
+                state.returned.push(part);
+                interrupted = Err(error);
+            }
+            Err(error) => state.failed = state.failed.take().or(Some(error)),
+        }
+        drop(state);
+        self.changed.notify_all();
+        interrupted
+    }
+
+    /// Reads a part, and hands out the tensors that it completes.
+    fn read_part(&self, part: &Part, reader: &mut Reader<'_>, crc: &mut crc32fast::Hasher) -> Result<()> {
+        let checked = self.request.crc.is_some();
+        let mut update = |bytes: &[u8]| {
+            if checked {
+                crc.update(bytes);
+            }
+        };
+        reader.end = match part.pieces.last() {
+            Some(last) if !part.cut => last.extent.offset + last.extent.len,
+            _ => self.request.image.len,
+        };
+        let arena = Arc::new(Block::new(part.arena));
+        let mut used = 0;
+        let mut whole = Vec::new();
+        let mut partly = Vec::new();
+        let mut read = || {
+            for piece in &part.pieces {
+                let len = piece.extent.len as usize;
+                match piece.tensor.filter(|_| part.keep) {
+                    None if checked => reader.each(piece.extent, &mut update)?,
+                    None => {}
+                    Some(i) if self.request.tensors[i].len < OWN_BLOCK as u64 => {
+                        let start = used;
+                        used = (start + len).next_multiple_of(ALIGNMENT as usize);
+                        // SAFETY: the arena is this part's alone until its slots are handed out, and they do not overlap.
+                        reader.fill(piece.extent, unsafe { arena.slot(start, len) }, &mut update)?;
+                        whole.push((i, Slot { block: Arc::clone(&arena), start, len }));
+                    }
+                    Some(i) => {
+                        let block = self.block_of(i);
+                        // SAFETY: a piece is read by one thread at a time, pieces do not overlap, and the block is not
+                        // handed out before all of them were read.
+                        reader.fill(piece.extent, unsafe { block.slot(piece.at, len) }, &mut update)?;
+                        partly.push((i, piece.extent.len));
+                    }
+                }
+            }
+            Ok(())
+        };
+        let result = read();
+        if result.is_err() && reader.interrupted {
+            return result; // all of it will be read again
+        }
+        let mut state = self.lock();
+        for (i, n) in partly {
+            state.read += n;
+            let (_, left) = state.open.get_mut(&i).expect("open until it is complete");
+            *left -= n;
+            if *left == 0 {
+                let (block, _) = state.open.remove(&i).expect("just seen");
+                whole.push((i, Slot { len: block.len(), start: 0, block }));
+                state.read -= whole[whole.len() - 1].1.len as u64; // counted piece by piece
+            }
+        }
+        for (i, slot) in whole {
+            state.read += slot.len as u64;
+            state.slots[i] = Some(slot);
+            state.done[i] = true;
+        }
+        let wake = state.takers > 0;
         drop(state);
         if wake {
             self.changed.notify_all();
         }
+        result
+    }
+
+    /// The block of a large tensor, all of whose pieces are read into it.
+    fn block_of(&self, i: usize) -> Arc<Block> {
+        let len = self.request.tensors[i].len;
+        let mut state = self.lock();
+        let (block, _) = state.open.entry(i).or_insert_with(|| (Arc::new(Block::new(len as usize)), len));
+        Arc::clone(block)
     }
 
     /// Waits a while; asks between whether to go on.
@@ -187,14 +403,24 @@ impl Fetch {
     /// `Hdf5` when tensors overlap or leave the image, `Io` when there is no thread to be had.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request)?;
+        let mut order = vec![0; request.tensors.len()];
+        for (position, (_, tensor)) in plan.iter().enumerate() {
+            tensor.iter().for_each(|&i| order[i] = position);
+        }
         let n = request.tensors.len() + request.decoded.len();
-        let state = State { slots: vec![None; n], done: vec![false; n], ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let mut state = State { slots: vec![None; n], done: vec![false; n], ..State::default() };
+        for (done, tensor) in state.done.iter_mut().zip(&request.tensors) {
+            *done = tensor.len == 0;
+        }
+        let shared = Arc::new(Shared { request, plan, order, state: Mutex::new(state), changed: Condvar::new() });
         let in_thread = Arc::clone(&shared);
         let run = move || {
-            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&request, &plan, &in_thread)));
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&in_thread)));
             let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Invalid, "the reader thread panicked")));
-            in_thread.lock().outcome = Some(outcome);
+            let mut state = in_thread.lock();
+            state.outcome = Some(outcome);
+            state.open.clear();
+            drop(state);
             in_thread.changed.notify_all();
         };
         let thread = std::thread::Builder::new().name("hornbeam-fetch".into()).spawn(run);
@@ -212,12 +438,18 @@ impl Fetch {
     /// # Errors
     /// Whatever stopped the reader before it got there.
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
+        let mut reader = None;
         let mut state = self.shared.lock();
         loop {
             if state.done[i] {
                 let slot = state.slots[i].take();
                 state.ahead -= slot.as_ref().map_or(0, |s| s.len as u64);
-                self.shared.wake(state, |state| state.blocked);
+                // To wake the reader for each of 50,000 tensors takes longer than to read them.
+                let wake = state.blocked;
+                drop(state);
+                if wake {
+                    self.shared.changed.notify_all();
+                }
                 return Ok(slot);
             }
             if let Some(outcome) = &mut state.outcome {
@@ -225,6 +457,12 @@ impl Fetch {
                 return Ok(None);
             }
             state.wanted = Some(i);
+            if let Some(part) = self.shared.part_for(&mut state, Some(i)) {
+                drop(state);
+                self.shared.help(part, reader.get_or_insert_with(|| Reader::new(&self.shared, Some(interrupt))))?;
+                state = self.shared.lock();
+                continue;
+            }
             state.takers += 1;
             self.shared.changed.notify_all();
             state = self.shared.wait_for(state, interrupt).inspect_err(|_| self.shared.lock().takers -= 1)?;
@@ -252,9 +490,16 @@ impl Fetch {
         let mut state = self.shared.lock();
         state.goal = state.goal.max(goal);
         self.shared.changed.notify_all();
+        let mut reader = None;
         loop {
             if let Some(outcome) = &mut state.outcome {
                 return tell(outcome);
+            }
+            if let Some(part) = self.shared.part_for(&mut state, None) {
+                drop(state);
+                self.shared.help(part, reader.get_or_insert_with(|| Reader::new(&self.shared, Some(interrupt))))?;
+                state = self.shared.lock();
+                continue;
             }
             state = self.shared.wait_for(state, interrupt)?;
         }
@@ -307,64 +552,33 @@ fn plan(request: &Request) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
-/// The reader: fills slots in file order.
-fn read(request: &Request, plan: &[Run], shared: &Shared) -> Result<()> {
-    {
-        let mut state = shared.lock();
-        for (i, tensor) in request.tensors.iter().enumerate() {
-            state.done[i] = tensor.len == 0;
-        }
-    }
-    let mut order = vec![0; request.tensors.len()]; // position in the plan
-    for (position, (_, i)) in plan.iter().enumerate() {
-        i.iter().for_each(|&i| order[i] = position);
-    }
-    let mut crc = request.crc.map(|_| crc32fast::Hasher::new());
-    let mut reader = Reader { request, shared, stage: Vec::new(), staged: 0..0 };
-    let mut decoder = Decoder { request, shared };
-    let mut arena: Option<(Arc<Block>, usize)> = None;
-    for (position, &(extent, tensor)) in plan.iter().enumerate() {
-        let keep = decoder.turn(|i| order.get(i).is_some_and(|&p| p >= position))? == Turn::Keep;
-        match tensor.filter(|_| keep) {
-            None if crc.is_none() => {}
-            None => reader.each(extent, &mut |bytes| crc.iter_mut().for_each(|c| c.update(bytes)))?,
-            Some(i) => {
-                let len = extent.len as usize;
-                let (block, start) = if len >= OWN_BLOCK {
-                    (Arc::new(Block::new(len)), 0)
-                } else {
-                    if arena.as_ref().is_none_or(|(block, used)| used + len > block.len()) {
-                        // The last arena is no larger than what is still to come.
-                        let mut rest = 0;
-                        for (next, _) in plan[position..].iter().filter(|run| run.1.is_some()) {
-                            rest = (rest + next.len).next_multiple_of(ALIGNMENT);
-                            if rest >= OWN_BLOCK as u64 {
-                                break;
-                            }
-                        }
-                        arena = Some((Arc::new(Block::new(rest.clamp(len as u64, OWN_BLOCK as u64) as usize)), 0));
-                    }
-                    let (block, used) = arena.as_mut().expect("just made");
-                    let start = *used;
-                    *used = (start + len).next_multiple_of(ALIGNMENT as usize);
-                    (Arc::clone(block), start)
-                };
-                // SAFETY: slots of a block are handed out once and do not overlap; this one is not shared yet.
-                reader.fill(extent, unsafe { block.slot(start, len) }, &mut |bytes| {
-                    crc.iter_mut().for_each(|c| c.update(bytes));
-                })?;
-                let mut state = shared.lock();
-                state.slots[i] = Some(Slot { block, start, len });
-                state.done[i] = true;
-                state.ahead += extent.len;
-                state.read += extent.len;
-                shared.wake(state, |state| state.wanted == Some(i) || state.takers > 1);
+/// The reader: one part after the other, as long as there is one and it may.
+fn read(shared: &Shared) -> Result<()> {
+    let mut reader = Reader::new(shared, None);
+    let mut decoder = Decoder { request: &shared.request, shared };
+    let mut run = 0..0; // parts that were read one after the other
+    let mut crc = crc32fast::Hasher::new();
+    while shared.more()? {
+        decoder.turn(|state, i| shared.is_ahead(state, i))?;
+        let Some(part) = shared.claim(&mut shared.lock()) else { continue };
+        if part.number != run.end {
+            if !run.is_empty() {
+                shared.lock().checksum.add(run, std::mem::take(&mut crc));
             }
+            run = part.number..part.number;
         }
+        run.end += 1;
+        shared.read_part(&part, &mut reader, &mut crc)?;
+        shared.lock().active -= 1;
     }
     decoder.rest()?;
-    match (crc.map(crc32fast::Hasher::finalize), request.crc) {
-        (Some(found), Some(expected)) if found != expected => Err(Error::new(Kind::Crc, "Bad CRC-32 for the weights")
+    let mut state = shared.lock();
+    if !run.is_empty() {
+        state.checksum.add(run, crc);
+    }
+    let found = std::mem::take(&mut state.checksum).all.finalize();
+    match shared.request.crc {
+        Some(expected) if found != expected => Err(Error::new(Kind::Crc, "Bad CRC-32 for the weights")
             .with_found(format_args!("{expected:08x}"), format_args!("{found:08x}"))
             .with_advice("Their bytes changed after they were written; use another copy.")),
         _ => Ok(()),
@@ -390,12 +604,10 @@ struct Decoder<'a> {
 
 impl Decoder<'_> {
     /// Waits until there is room for more, or somebody waits for a tensor that is `ahead`.
-    fn turn(&mut self, ahead: impl Fn(usize) -> bool) -> Result<Turn> {
+    fn turn(&mut self, ahead: impl Fn(&State, usize) -> bool) -> Result<Turn> {
         let mut state = self.shared.lock();
         loop {
-            if state.goal == Goal::Stop {
-                return Err(stopped());
-            }
+            state.check()?;
             if state.goal == Goal::Drain {
                 return Ok(Turn::Drop);
             }
@@ -404,7 +616,10 @@ impl Decoder<'_> {
                 drop(state);
                 self.decode(i)?;
                 state = self.shared.lock();
-            } else if state.goal == Goal::All || asked.is_some_and(&ahead) || state.ahead < self.request.read_ahead {
+            } else if state.goal == Goal::All
+                || asked.is_some_and(|i| ahead(&state, i))
+                || state.ahead < self.request.read_ahead
+            {
                 return Ok(Turn::Keep);
             } else {
                 state = self.shared.wait(state);
@@ -416,7 +631,7 @@ impl Decoder<'_> {
         let all = self.request.tensors.len()..self.request.tensors.len() + self.request.decoded.len();
         for i in all {
             while !self.shared.lock().done[i] {
-                match self.turn(|_| false)? {
+                match self.turn(|_, _| false)? {
                     Turn::Keep if self.shared.lock().done[i] => {} // somebody waited for it meanwhile
                     Turn::Keep => self.decode(i)?,
                     Turn::Drop => return Ok(()),
@@ -486,13 +701,21 @@ impl ReadAt for UntilStopped<'_> {
 
 /// Reads what is small in large steps, until it is told to stop.
 struct Reader<'a> {
-    request: &'a Request,
     shared: &'a Shared,
+    interrupt: Option<Interrupt<'a>>,
+    asked: Instant, // whether to go on
+    interrupted: bool,
     stage: Vec<u8>,
-    staged: std::ops::Range<u64>,
+    staged: Range<u64>,
+    end: u64, // of what is worth staging
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(shared: &'a Shared, interrupt: Option<Interrupt<'a>>) -> Self {
+        let (asked, interrupted, stage, staged) = (Instant::now(), false, Vec::new(), 0..0);
+        Self { shared, interrupt, asked, interrupted, stage, staged, end: 0 }
+    }
+
     /// Fills `out` with the extent: from what is staged, then directly where it is large.
     fn fill(&mut self, extent: Extent, out: &mut [u8], each: &mut dyn FnMut(&[u8])) -> Result<()> {
         let mut done = 0;
@@ -501,7 +724,8 @@ impl Reader<'_> {
             let at = extent.offset + done as u64;
             let rest = out.len() - done;
             let n = if rest >= STEP && !self.staged.contains(&at) {
-                self.request.source.read_at(&mut out[done..done + STEP], self.request.image.offset + at)?;
+                let request = &self.shared.request;
+                request.source.read_at(&mut out[done..done + STEP], request.image.offset + at)?;
                 STEP
             } else {
                 let staged = self.staged(at)?;
@@ -528,16 +752,24 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn go_on(&self) -> Result<()> {
-        if self.shared.lock().goal == Goal::Stop { Err(stopped()) } else { Ok(()) }
+    fn go_on(&mut self) -> Result<()> {
+        self.shared.lock().check_stop()?;
+        if let Some(interrupt) = self.interrupt
+            && self.asked.elapsed() >= POLL
+        {
+            self.asked = Instant::now();
+            interrupt().inspect_err(|_| self.interrupted = true)?;
+        }
+        Ok(())
     }
 
     /// Bytes of the image from `at` on: at least one, as many as were read together with it.
     fn staged(&mut self, at: u64) -> Result<&[u8]> {
         if !self.staged.contains(&at) {
-            let n = (self.request.image.len - at).min(STEP as u64);
+            let n = (self.end - at).min(STEP as u64);
             self.stage.resize(n as usize, 0);
-            self.request.source.read_at(&mut self.stage, self.request.image.offset + at)?;
+            let request = &self.shared.request;
+            request.source.read_at(&mut self.stage, request.image.offset + at)?;
             self.staged = at..at + n;
         }
         Ok(&self.stage[(at - self.staged.start) as usize..])
