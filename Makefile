@@ -16,8 +16,9 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py
-BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py tests/test_data.py
+MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py
+BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py \
+  tests/test_backup.py tests/test_data.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
@@ -122,7 +123,7 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 
 test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The parity tests on torch, and on the oldest Keras supported
 	@echo "==> Python tests, torch backend"
-	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
+	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras 3.12.4"
 	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 

@@ -1,6 +1,6 @@
-"""The legacy HDF5 format beside stock Keras: ResNet50 with Adam, saved, loaded, and its weights loaded.
+"""Legacy HDF5 and JSON beside stock Keras: ResNet50 with Adam, saved, loaded, its weights loaded; its architecture.
 
-    python benches/bench_legacy.py [--quick] [--turns 3]
+    python benches/bench_legacy.py [--quick] [--turns 3]   the result goes to benches/results/, beside that of run.py
 
 Each measurement is a process of its own, the sides in turns; "first" is the first run in it, "best" the least of three
 more. Both sides read the file that stock Keras wrote. Stock Keras does not give the optimizer its state back, hornbeam
@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 
-OPERATIONS = ("save", "load_model", "load_weights")
+OPERATIONS = ("save", "load_model", "load_weights", "to_json", "model_from_json")
 
 
 def build(quick: bool) -> Any:
@@ -55,6 +55,7 @@ def operate(task: dict[str, Any]) -> dict[str, Any]:
         hornbeam.install()
     expected = weights(model)
     nbytes = 3 * sum(map(len, expected))
+    text = model.to_json()
     loaded: list[Any] = []
     seconds = []
     for _ in range(1 + task["runs"]):
@@ -65,6 +66,10 @@ def operate(task: dict[str, Any]) -> dict[str, Any]:
             work = lambda: model.save(target)  # noqa: E731
         elif task["operation"] == "load_model":
             work = lambda: loaded.append(keras.models.load_model(task["file"]))  # noqa: E731
+        elif task["operation"] == "to_json":
+            work = lambda: loaded.append(model.to_json())  # noqa: E731
+        elif task["operation"] == "model_from_json":
+            work = lambda: loaded.append(keras.models.model_from_json(text))  # noqa: E731
         else:
             for variable in model.weights:
                 variable.assign(variable * 0)
@@ -75,11 +80,12 @@ def operate(task: dict[str, Any]) -> dict[str, Any]:
             hornbeam.uninstall()
         loaded = [keras.models.load_model(target)]
         target.unlink()
-    return {
-        "first": seconds[0],
-        "best": min(seconds[1:]),
-        "equal": weights(loaded[0] if loaded else model) == expected,
-    }
+    if task["operation"].endswith("json"):
+        given = loaded[0] if isinstance(loaded[0], str) else loaded[0].to_json()
+        equal = json.loads(given) == json.loads(text)
+    else:
+        equal = weights(loaded[0] if loaded else model) == expected
+    return {"first": seconds[0], "best": min(seconds[1:]), "equal": equal}
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:
@@ -94,13 +100,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a small model, once")
     parser.add_argument("--turns", type=int, default=3, help="processes per side and operation")
     parser.add_argument("--dir", type=Path, help="where to write files")
+    parser.add_argument("--out", type=Path, help="the result (default: benches/results/<date>.json; none if --quick)")
     args = parser.parse_args()
     turns, runs = (1, 1) if args.quick else (args.turns, 3)
-    wrong = 0
+    versions = measure.versions()
+    default = None if args.quick else measure.ROOT / "benches" / "results" / f"{versions['date']}.json"
+    out = args.out or default
+    rows = []
     with tempfile.TemporaryDirectory(prefix="hornbeam-bench-", dir=args.dir or Path.cwd()) as folder:
         file = Path(folder) / "model.h5"
         build(args.quick).save(file)
-        print(f"ResNet50 + Adam, legacy HDF5, {file.stat().st_size / 1e6:.0f} MB")
+        size = file.stat().st_size
+        print(f"ResNet50 + Adam, legacy HDF5, {size / 1e6:.0f} MB")
         for operation in OPERATIONS:
             task = {"file": str(file), "target": f"{folder}/saved.h5", "operation": operation, "quick": args.quick}
             found: dict[str, list[dict[str, Any]]] = {"stock": [], "hornbeam": []}
@@ -109,11 +120,18 @@ def main() -> int:
                     found[side].append(child({**task, "side": side, "runs": runs}))
             stock, ours = ({k: median(f[k] for f in found[side]) for k in ("first", "best")} for side in found)
             equal = all(f["equal"] for side in found.values() for f in side)
-            wrong += not equal
+            rows.append({"operation": operation, "file_bytes": size, "stock": stock, "hornbeam": ours, "equal": equal})
             both = (f"{row['first']:.2f} / {row['best']:.3f}" for row in (stock, ours))
             times = stock["best"] / ours["best"]
             print(f"| `{operation}` | {' | '.join(both)} | **{times:.1f}** | {'equal' if equal else 'NOT EQUAL'} |")
-    return min(wrong, 1)
+    if out is not None:
+        empty: dict[str, list[Any]] = {"models": [], "peers": [], "ceilings": []}
+        how = {"command": "python benches/bench_legacy.py", "turns": turns, "runs": runs, "versions": versions}
+        before = (
+            json.loads(out.read_text()) if out.exists() else {**how, "machine": measure.machine(out.parent), **empty}
+        )
+        out.write_text(json.dumps({**before, "formats": rows}, indent=1) + "\n")
+    return int(not all(row["equal"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def report(result: Row) -> str:
         parts += [_ceilings(result["ceilings"])]
     if result["peers"]:
         parts += [_peers(result["peers"])]
+    if result.get("formats"):
+        parts += [_formats(result["formats"])]
     return "\n\n".join(parts)
 
 
@@ -123,6 +125,19 @@ def _peers(rows: list[Row]) -> str:
     return (
         "Tensors without a model, in a `.weights.h5` file (safetensors: its own format; deflated: level 4, shuffled, "
         f"chunks of 1 MiB):\n\n{table(head, lines)}"
+    )
+
+
+def _formats(rows: list[Row]) -> str:
+    head = ["Operation", "Keras, s: first / best", "hornbeam, s: first / best", "Times as fast", "Equal"]
+    lines = []
+    for row in rows:
+        stock, ours = row["stock"], row["hornbeam"]
+        times = [f"{seconds(side['first'])} / {seconds(side['best'])}" for side in (stock, ours)]
+        lines.append([f"`{row['operation']}`", *times, f"**{stock['best'] / ours['best']:.1f}**", check(row["equal"])])
+    return (
+        f"ResNet50 + Adam as legacy HDF5 ({megabytes(rows[0]['file_bytes'])} MB; stock Keras does not give the "
+        f"optimizer its state back, hornbeam does), and its architecture as JSON:\n\n{table(head, lines)}"
     )
 
 

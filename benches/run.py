@@ -357,7 +357,7 @@ def main() -> int:
     out: Path | None = args.out or default
     if args.append and out is not None and out.exists():
         earlier = json.loads(out.read_text())
-        result |= {key: earlier[key] for key in ("models", "peers", "ceilings")}
+        result |= {key: earlier[key] for key in ("models", "peers", "ceilings", "formats") if key in earlier}
         result["command"] = earlier["command"]
 
     def keep(key: str, rows: list[Result]) -> None:

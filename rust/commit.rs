@@ -189,6 +189,7 @@ pub struct Directory {
     temporary: Option<PathBuf>,
     lock: Option<File>,
     durable: bool,
+    process: u32, // as in `Pending`
 }
 
 impl Directory {
@@ -204,13 +205,14 @@ impl Directory {
     fn create_inner(target: &Path, names: &[&str], options: Options) -> Result<Self> {
         let target = follow_links(target)?;
         let names: Vec<OsString> = names.iter().map(Into::into).collect();
+        let (durable, process) = (options.durable, std::process::id());
         let replaceable = match fs::read_dir(&target) {
             Ok(entries) => {
                 let ours = entries.flatten().all(|e| names.contains(&e.file_name()));
                 ours && target.file_name().is_some() && !is_mount_point(&target)
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                fs::create_dir_all(directory(&target)).during("cannot create the parent directory")?;
+                create_directories(directory(&target), durable).during("cannot create the parent directory")?;
                 true
             }
             Err(e) => return Err(Error::new(Kind::Io(e), "cannot write to this directory")),
@@ -228,8 +230,7 @@ impl Directory {
                     if let (Ok(old), Ok(new)) = (File::open(&target), File::open(&inner)) {
                         copy_attributes(&old, &new);
                     }
-                    let durable = options.durable;
-                    return Ok(Self { target, names, temporary: Some(inner), lock: Some(lock), durable });
+                    return Ok(Self { target, names, temporary: Some(inner), lock: Some(lock), durable, process });
                 }
                 Err(e) if target.is_dir() && refused_by_directory(&e) => {}
                 Err(e) if e.kind() == ErrorKind::ResourceBusy => return Err(busy(e)),
@@ -237,7 +238,7 @@ impl Directory {
             }
         }
         fs::create_dir_all(&target).during("cannot create the directory")?;
-        Ok(Self { target, names, temporary: None, lock: None, durable: options.durable })
+        Ok(Self { target, names, temporary: None, lock: None, durable, process })
     }
 
     /// Where to write.
@@ -293,7 +294,9 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        if let Some(path) = &self.temporary {
+        if let Some(path) = &self.temporary
+            && self.process == std::process::id()
+        {
             let _ = fs::remove_dir_all(path);
             self.lock = None;
             let _ = fs::remove_file(path.with_extension(&SUFFIX[1..]));
@@ -319,6 +322,19 @@ fn exchange(new: &Path, old: &Path) -> Result<()> {
             let _ = fs::rename(&aside, old);
             Err(Error::new(Kind::Io(e), "cannot put the new directory in the old one's place"))
         }
+    }
+}
+
+/// Makes a directory and those above it; with `durable`, their names are on stable storage afterwards.
+fn create_directories(path: &Path, durable: bool) -> std::io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    create_directories(directory(path), durable)?;
+    match fs::create_dir(path) {
+        Err(e) if !(e.kind() == ErrorKind::AlreadyExists && path.is_dir()) => Err(e),
+        _ if durable && cfg!(unix) => File::open(directory(path))?.sync_all(),
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 /* Preloaded below the program: the n-th call of one function fails with one errno, on our temporary files and on
  * directories. What is to fail stands in the file that HORNBEAM_FAULT names: "<function> <n> <errno>"; n counts from
- * when the file was written; 0 fails every call. Read again at each call, so that a test can change it. */
+ * when the file was written; 0 fails every call. Read again at each call, so that a test can change it. The numbers of
+ * the inodes that reached stable storage go to the file that HORNBEAM_SYNCED names. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -69,7 +70,15 @@ ssize_t write(int fd, const void *bytes, size_t n) {
 }
 int fsync(int fd) {
     FAIL("fsync", ours(fd));
-    return REAL(fsync)(fd);
+    int result = REAL(fsync)(fd);
+    const char *name = getenv("HORNBEAM_SYNCED");
+    struct stat found;
+    int log = name && !result && !fstat(fd, &found) ? open(name, O_WRONLY | O_CREAT | O_APPEND, 0666) : -1;
+    if (log >= 0) {
+        dprintf(log, "%lu\n", (unsigned long)found.st_ino);
+        close(log);
+    }
+    return result;
 }
 int ftruncate64(int fd, off64_t n) {
     FAIL("truncate", ours(fd));

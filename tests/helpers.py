@@ -1,9 +1,12 @@
-"""What tests compare: every value of a model, every object of a weights file."""
+"""What tests compare: every value of a model, every object of a weights file; scripts in processes of their own."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,17 @@ import keras
 import numpy as np
 
 import hornbeam
+
+SOURCE = Path(hornbeam.__file__).parent.parent
+
+
+def script(code: str, *arguments: Any, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own, with hornbeam and what is in this folder; `environment` adds to ours."""
+    path = os.pathsep.join([str(SOURCE), str(Path(__file__).parent)])
+    known = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=known, capture_output=True, text=True, timeout=timeout, check=False)
+
 
 Value = tuple[str, str, tuple[int, ...], bytes]
 

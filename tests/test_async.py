@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import logging
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ import pytest
 from keras import layers
 
 import hornbeam
-from helpers import archive_tree, saved, tree
+from helpers import archive_tree, saved, script, tree
 from hornbeam import _async
 from hornbeam.errors import CancelledError, UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
@@ -224,12 +224,15 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
 
 
 def test_config_and_assets_are_those_of_the_call(tmp_path: Path) -> None:
-    lookup = layers.StringLookup(vocabulary=["a", "b"], name="lookup")
-    model = chain(lookup, shape=(1,), dtype="string", name="before") if BACKEND == "tensorflow" else small()
+    model = small()
+    if BACKEND == "tensorflow":
+        lookup = layers.StringLookup(vocabulary=["a", "b"], name="lookup")
+        model = chain(lookup, shape=(1,), dtype="string", name="before")
     with held():
         save_model(model, tmp_path / "m.keras", asynchronous=True)
         model.name = "after"
-        lookup.set_vocabulary(["x", "y", "z"])
+        if BACKEND == "tensorflow":
+            lookup.set_vocabulary(["x", "y", "z"])
     hornbeam.wait()
     loaded = load_model(tmp_path / "m.keras")
     assert loaded.name != "after"
@@ -493,17 +496,53 @@ def test_arrays_of_other_processes_are_refused(
 
 
 def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
-    model = small()
+    model, memory = small(), io.BytesIO()
     for call in (
         lambda: save_model(model, tmp_path / "m", zipped=False, asynchronous=True),
         lambda: save_model(model, tmp_path / "m.h5", asynchronous=True),
         lambda: save_weights(model, tmp_path / "m.weights.json", max_shard_size=1.0, asynchronous=True),
+        lambda: save_model(model, memory, zipped=False, asynchronous=True),
+        lambda: save_model(model, "memory://m.keras", asynchronous=True),
     ):
         with pytest.raises(UnsupportedError):
             call()
+    assert memory.getvalue() == b""
     with pytest.raises(ValueError, match="latest_wins"):
         save_model(model, tmp_path / "m.keras", latest_wins=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_nobody_made_asynchronous_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hornbeam._keras, "_is_known", lambda *_: False)  # a Keras that we do not know
+    save_model(small(), tmp_path / "m.keras", asynchronous=True)
+    assert "`asynchronous=True` did nothing" in caplog.text
+    monkeypatch.undo()
+    load_model(tmp_path / "m.keras")
+
+
+def test_whoever_looks_for_the_first_file_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Keras itself looks before it calls us."""
+    model, path, weights = small(), tmp_path / "m.keras", tmp_path / "m.weights.h5"
+    asked: list[Any] = []
+    monkeypatch.setattr("keras.src.utils.io_utils.ask_to_proceed_with_overwrite", asked.append)
+    found: list[Any] = []
+    for save, target, look in (
+        (save_model, path, lambda: keras.models.load_model(path)),
+        (save_weights, weights, lambda: model.load_weights(weights)),
+        (save_model, path, lambda: save_model(model, path, overwrite=False)),
+        (save_weights, weights, lambda: save_weights(model, weights, overwrite=False)),
+    ):
+        target.unlink(missing_ok=True)
+        with hornbeam.installed():
+            with held() as first:
+                save(model, target, asynchronous=True)
+                thread = threading.Thread(target=lambda look=look, first=first: found.append((look(), first.done())))
+                thread.start()
+            thread.join()
+        assert found[-1][1]
+    assert [str(file) for file in asked] == [str(path), str(weights)]
 
 
 class Inner(layers.Layer):
@@ -552,11 +591,8 @@ fill(1)
 """
 
 
-def script(code: str, root: Path, *, fails: bool = False) -> subprocess.CompletedProcess[str]:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", SCRIPT + code, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def run(code: str, root: Path, *, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    done = script(SCRIPT + code, root, KERAS_BACKEND="numpy")
     assert (done.returncode != 0) == fails, done.stderr
     return done
 
@@ -570,14 +606,14 @@ save_model(model, root + "/b.keras", asynchronous=True)
 fill(3)
 atexit.register(lambda: save_model(model, root + "/c.keras", asynchronous=True))
 """
-    script(code + end, tmp_path, fails="raise" in end)
+    run(code + end, tmp_path, fails="raise" in end)
     for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
         assert values(tmp_path / f"{name}.keras") == {value}
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_error_at_exit_is_told(tmp_path: Path) -> None:
-    done = script(
+    done = run(
         """
 os.mkdir(root + "/d")
 release = threading.Event()
@@ -597,7 +633,7 @@ release.set()
 
 
 def test_a_forked_child_starts_anew(tmp_path: Path) -> None:
-    script(
+    run(
         """
 import gc
 release = threading.Event()
@@ -642,9 +678,9 @@ def test_another_process_is_refused_while_one_writes(tmp_path: Path) -> None:
     model = small()
     with held():
         save_model(model, tmp_path / "m.keras", asynchronous=True)
-        done = script('save_model(model, root + "/m.keras")', tmp_path, fails=True)
+        done = run('save_model(model, root + "/m.keras")', tmp_path, fails=True)
         assert f"under way, in process {os.getpid()}" in done.stderr
         assert "Let one process write each path" in done.stderr
     hornbeam.wait()
-    script('save_model(model, root + "/m.keras")', tmp_path)
+    run('save_model(model, root + "/m.keras")', tmp_path)
     assert values(tmp_path / "m.keras") == {1.0}

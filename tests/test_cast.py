@@ -57,6 +57,8 @@ def blank(model: Any) -> Any:
 
 SAVES: dict[str, Any] = {
     "m.keras": saving.save_model,
+    "m.h5": saving.save_model,
+    "old": lambda model, path, **kw: saving.save_model(model, path, save_format="h5", **kw),
     "m.weights.h5": saving.save_weights,
     "m.safetensors": saving.save_weights,
     "m.weights.json": lambda model, path, **kw: saving.save_weights(model, path, max_shard_size=1.0, **kw),
@@ -69,6 +71,12 @@ SAVES: dict[str, Any] = {
 def test_every_format_stores_and_every_reader_gets_the_cast_weights(name: str, dtype: str, tmp_path: Path) -> None:
     model, *_ = ZOO["convolutional"]()
     path = tmp_path / name
+    legacy = name in ("m.h5", "old")
+    if legacy and dtype == "bfloat16":  # which HDF5 does not know; the other formats say so beside the values
+        with pytest.raises(UnsupportedError, match="no bfloat16"):
+            SAVES[name](model, path, dtype=dtype)
+        assert not path.exists()
+        return
     before = arrays(model.weights)
     slots = arrays(model.optimizer.variables)
     report = reported(SAVES[name], model, path, dtype=dtype)
@@ -77,14 +85,14 @@ def test_every_format_stores_and_every_reader_gets_the_cast_weights(name: str, d
     assert report.dtype == dtype
     assert {c.name for c in report.cast} == set(before)
     wanted = [narrowed(a, dtype).tobytes() for a in before.values()]
-    readers = [True] if name == "m.safetensors" else [True, False]
+    readers = [True] if name in ("m.safetensors", "old") else [True, False]
     for ours in readers:
         scope = hornbeam.installed() if ours else contextlib.nullcontext()
         with scope, warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            if name in ("m.keras", "directory"):
-                loaded = keras.models.load_model(path)
-                assert [a.tobytes() for a in arrays(loaded.optimizer.variables).values()] == [
+            if name in ("m.keras", "directory") or legacy:
+                loaded = keras.models.load_model(path, compile=ours or not legacy)
+                assert (legacy and not ours) or [a.tobytes() for a in arrays(loaded.optimizer.variables).values()] == [
                     a.tobytes() for a in slots.values()
                 ]
             else:
@@ -272,6 +280,41 @@ def test_a_model_without_its_optimizers_state_loads_compiled_with_a_fresh_one(ou
     assert int(loaded.optimizer.iterations) > 0
 
 
+LEAVING_OUT = {**SAVES, "savedmodel": saving.save_model}
+
+
+@pytest.mark.skipif(keras.backend.backend() not in ("tensorflow", "jax"), reason="SavedModels need TensorFlow or JAX")
+@pytest.mark.parametrize("name", LEAVING_OUT)
+def test_every_format_leaves_the_optimizers_state_out(name: str, tmp_path: Path) -> None:
+    model, *_ = ZOO["functional"]()
+    path = tmp_path / name
+    report = reported(LEAVING_OUT[name], model, path, include_optimizer=False)
+    assert len(report.left_out) == len(model.optimizer.variables) == 10
+    readers = [True] if name in ("m.safetensors", "old", "savedmodel") else [True, False]
+    for ours in readers:
+        scope = hornbeam.installed() if ours else contextlib.nullcontext()
+        with scope, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            if name.endswith((".safetensors", ".weights.h5", ".json")):
+                loaded = blank(model)
+                loaded.compile("adam", "mse")
+                loaded.load_weights(path)
+            else:
+                loaded = keras.models.load_model(path)
+        assert [a.tobytes() for a in arrays(loaded.weights).values()] == [
+            a.tobytes() for a in arrays(model.weights).values()
+        ]
+        if name in ("m.h5", "old"):  # as in Keras: no training configuration either
+            assert not loaded.compiled
+            continue
+        assert int(loaded.optimizer.iterations) == 0
+        if name in ("m.keras", "directory", "savedmodel"):
+            assert loaded.compiled
+    if name in ("m.h5", "old"):
+        with h5py.File(path) as file:
+            assert "optimizer_weights" not in file
+
+
 def test_installed_keras_takes_the_arguments(tmp_path: Path) -> None:
     model, *_ = ZOO["functional"]()
     with hornbeam.installed():
@@ -327,8 +370,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = train(chain(layers.Dense(2)), floats(8, 6), floats(8, 2))[0]
     with pytest.raises(ValueError, match="dtype must be 'float16' or 'bfloat16'"):
         saving.save_model(model, tmp_path / "m.keras", dtype="int8")
-    with pytest.raises(UnsupportedError):
-        saving.save_model(model, tmp_path / "m.h5", dtype="float16")
     with pytest.raises(UnsupportedError, match="neither casts"), hornbeam.options(strict=False):
         saving.save_weights(model, "memory://m.weights.h5", dtype="float16")
     assert not os.listdir(tmp_path)

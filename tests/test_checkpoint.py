@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hornbeam
-from helpers import values
+from helpers import script, values
 from hornbeam import _random, _statefile
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
@@ -317,6 +315,14 @@ def test_extra_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
             assert (other.epoch, other.step) == (5, 0)
 
 
+@pytest.mark.parametrize("dtype", ["V2", "M8[s]", "U3", [("a", "f4")], object])
+def test_arrays_that_could_not_be_read_are_refused(dtype: Any, tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        with pytest.raises(hornbeam.errors.InvalidError, match="arrays of dtype"):
+            ckpt.save(0, build(), extra={"odd": np.zeros(3, dtype)})
+        assert ckpt.all() == []
+
+
 @pytest.mark.parametrize("file", ["state.zip", "model.weights.h5"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 def test_damage_is_told(file: str, how: str, tmp_path: Path) -> None:
@@ -478,7 +484,7 @@ def test_a_reader_whose_checkpoint_is_deleted_meanwhile(tmp_path: Path, monkeypa
 
 
 def test_a_forked_child_is_no_writer(tmp_path: Path) -> None:
-    script = r"""
+    code = r"""
 import os, sys, keras
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError
@@ -498,16 +504,32 @@ ckpt.close()
 with CheckpointManager(sys.argv[1]) as again:
     assert [c.step for c in again.all()] == [0, 2]
 """
-    run(script, tmp_path, backend="numpy")
+    run(code, tmp_path)
 
 
-def run(script: str, *arguments: Any, backend: str = keras.backend.backend(), check: bool = True) -> Any:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+def test_a_forked_child_removes_nothing_of_its_parent(tmp_path: Path) -> None:
+    code = r"""
+import gc, os, sys
+from hornbeam import _core
+directory = _core.Directory(sys.argv[1] + "/d", ["a"])
+open(os.path.join(directory.path, "a"), "w").close()
+for leave in (lambda: directory.__exit__(), lambda: globals().pop("directory")):
+    child = os.fork()
+    if child == 0:
+        leave()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+assert len(os.listdir(sys.argv[1])) == 2
+directory.commit()
+assert os.listdir(sys.argv[1]) == ["d"] and os.listdir(sys.argv[1] + "/d") == ["a"]
+"""
+    run(code, tmp_path)
+
+
+def run(code: str, *arguments: Any) -> None:
+    done = script(code, *arguments, timeout=3000 if SOAK else 300, KERAS_BACKEND="numpy")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -573,6 +595,7 @@ KILLED = r"""
 import os, random, signal, sys, time
 import keras, numpy as np
 from hornbeam.checkpoint import CheckpointManager
+from kills import kill
 
 root, kills = sys.argv[1], int(sys.argv[2])
 inputs = keras.Input((500,))
@@ -593,33 +616,18 @@ started = time.perf_counter()
 with CheckpointManager(root, **keep) as ckpt:
     train(ckpt, 0)
 once, step, seen = time.perf_counter() - started, 0, []
-for kill in range(kills):
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(receive)
-        try:
-            with CheckpointManager(root, **keep) as ckpt:
-                while True:
-                    step += 1
-                    os.write(send, b"start\n")
-                    train(ckpt, step)
-                    os.write(send, b"%d\n" % step)
-        finally:
-            os._exit(1)
-    os.close(send)
-    wanted, text = rng.randrange(1, 4), b""
-    while text.count(b"start\n") < wanted:
-        text += os.read(receive, 1)
-    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
-    while time.perf_counter() < end:
-        pass
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    while block := os.read(receive, 1000):
-        text += block
-    os.close(receive)
-    told = int([b"%d" % step, *(word for word in text.split() if word != b"start")][-1])
+for _ in range(kills):
+    def work(tell):
+        global step
+        with CheckpointManager(root, **keep) as ckpt:
+            while True:
+                step += 1
+                tell(b"start")
+                train(ckpt, step)
+                tell(b"%d" % step)
+
+    words = kill(work, rng, once, starts=3)
+    told = int([b"%d" % step, *(word for word in words if word != b"start")][-1])
     reader = CheckpointManager(root, **keep)  # before anybody clears up
     fill(-1)
     step = reader.restore(model) - 1
@@ -638,4 +646,4 @@ assert sum(n > 0 for n in seen) >= kills // 10, seen  # some hit in the middle o
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_at_any_moment(asynchronous: bool, tmp_path: Path) -> None:
-    run(KILLED, tmp_path, 300 if SOAK else 20, asynchronous, backend="numpy")
+    run(KILLED, tmp_path, 300 if SOAK else 20, asynchronous)

@@ -1,27 +1,25 @@
 """Killed while saving: what is there is the old or the new file, whole, and the next save clears up.
 
-A server with Keras' numpy backend (no threads, so it may fork) forks a saver for each kill. Saver and server share a
-pipe: the saver says when a save starts and when it is done, the server kills it some microseconds after a start.
+A server forks a saver for each kill (`kills.py`), which comes some microseconds after the start of a save.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import hornbeam
+from helpers import script
 
 SERVER = r"""
 import json, os, random, signal, sys, time, zipfile
 import keras, numpy as np
 from keras import layers
 import hornbeam
+from kills import kill
 
 form, root, kills, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 suffix = {"archive": "m.keras", "weights": "m.weights.h5", "directory": "m"}[form]
@@ -68,41 +66,19 @@ once = time.perf_counter() - started
 left, seen = 0, []
 # On until some kills have hit between the making of a temporary file and its renaming.
 while len(seen) < kills or (number == signal.SIGKILL and left < 3 and len(seen) < 20 * kills):
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(receive)
+    def work(tell):
+        global step
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            while True:
-                step += 1
-                fill(step)
-                os.write(send, b"start\n")
-                save()
-                os.write(send, b"%d\n" % step)
-        except KeyboardInterrupt:
-            os._exit(42)
-        finally:
-            os._exit(1)
-    os.close(send)
-    wanted = rng.randrange(1, 4)
-    text = b""
-    while text.count(b"start\n") < wanted:
-        text += os.read(receive, 1)
-    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
-    while time.perf_counter() < end:
-        pass
-    os.kill(child, number)
-    _, status = os.waitpid(child, 0)
-    if number == signal.SIGKILL:
-        assert os.WIFSIGNALED(status), status
-    else:
-        assert os.waitstatus_to_exitcode(status) == 42, status
-    while block := os.read(receive, 1000):
-        text += block
-    os.close(receive)
-    told = int([b"%d" % step, *(word for word in text.split() if word != b"start")][-1])
+        while True:
+            step += 1
+            fill(step)
+            tell(b"start")
+            save()
+            tell(b"%d" % step)
+
+    words = kill(work, rng, once, starts=3, number=number)
+    told = int([b"%d" % step, *(word for word in words if word != b"start")][-1])
     step = int(step_of_file())
     assert step in (told, told + 1), (step, told)
     seen.append(step - told)
@@ -127,6 +103,7 @@ from keras import layers
 import hornbeam
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.saving import load_model
+from kills import kill
 
 form, root, kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 retention = "retention" in form
@@ -141,12 +118,11 @@ def score(step):
     return random.Random(step).random()
 
 class Told(ModelCheckpoint):
-    pipe = None
+    tell = staticmethod(lambda word: None)
 
     def _confirm(self, record, *rest):
         super()._confirm(record, *rest)
-        if self.pipe is not None:
-            os.write(self.pipe, b"%d\n" % record["step"])
+        self.tell(b"%d" % record["step"])
 
 def save(callback, step):
     for variable in model.variables:
@@ -177,35 +153,17 @@ save(callback, 2)
 callback.on_train_end()
 once = time.perf_counter() - started
 step, left, newer = 2, 0, 0
-for kill in range(kills):
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(receive)
-        try:
-            callback = begin()
-            callback.pipe = send
-            while True:
-                step += 1
-                os.write(send, b"start\n")
-                save(callback, step)
-        finally:
-            os._exit(1)
-    os.close(send)
-    wanted = rng.randrange(1, 5)
-    text = b""
-    while text.count(b"start\n") < wanted:
-        text += os.read(receive, 1)
-    end = time.perf_counter() + rng.uniform(0, 1.2 * once)
-    while time.perf_counter() < end:
-        pass
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), status
-    while block := os.read(receive, 1000):
-        text += block
-    os.close(receive)
-    words = text.split()
+for _ in range(kills):
+    def work(tell):
+        global step
+        callback = begin()
+        callback.tell = tell
+        while True:
+            step += 1
+            tell(b"start")
+            save(callback, step)
+
+    words = kill(work, rng, once, starts=4)
     told = max([step, *(int(word) for word in words if word != b"start")])
     last = step + words.count(b"start")  # the last that can have begun
     latest = latest_checkpoint(pattern)
@@ -239,11 +197,8 @@ print(json.dumps({"kills": kills, "left": left, "newer": newer, "step": step}))
 """
 
 
-def run_server(script: str, *arguments: Any, timeout: float = 240) -> Any:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+def run_server(code: str, *arguments: Any) -> Any:
+    done = script(code, *arguments, timeout=3000 if SOAK else 240, KERAS_BACKEND="numpy")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -256,14 +211,10 @@ SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
 def test_a_killed_callback_leaves_the_newest_committed(form: str, tmp_path: Path) -> None:
     """Also with saves pending, files being deleted and the account being written."""
     kills = 100 if SOAK else 8
-    found = run_server(CALLBACK, form, tmp_path, kills, 7 if SOAK else 3, timeout=3000 if SOAK else 240)
+    found = run_server(CALLBACK, form, tmp_path, kills, 7 if SOAK else 3)
     assert found["kills"] == kills
     if SOAK:
         assert found["left"] >= 3  # some hit while a file was written
-
-
-def serve(form: str, root: Path, kills: int, number: int) -> Any:
-    return run_server(SERVER, form, root, kills, number, timeout=3000 if SOAK else 240)
 
 
 @pytest.mark.parametrize(("form", "kills"), [("archive", 30), ("weights", 15), ("directory", 15)])
@@ -271,7 +222,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(form: str, kills: int, tmp_path
     root = tmp_path / "only"
     root.mkdir()
     kills = 100 if SOAK else kills
-    found = serve(form, root, kills, 9)
+    found = run_server(SERVER, form, root, kills, 9)
     assert len(found["seen"]) >= kills
     assert found["left"] >= 3, found
 
@@ -279,4 +230,4 @@ def test_a_killed_save_leaves_the_old_or_the_new(form: str, kills: int, tmp_path
 def test_an_interrupted_save_leaves_nothing_at_all(tmp_path: Path) -> None:
     root = tmp_path / "only"
     root.mkdir()
-    assert len(serve("archive", root, 10, 2)["seen"]) == 10
+    assert len(run_server(SERVER, "archive", root, 10, 2)["seen"]) == 10

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import hornbeam
+from helpers import script
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
 COMPILER = shutil.which("cc")
@@ -123,21 +123,115 @@ print(json.dumps({"failed": failed}))
 """
 
 
-def test_failing_saves_tell_and_leave_everything_as_it_was(tmp_path: Path) -> None:
-    library, root = tmp_path / "faults.so", tmp_path / "root"
+SYNCED = r"""
+import logging, os, signal, sys
+import keras
+from keras import layers
+from keras.src.saving import saving_lib
+import hornbeam
+from hornbeam.callbacks import ModelCheckpoint
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.saving import save_model, save_weights
+
+os.chdir(sys.argv[1])
+
+class Asset(layers.Layer):
+    def call(self, x):
+        return x
+
+    def save_assets(self, directory):
+        os.makedirs(os.path.join(directory, "inner"))
+        for name in ("a", "inner/b"):
+            with open(os.path.join(directory, name), "w") as file:
+                file.write(name)
+
+inputs = keras.Input((3,))
+model = keras.Model(inputs, layers.Dense(1)(Asset()(inputs)))
+
+def callback(path, **how):
+    made = ModelCheckpoint(path, monitor="loss", **how)
+    made.set_model(model)
+    made.on_train_begin()
+    made.on_epoch_begin(0)
+    made.on_epoch_end(0, {"loss": 1.0})
+    return made
+
+def replaced(path, **how):
+    class Store(saving_lib.H5IOStore):
+        pass
+
+    original, saving_lib.H5IOStore = saving_lib.H5IOStore, Store
+    try:
+        save_model(model, path, **how)
+    finally:
+        saving_lib.H5IOStore = original
+
+def manage(path, **how):
+    with CheckpointManager(path, **how) as manager:
+        manager.save(1, model)
+
+def legacy(path):
+    simple = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    save_model(simple, path)
+
+os.makedirs("there/d")
+for name in ("m.keras", "m.weights.h5"):
+    open("there/" + name, "w").close()
+ways = [
+    lambda: save_model(model, "there/m.keras"),
+    lambda: save_weights(model, "there/m.weights.h5"),
+    lambda: save_weights(model, "there/m.safetensors"),
+    lambda: save_model(model, "new/on/the/way", zipped=False),
+    lambda: save_model(model, "there/d", zipped=False),
+    lambda: legacy("far/away/m.h5"),
+    lambda: callback("stock/callback/{epoch}.keras"),
+    lambda: callback("our/callback/{epoch}.keras", keep_last=1),
+    lambda: callback("our/async/{epoch}.keras", asynchronous=True).on_train_end(),
+    lambda: callback("rescue/d/m.keras", save_on_exception=True)._rescue(0, 0, None, "exception"),
+    lambda: manage("a/manager/of"),
+    lambda: manage("an/async/manager", asynchronous=True, save_weights_only=False),
+    lambda: replaced("there/handed.keras"),
+    lambda: replaced("there/handed", zipped=False),
+]
+
+def there():
+    found = [os.path.join(top, name) for top, inner, names in os.walk(".") for name in [*inner, *names]]
+    return {os.stat(path).st_ino: path for path in found}
+
+for i, way in enumerate(ways):
+    before = there()
+    with open(os.environ["HORNBEAM_SYNCED"], "w"), hornbeam.options(durable=True):
+        way()
+    with open(os.environ["HORNBEAM_SYNCED"]) as file:
+        synced = {int(line) for line in file}
+    new = {inode: path for inode, path in there().items() if inode not in before}
+    for inode, path in new.items():
+        if not path.endswith("/.lock"):  # nothing is in it
+            assert inode in synced, (i, path)
+            assert os.stat(os.path.dirname(path)).st_ino in synced, (i, path)
+    assert new, i
+assert hornbeam.stats().handovers
+print("all of it")
+"""
+
+
+def run(code: str, root: Path, *arguments: str) -> str:
+    """Runs a script above the library; gives what it prints."""
+    library, inside = root / "faults.so", root / "root"
     source = Path(__file__).with_name("faults.c")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
-    root.mkdir()
-    times = 1000 if SOAK else 112
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": "numpy",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PYTHONPATH": str(Path(hornbeam.__file__).parent.parent),
-        "LD_PRELOAD": str(library),
-        "HORNBEAM_FAULT": str(tmp_path / "fault"),
-    }
-    command = [sys.executable, "-c", SCRIPT, str(root), str(times)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    inside.mkdir()
+    files = {"HORNBEAM_FAULT": str(root / "fault"), "HORNBEAM_SYNCED": str(root / "synced")}
+    preload = {"LD_PRELOAD": str(library), "KERAS_BACKEND": "numpy"}
+    done = script(code, inside, *arguments, timeout=1500, **files, **preload)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f'"failed": {times}' in done.stdout
+    return done.stdout
+
+
+def test_failing_saves_tell_and_leave_everything_as_it_was(tmp_path: Path) -> None:
+    times = 1000 if SOAK else 112
+    assert f'"failed": {times}' in run(SCRIPT, tmp_path, str(times))
+
+
+def test_everything_that_is_new_reaches_stable_storage(tmp_path: Path) -> None:
+    assert "all of it" in run(SYNCED, tmp_path)

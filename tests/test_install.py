@@ -232,6 +232,14 @@ def test_a_patch_leaves_what_was_put_over_it() -> None:
     assert owner.f() == "stock"
 
 
+def test_the_command_runs_a_module(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "helper.py").write_text("NAME = 'beside'\n")
+    out = python("-m", "hornbeam", "-m", "train", "m.keras", "--epochs", "3", "-h", cwd=tmp_path, KERAS_BACKEND="numpy")
+    assert out.startswith("beside ['m.keras', '--epochs', '3', '-h']")
+    assert out.endswith("\n1 1 {}\n")
+
+
 def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "train.py").write_text(SCRIPT)

@@ -506,3 +506,12 @@ def test_an_open_file_is_keras_own(tmp_path: Path) -> None:
         pytest.raises(UnsupportedError),
     ):
         legacy_h5_format.load_model_from_hdf5(file)
+
+
+def test_a_text_is_no_function_of_keras_layers(tmp_path: Path) -> None:
+    x = keras.Input((4, 3))
+    model = keras.Model(x, layers.Attention(score_mode="dot")([x, layers.Dense(3)(x)]))
+    saving.save_model(model, tmp_path / "m.h5")
+    loaded = saving.load_model(tmp_path / "m.h5")
+    assert loaded.get_config() == model.get_config()
+    assert saved(loaded) == saved(model)

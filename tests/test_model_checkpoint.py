@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from keras import layers
 
-import hornbeam
-from helpers import saved
+from helpers import saved, script
 from hornbeam import _async, _model_checkpoint
 from hornbeam._ledger import Ledger
 from hornbeam._retention import Entry, plan_retention
@@ -281,6 +279,44 @@ def test_a_signal_saves_and_goes_its_way(asynchronous: bool, best_only: bool, tm
     assert names(tmp_path) == sorted({"m.keras", rescued.name})
 
 
+TERMINATED = r"""
+import os, signal, sys
+import keras, numpy as np
+from hornbeam.callbacks import ModelCheckpoint
+
+path, best_only, asynchronous = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
+inputs = keras.Input((6,))
+model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(8)(inputs)))
+model.compile("adam", "mse")
+
+class Terminate(keras.callbacks.Callback):  # as a cluster does, in the middle of the second epoch
+    def on_train_batch_end(self, batch, logs=None):
+        if int(model.optimizer.iterations) == 6:
+            np.savez(path + ".npz", *model.get_weights())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+checkpoint = ModelCheckpoint(
+    path, "loss", save_best_only=best_only, asynchronous=asynchronous, save_on_signal=[signal.SIGTERM]
+)
+x, y = np.random.rand(32, 6), np.random.rand(32, 1)
+model.fit(x, y, batch_size=8, epochs=50, verbose=0, callbacks=[Terminate(), checkpoint])
+"""
+
+
+@pytest.mark.parametrize(("asynchronous", "best_only"), [(False, True), (True, False)])
+def test_a_terminated_training_leaves_its_last_step(asynchronous: bool, best_only: bool, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    done = script(TERMINATED, path, best_only, asynchronous)
+    assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
+    rescued = latest_checkpoint(path)
+    assert rescued == str(tmp_path / ("m-interrupted.keras" if best_only else "m.keras"))
+    loaded = load_model(rescued)
+    with np.load(f"{path}.npz") as expected:
+        for ours, theirs in zip(loaded.get_weights(), expected.values(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert int(loaded.optimizer.iterations) == 6
+
+
 def test_a_signal_that_is_survived(tmp_path: Path) -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
@@ -372,7 +408,7 @@ def test_arguments_that_mean_nothing(tmp_path: Path) -> None:
         ModelCheckpoint(tmp_path / "m.keras", unknown=True)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX itself says how many processes there are")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others say themselves how many processes there are")
 def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, index, writes in (("worker", 1, False), ("worker", 0, True), ("evaluator", 0, False)):
         config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": kind, "index": index}}
@@ -411,10 +447,7 @@ for epoch in (3, 4):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
 def test_under_a_distribution_strategy(tmp_path: Path) -> None:
-    source = Path(hornbeam.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(source), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = script(DISTRIBUTED, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -281,6 +281,11 @@ def test_what_custom_code_changes_in_place_is_undone(tmp_path: Path) -> None:
                 import tensorflow as tf
 
                 self.raw = tf.Variable([1.0, 2.0], trainable=False)
+            self.inner = layers.Dense(2)
+            self.inner.times = 0
+
+        def build(self, shape: Any) -> None:
+            self.inner.build(shape)
 
         def load_own_variables(self, store: Any) -> None:
             self.seen.append(2)
@@ -289,6 +294,10 @@ def test_what_custom_code_changes_in_place_is_undone(tmp_path: Path) -> None:
             self.table += 1
             if self.raw is not None:
                 self.raw.assign([3.0, 4.0])
+                self.inner.kernel.value.assign(self.inner.kernel.value * 0 + 7)
+            self.inner.bias.assign(self.inner.bias + 1)
+            self.inner.times += 1
+            self.inner.new = 1
             raise KeyboardInterrupt
 
         def call(self, x: Any) -> Any:
@@ -303,6 +312,7 @@ def test_what_custom_code_changes_in_place_is_undone(tmp_path: Path) -> None:
     assert state(model) == before
     assert (list(layer.seen), dict(layer.names["a"]), set(layer.kinds)) == ([1], {"b": 1}, {"a"})
     assert layer.table.tolist() == [0, 0, 0]
+    assert (layer.inner.times, hasattr(layer.inner, "new")) == (0, False)
     if layer.raw is not None:
         assert layer.raw.numpy().tolist() == [1, 2]
 

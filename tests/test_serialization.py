@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import layers
 
 import hornbeam
@@ -128,6 +130,51 @@ def test_values_of_every_kind(value: Any, tmp_path: Path) -> None:
         assert model.to_json() == hornbeam_free(model)
     saving.save_model(model, tmp_path / "m.keras")
     assert saving.load_model(tmp_path / "m.keras").to_json() == keras.models.load_model(tmp_path / "m.keras").to_json()
+
+
+ACTIVATIONS = st.sampled_from([None, "relu", "swish", "softmax", keras.ops.tanh, keras.activations.gelu])
+INITIALIZERS = st.one_of(
+    st.sampled_from(["zeros", "he_normal"]),
+    st.builds(keras.initializers.RandomUniform, st.floats(-1, 0), st.floats(0, 1), st.integers(0, 1 << 40)),
+    st.builds(keras.initializers.Constant, st.floats(width=32, allow_nan=False)),
+)
+REGULARIZERS = st.none() | st.builds(keras.regularizers.L1L2, st.floats(0, 1), st.floats(0, 1))
+TEXTS = st.text(st.characters(blacklist_characters="/"), min_size=1, max_size=8)
+HELD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+COMMON = {"name": TEXTS, "trainable": st.booleans(), "dtype": st.sampled_from(["float32", "bfloat16", "mixed_float16"])}
+WEIGHTED = {
+    "activation": ACTIVATIONS,
+    "use_bias": st.booleans(),
+    "kernel_initializer": INITIALIZERS,
+    "bias_regularizer": REGULARIZERS,
+    "kernel_constraint": st.none() | st.builds(keras.constraints.MaxNorm, st.floats(0, 9)),
+}
+LAYERS = st.one_of(
+    st.builds(layers.Dense, st.integers(1, 1 << 40), **WEIGHTED, **COMMON),
+    st.builds(layers.Conv1D, st.integers(1, 9), st.integers(1, 9), **WEIGHTED, **COMMON),
+    st.builds(layers.LayerNormalization, epsilon=st.floats(1e-12, 1), scale=st.booleans(), **COMMON),
+    st.builds(layers.BatchNormalization, momentum=st.floats(0, 1), center=st.booleans(), **COMMON),
+    st.builds(layers.Dropout, st.floats(0, 0.99), seed=st.none() | st.integers(0, 1 << 30), **COMMON),
+    st.builds(lambda size, **kw: layers.Bidirectional(layers.LSTM(size), **kw), st.integers(1, 9), name=TEXTS),
+    st.builds(Holder, HELD, name=TEXTS),
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(LAYERS, min_size=1, max_size=4, unique_by=lambda layer: layer.name), TEXTS)
+def test_configurations_at_random(stack: list[Any], name: str) -> None:
+    """The text, to the byte, and what becomes of it, are those of stock Keras."""
+    model = keras.Sequential(stack, name=name)
+    stock = hornbeam_free(model)
+    with hornbeam.installed():
+        assert model.to_json() == stock
+        assert saving.serialize_keras_object(model) == keras.saving.serialize_keras_object(model)
+        again = keras.models.model_from_json(stock)
+    assert json.loads(again.to_json()) == json.loads(keras.models.model_from_json(stock).to_json())
 
 
 def hornbeam_free(model: Any) -> str:

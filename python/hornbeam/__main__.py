@@ -19,16 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m hornbeam", description=main.__doc__)
     parser.add_argument("--version", action="version", version=f"hornbeam {hornbeam.__version__}")
-    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module instead of a script")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module instead of a script")
     parser.add_argument("script", nargs="?", help="the script to run")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(argv)
     if options.module is not None:
-        rest = ([options.script] if options.script is not None else []) + options.args
-        sys.argv = [options.module, *rest]
+        if not options.module:
+            parser.error("argument -m: expected a module")
+        sys.argv = options.module
         hornbeam.install()
         sys.path[0] = os.getcwd()
-        runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+        runpy.run_module(options.module[0], run_name="__main__", alter_sys=True)
         return 0
     if options.script is None:
         parser.print_help()

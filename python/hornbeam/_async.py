@@ -416,6 +416,8 @@ def asked(asynchronous: bool, latest_wins: bool) -> Iterator[Request | None]:
     since = time.perf_counter()
     with Request(latest_wins) as request:
         yield request
+        if getattr(_local, "request", None) is request:  # no writer of ours has taken it
+            _state.logger.warning("`asynchronous=True` did nothing: nothing was saved, or stock Keras has done it")
     if request.handle is not None:
         request.handle.stalled = time.perf_counter() - since
 

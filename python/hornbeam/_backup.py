@@ -111,9 +111,18 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         inexact = self._input.inexact
         if inexact is None and self.save_freq != "epoch" and self._input.resumable is None:
             inexact = "an epoch is repeated from its beginning; wrap the data in hornbeam.data.resumable"
+        inexact = inexact or self._own_saving()
         if inexact is not None and not self._warned:
             self._warned = True
             logger.warning("BackupAndRestore: a restart is not exact: %s", inexact)
+
+    def _own_saving(self) -> str | None:
+        """Which layers, and optimizers, decide themselves what a weights file has of them."""
+        optimizer = self.model.optimizer
+        parts = [*self.model._flatten_layers(), *([optimizer] if optimizer is not None else [])]
+        known = ("keras.src.", "hornbeam.")
+        own = [part.name for part in parts if not type(part).save_own_variables.__module__.startswith(known)]
+        return f"what `save_own_variables` of {own} writes may be less than their variables hold" if own else None
 
     def _claim(self) -> None:
         """Takes the directory; from a `fit` of this process that was interrupted, too."""
@@ -237,6 +246,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Deletes the backup, unless it is to stay."""
         self.model._initial_epoch = None
+        if self._resumed is not None and _processes.is_chief():  # no epoch was left that would have done it
+            _random.restore(self._resumed["random"])
         if self.delete_checkpoint:
             self._manager.delete_all()
         self._manager.close()

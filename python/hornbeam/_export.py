@@ -24,7 +24,7 @@ from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _core, _keras, _state
+from hornbeam import _core, _durable, _keras, _state
 from hornbeam._explain import describe, explain, unbuilt
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 
@@ -185,6 +185,7 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
     if saving_lib.file_utils.is_remote_path(target):
         if request != Request() or any(endpoint.verify for endpoint in _endpoints(self).values()):
             raise UnsupportedError(f"Stock Keras writes to remote paths, and does not verify. Received: {filepath}")
+        _durable.tell(target)
         return _state.hand_over("remote path", stock, self, filepath, options, verbose)
     others = _others(target)
     if others and not request.foreign:
@@ -216,7 +217,7 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
             for name in compared:
                 _compare(self, name, artifact, request.tolerance, report)
         if current.durable:
-            _sync(root)
+            _durable.sync(root)
         directory.commit()
     if in_place and current.atomic:
         why = f"it holds other files: {others}" if others else "no directory can be made beside it"
@@ -284,19 +285,6 @@ def _trace(archive: Any) -> None:
 def _traced(name: str, endpoint: _Endpoint) -> str:
     made = f"The endpoint is '{name}', made of {describe(endpoint.function)}"
     return f"{made}, traced with input_signature={endpoint.signature!r}."
-
-
-def _sync(root: Path) -> None:
-    for path in root.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        elif os.name == "posix":
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _compare(archive: Any, name: str, artifact: Any, tolerance: float | None, report: ExportReport) -> None:

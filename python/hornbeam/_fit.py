@@ -6,6 +6,7 @@ made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -146,7 +147,9 @@ def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
     """`EpochIterator._enumerate_iterator` from the position of the data on, with one iterator for each epoch."""
     data.on_epoch_begin()
     goes_on = epochs.steps_per_epoch is not None and data.num_batches is None
-    iterator = data.open(lambda: iter(_begin(epochs, data)), goes_on=goes_on)
+    # torch draws a number for every iterator: the random state inside of an epoch is that after it was drawn.
+    with _random.kept() if data.step > 0 else contextlib.nullcontext():
+        iterator = data.open(lambda: iter(_begin(epochs, data)), goes_on=goes_on)
     length, size = epochs.steps_per_epoch or epochs._num_batches, epochs.steps_per_execution
     step = data.step
     while length is None or step < length:

@@ -14,7 +14,7 @@ from typing import Any
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from hornbeam.errors import UnsupportedError
+from hornbeam import _async
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
@@ -26,14 +26,14 @@ def save_model(
     """`saving_api.save_model`."""
     from hornbeam import _cast
 
+    if not overwrite:
+        _async.settle(filepath)  # whoever is asked shall see the file
     if _is_savedmodel_asked_for(filepath, zipped, kwargs.get("save_format")):
         from hornbeam import _savedmodel
 
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     as_h5 = kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras"))
-    if kwargs.get("dtype") is not None and (as_h5 or str(filepath).endswith((".h5", ".hdf5"))):
-        raise UnsupportedError(f"Legacy HDF5 files are saved in the types of the model. Received: {filepath}")
     with _cast.asked(kwargs, "include_optimizer"):
         if as_h5:
             return _save_as_h5(stock, model, filepath, overwrite, **kwargs)
@@ -52,11 +52,12 @@ def load_model(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`saving_api.load_model`."""
+    _async.settle(filepath, loads=True)  # before stock Keras looks whether there is a file
     if _is_savedmodel(filepath):
         from hornbeam import _savedmodel
 
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
-    if not str(filepath).endswith((".h5", ".hdf5", ".keras")) and _is_hdf5(filepath):
+    if not str(filepath).endswith((".h5", ".hdf5")) and _is_hdf5(filepath):  # Keras 2 called it `.keras`, too
         return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
     return stock(filepath, custom_objects, compile, safe_mode)
 
@@ -67,6 +68,8 @@ def save_weights(
     """`saving_api.save_weights`."""
     from hornbeam import _cast
 
+    if not overwrite:
+        _async.settle(filepath)
     with _cast.asked(kwargs):
         if _is_safetensors(filepath):
             from hornbeam import _safetensors
@@ -77,6 +80,7 @@ def save_weights(
 
 def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> Any:
     """`saving_api.load_weights`."""
+    _async.settle(filepath, loads=True)
     if _is_safetensors(filepath):
         from hornbeam import _safetensors
 

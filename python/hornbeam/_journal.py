@@ -63,14 +63,17 @@ class Journal:
             if attributes is not None:
                 self._states.append((attributes, dict(attributes)))
                 if _is_custom(saveable):
-                    self._keep_contents(attributes)
+                    self._keep_contents(saveable)
 
-    def _keep_contents(self, attributes: dict[str, Any]) -> None:
-        """Keeps what code that is not Keras' may change without an assignment: variables, arrays, containers."""
-        todo, seen = list(attributes.values()), set()
+    def _keep_contents(self, saveable: Any) -> None:
+        """Keeps what code that is not Keras' may change without an assignment, in what the object consists of too.
+
+        That is: variables, arrays, containers, and the attributes of layers.
+        """
+        todo, seen = list(vars(saveable).values()), {id(saveable)}
         while todo:
             value = todo.pop()
-            if id(value) in seen or isinstance(value, KerasSaveable):
+            if id(value) in seen:
                 continue
             seen.add(id(value))
             if isinstance(value, KerasVariable):
@@ -82,7 +85,11 @@ class Journal:
                     self._held.add(id(value))
                     self._kept.append(value)  # its id stays its own
                     self._values.append(restore)
-            if isinstance(value, dict):
+            if isinstance(value, KerasSaveable) and not isinstance(value, KerasVariable):
+                attributes = vars(value)
+                self._states.append((attributes, dict(attributes)))
+                todo += attributes.values()
+            elif isinstance(value, dict):
                 todo += value.values()
             elif isinstance(value, list | tuple | set):
                 todo += value

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras.src.saving import serialization_lib
 
-from hornbeam import _core, _registry
+from hornbeam import _core, _migrate, _registry
 
 Stock = Callable[..., Any]
 
@@ -24,6 +24,10 @@ def to_json(stock: Stock, model: Any, **kwargs: Any) -> Any:
 
 def model_from_json(stock: Stock, json_string: Any, custom_objects: Any = None) -> Any:
     """`keras.models.model_from_json`."""
-    config = _core.decode_json(json_string)
-    with _registry.explained(lambda: _core.decode_json(json_string), custom_objects):
+    config = _decoded(json_string)
+    with _registry.explained(lambda: _decoded(json_string), custom_objects):
         return serialization_lib.deserialize_keras_object(config, custom_objects=custom_objects)
+
+
+def _decoded(text: Any) -> Any:
+    return _migrate.architecture(_migrate.keras_config(text, _core.decode_json(text)))

@@ -1,4 +1,4 @@
-"""The only file that reaches into `keras.src`: detects what is there, patches it, restores it.
+"""What of Keras is replaced: detects what is there, patches it, restores it.
 
 Every save and load of Keras goes through a few functions of five modules, looked up there at each call. They
 are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.

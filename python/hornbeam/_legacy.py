@@ -10,15 +10,17 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
 import numpy as np
 from absl import logging
+from keras.src import layers
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving import json_utils, legacy_h5_format, saving_options, saving_utils
+from keras.src.models import Functional
 from keras.src.saving import object_registration, serialization_lib
 
 from hornbeam import _async, _build, _core, _journal, _keras, _load, _migrate, _progress, _report, _state, _tensors
@@ -60,7 +62,7 @@ def load_model_from_hdf5(
         image = file.image
         stack.enter_context(_progress.watch("load", text, image.nbytes, lambda: image.done))
         report.stage("open")
-        config = _decode(attributes["model_config"])
+        config = _decode(attributes["model_config"], known)
         safe = serialization_lib.SafeModeScope(safe_mode)
         with saving_options.keras_option_scope(use_legacy_config=True), safe:
             model = _model_from_config(config, known)
@@ -461,11 +463,11 @@ def _asked_for(model: Any, request: Request) -> list[Any]:
     ]
 
 
-def _decode(text: Any) -> Any:
-    """`json_utils.decode`, with the limits of the core."""
+def _decode(text: Any, known: dict[str, Any]) -> Any:
+    """`json_utils.decode`, with the limits of the core; what Keras 2 calls differently is called as in Keras 3."""
     if not isinstance(text, str | bytes):
         raise ValueError("Invalid H5 file, a configuration is no string")
-    return _revive(_core.decode_json(text, trusted=False))
+    return _migrate.keras_config(text, _revive(_core.decode_json(text, trusted=False)), known)
 
 
 def _revive(value: Any) -> Any:
@@ -490,11 +492,27 @@ def _model_from_config(config: Any, known: dict[str, Any]) -> Any:
                 (found,) = registered.values()
             if isinstance(found, type) and issubclass(found, keras.Model):
                 known = {**known, name: found}
-    model = saving_utils.model_from_config(config, custom_objects=known)
+    with _classes_only():
+        model = saving_utils.model_from_config(config, custom_objects=known)
     if isinstance(extra.get("build_config"), dict) and not model.built:
         model.build_from_config(serialization_lib.deserialize_keras_object(extra["build_config"]))
         model.built = True
     return model
+
+
+@contextmanager
+def _classes_only() -> Iterator[None]:
+    """A text in a configuration (`score_mode="dot"`) is no function of `keras.layers`, where Keras finds classes."""
+    objects = vars(saving_utils.MODULE_OBJECTS)  # of this thread
+    before = objects.pop("ALL_OBJECTS", None)
+    classes = {name: found for name, found in vars(layers).items() if isinstance(found, type)}
+    objects["ALL_OBJECTS"] = {**classes, "Functional": Functional, "Model": keras.Model, "Sequential": keras.Sequential}
+    try:
+        yield
+    finally:
+        del objects["ALL_OBJECTS"]
+        if before is not None:
+            objects["ALL_OBJECTS"] = before
 
 
 def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
@@ -504,7 +522,7 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
             "No training configuration found in the save file, so the model was *not* compiled. Compile it manually."
         )
         return
-    config = _decode(text)
+    config = _decode(text, known)
     with object_registration.CustomObjectScope(known):
         arguments = {
             "optimizer": _optimizer(config["optimizer_config"]),

@@ -8,6 +8,7 @@ its own that the format's names do not lead to (operations, layers of `keras.app
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -23,8 +24,9 @@ from keras.src.ops.operation import Operation
 from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _async, _core, _keras, _progress, _save, _state, _tensors
+from hornbeam import _async, _cast, _core, _durable, _keras, _progress, _save, _state, _tensors
 from hornbeam._store import Dataset, RecordStore
+from hornbeam.errors import UnsupportedError
 
 Stock = Callable[..., Any]
 #: Bytes that a row of strings may take in an object header; Keras counts the strings, HDF5 16 bytes for each.
@@ -48,15 +50,24 @@ def save_model_to_hdf5(
     """`legacy_h5_format.save_model_to_hdf5`: the old file stays until the new one is complete."""
     _async.refuse("the legacy HDF5 format")
     _async.settle(filepath)
+    smaller = _cast.take_request()
+    if smaller.dtype == "bfloat16":
+        raise UnsupportedError(
+            f"Legacy HDF5 files have no bfloat16: save as float16, or to a `.keras` file. Received: {filepath}"
+        )
     reason = unsupported(filepath)
     if reason is not None:
-        return _save._hand_over(reason, stock, model, filepath, overwrite, include_optimizer)
+        with _cast.requested(dataclasses.replace(smaller, include_optimizer=True)):  # that, stock Keras does as well
+            return _save._hand_over(reason, filepath, stock, model, filepath, overwrite, include_optimizer)
     text = os.fspath(filepath)
     if not overwrite and os.path.isfile(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
     options = _state.current()
     with _keras.collector_rests():
         file = record(model, include_optimizer)
+        file.store.report = _cast.narrow(file.store, model, smaller)
+        if not include_optimizer and getattr(model, "optimizer", None) is not None:
+            file.store.report.left_out = [f"optimizer_weights/{v.path}" for v in model.optimizer.variables]
         plan = _core.plan(
             list(file.groups.items()),
             [(path, d.dtype, d.shape, []) for path, d in file.store.datasets.items()],
@@ -65,8 +76,8 @@ def save_model_to_hdf5(
             shuffle=options.shuffle,
             chunk_bytes=options.chunk_bytes,
         )
-        if os.path.dirname(text):
-            os.makedirs(os.path.dirname(text), exist_ok=True)
+        with _durable.directories(text, durable=options.durable):
+            os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
         buffers = _save._buffers(file.store)
         save = plan.start(text, buffers, archive=False, atomic=options.atomic, durable=options.durable)
         with _progress.watch("save", text, plan.nbytes, lambda: save.written):
@@ -118,7 +129,7 @@ class Recorded:
             place = f"{path}/{name}"
             if place in self.store.datasets:
                 raise ValueError(f"Unable to create dataset (name already exists): {place}")
-            self.store._note(place, Dataset(_tensors.view(variable)))
+            self.store._note(place, Dataset(_tensors.view(variable), variable))
 
 
 class _Holder:

@@ -163,6 +163,7 @@ def _load_model(
         report.stage("open")
         model = _from_config(config, custom_objects, compile, safe_mode)
         report.stage("build")
+        _migrate.place_optimizer(model, store, config)
         errors = _load_state(model, store, assets(stack))
         report.stage("assign")
     report.initialised = [v.path for v in _variables(model) if id(v) not in journal.assigned]

@@ -13,7 +13,7 @@ import keras
 import keras.callbacks as _stock
 from keras.src.utils.io_utils import print_msg
 
-from hornbeam import _async, _keras, _processes, _retention
+from hornbeam import _async, _durable, _keras, _processes, _retention
 from hornbeam._ledger import Ledger
 from hornbeam._state import logger, options
 from hornbeam.errors import UnsupportedError
@@ -159,7 +159,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if self._extended:
             self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
             return
-        with _keras.scope(), options(durable=self.durable):
+        path = self._get_file_path(epoch, batch, logs)
+        with _keras.scope(), options(durable=self.durable), _durable.directories(path, durable=self.durable):
             super()._save_model(epoch, batch, logs)
 
     def _should_save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, filepath: str) -> bool:
@@ -195,7 +196,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         record: dict[str, Any] = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
         record["step"] = epoch + 1 if batch is None else self._steps(batch)
         ledger = self._account()
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with _durable.directories(path, durable=self.durable):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with self._lock:
             if self.monitor_op is not None:
                 ledger.mode = "max" if self.monitor_op is keras.ops.greater else "min"
@@ -332,7 +334,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             return ledger.rescue
         since = time.perf_counter()
         model = self.model
-        os.makedirs(ledger.directory or ".", exist_ok=True)
+        with _durable.directories(ledger.rescue, durable=self.durable):
+            os.makedirs(ledger.directory or ".", exist_ok=True)
         with _keras.scope(), options(durable=self.durable):
             if self.save_weights_only:
                 model.save_weights(ledger.rescue, overwrite=True)

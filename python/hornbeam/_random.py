@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -35,6 +37,14 @@ def restore(state: dict[str, Any]) -> None:
     name, backend = state["backend"]
     if name == keras.backend.backend() and backend is not None:
         _restore_backend(backend)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards."""
+    state = capture()
+    yield
+    restore(state)
 
 
 def reseed(seed: int, epoch: int) -> None:

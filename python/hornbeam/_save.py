@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _cast, _core, _keras, _progress, _report, _shortcuts, _state, _tensors
+from hornbeam import _async, _cast, _core, _durable, _keras, _progress, _report, _shortcuts, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import HornbeamError, UnsupportedError
 
@@ -51,6 +51,7 @@ def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h
     remote = str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath))
     if remote or _is_stream(str(filepath)):
         _async.refuse("what is not a local file")
+        _durable.tell(str(filepath))
         return stock(model, filepath, weights_format, zipped)  # opens a file object and comes back with it
     return stock(model, _PathTarget(str(filepath)), weights_format, zipped)
 
@@ -66,13 +67,15 @@ def _is_stream(path: str) -> bool:
 
 def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str) -> Any:
     """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
-    request = _async.claim() if isinstance(fileobj, _PathTarget) else None
+    if not isinstance(fileobj, _PathTarget):
+        _async.refuse("a file object")
+    request = _async.claim()
     reason = _keras.unsupported(weights_format)
     if reason is not None:
         _check_synchronous(request, reason)
         if isinstance(fileobj, _PathTarget):
-            return _hand_over(reason, _stock_to_path, stock, model, fileobj.path, weights_format)
-        return _hand_over(reason, stock, model, fileobj, weights_format)
+            return _hand_over(reason, fileobj.path, _stock_to_path, stock, model, fileobj.path, weights_format)
+        return _hand_over(reason, None, stock, model, fileobj, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
@@ -92,11 +95,14 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
     return None
 
 
-def _hand_over(reason: str, stock: Stock, *args: Any) -> Any:
+def _hand_over(reason: str, path: Any, stock: Stock, *args: Any) -> Any:
     if _state.current().compression is not None:
         raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not compress.")
     _cast.refuse(f"Stock Keras must do this save ({reason})")
-    return _state.hand_over(reason, stock, *args)
+    with _durable.directories(path, durable=_state.current().durable):
+        result = _state.hand_over(reason, stock, *args)
+    _durable.sync_handed_over(path)
+    return result
 
 
 def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> Any:
@@ -109,7 +115,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
     _async.refuse("a directory")
     reason = _keras.unsupported(weights_format, dirpath)
     if reason is not None:
-        return _hand_over(reason, stock, model, dirpath, weights_format)
+        return _hand_over(reason, dirpath, stock, model, dirpath, weights_format)
     options = _state.current()
     with _recorded(model, assets=True) as (store, assets):
         plan = _plan(store)
@@ -135,10 +141,9 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             for name, path in assets.files():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, root / name)
-                if options.durable:
-                    with open(root / name, "rb+") as copied:
-                        os.fsync(copied.fileno())
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
+            if options.durable:
+                _durable.sync(root / saving_lib._ASSETS_DIRNAME)
             directory.commit()
     _count_save(plan, store, info["bytes"], os.fspath(dirpath))
     return None
@@ -179,7 +184,8 @@ def save_weights_only(
     reason = _keras.unsupported("h5", text)
     if reason is not None:
         _check_synchronous(request, reason)
-        return _hand_over(reason, stock, model, filepath, max_shard_size, objects_to_skip)
+        place = text if max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
+        return _hand_over(reason, place, stock, model, filepath, max_shard_size, objects_to_skip)
     options = _state.current()
     skipped = {id(o) for o in objects_to_skip or ()}
     with _recorded(model, assets=False, visited=skipped) as (store, _):
@@ -214,7 +220,7 @@ def _defer(
     assets: AssetStore | None = None,
 ) -> None:
     """Takes the values and opens the file now; the writer's thread does the rest."""
-    if not options.atomic or not os.access(os.path.dirname(path) or ".", os.W_OK):
+    if not options.atomic or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
         _async.settle(path)  # the old content is written over from now on
     values = request.stage([d.memory for d in store.datasets.values()])
     save = plan.start(

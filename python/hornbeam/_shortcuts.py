@@ -3,7 +3,7 @@
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
-Loads of a few variables do without those that have to be tried, until they add up to as much as trying them costs.
+Loads of a few variables do without those that take long to try, until they add up to what trying them costs.
 
 - `attributes`: what is set on a layer and is no variable, layer, metric or seed generator goes past Keras' and
   TensorFlow's trackers, which track nothing else; lists, dictionaries and sets get Keras' tracking wrapper directly.
@@ -33,6 +33,7 @@ from keras.src.ops import operation as operation_module
 from keras.src.utils import tracking
 
 from hornbeam import _keras, _state, _tensors
+from hornbeam._tried import Tried
 
 
 class _Local(threading.local):
@@ -254,20 +255,21 @@ def scope(among: Set[str] = _state.SHORTCUTS, variables: int = 0) -> Iterator[No
     global _built
     _built += variables
     wanted = _state.current().shortcuts & among
+    if keras.backend.backend() != "tensorflow":
+        wanted -= {"tensors", "variables"}
     if _built < WORTH_TRYING:
         wanted -= {"attributes", "variables"}
     with contextlib.ExitStack() as stack:
-        if "attributes" in wanted and _attributes_work():
+        wanted = frozenset(shortcut for shortcut in wanted if _works[shortcut]())
+        if "attributes" in wanted:
             stack.enter_context(_attributes())
         if "signatures" in wanted:
             stack.enter_context(_layer_inspect_patch(layer_module, "inspect", _Inspect()))
             stack.enter_context(_operation_inspect_patch(operation_module, "inspect", _Inspect()))
-        if "tensors" in wanted and keras.backend.backend() == "tensorflow":
+        if "tensors" in wanted:
             import tensorflow as tf
 
             stack.enter_context(_tensor_patch(tf, "is_tensor", _is_tensor))
-        if "variables" in wanted and not _variables_work():
-            wanted -= {"variables"}
         before = _local.scope
         _local.scope = _Scope(wanted)
         try:
@@ -280,14 +282,15 @@ def _attributes() -> contextlib.AbstractContextManager[None]:
     return _attribute_patch(keras.layers.Layer, "__setattr__", _set_attribute)
 
 
-def _same(shortcut: str, ours: Any, real: Any) -> bool:
-    if ours != real:
-        _state.logger.warning("the shortcut %r does not work with this Keras, and is not taken", shortcut)
-    return bool(ours == real)
+@contextlib.contextmanager
+def _taken(shortcut: str) -> Iterator[None]:
+    """For the trying thread, which has no scope yet."""
+    _local.scope = _Scope(frozenset([shortcut]))
+    yield
 
 
-@functools.cache
-def _attributes_work() -> bool:
+# None of them may draw from a random state: Python's and NumPy's belong to the process.
+def _try_attributes() -> bool:
     def work() -> Any:
         layer = keras.layers.Layer(name="hornbeam_tries")
         atoms: list[Any] = [1, 1.5, "a", True, None, len, int, (1, "a"), (), [3], [], {"a": [4]}, {5}]
@@ -306,17 +309,32 @@ def _attributes_work() -> bool:
         tracked = {name: len(ids) for name, ids in layer._tracker.stored_ids.items()}
         return found, same, tracked, getattr(layer, "_tracked", None), layer.supports_masking, str(layer.input_spec)
 
-    real, before = work(), _local.scope
-    _local.scope = _Scope(frozenset(["attributes"]))
-    try:
-        with _attributes():
-            return _same("attributes", work(), real)
-    finally:
-        _local.scope = before
+    real = work()
+    with _taken("attributes"), _attributes():
+        return bool(work() == real)
 
 
-@functools.cache
-def _variables_work() -> bool:
+def _try_signatures() -> bool:
+    functions = [keras.layers.Dense.call, keras.layers.Layer.add_weight, keras.layers.Flatten().call]
+    with _taken("signatures"):
+        for function in [*functions, *functions]:
+            if _Inspect().signature(function) != inspect.signature(function):
+                return False
+            if _Inspect().getfullargspec(function) != inspect.getfullargspec(function):
+                return False
+    return True
+
+
+def _try_tensors() -> bool:
+    import tensorflow as tf
+
+    values: list[Any] = [1, 1.5, "a", None, (), [tf.constant(1)], {}, keras.Variable(1.0), keras.layers.Layer(), Any]
+    values += [keras.KerasTensor((2,)), tf.constant(1), tf.Variable(1), tf.TensorSpec((2,)), tf.ragged.constant([[1]])]
+    with _taken("tensors"), _tensor_patch(tf, "is_tensor", _is_tensor):
+        return all(tf.is_tensor(value) == _tensor_patch.original(value) for value in [*values, *values])
+
+
+def _try_variables() -> bool:
     """Whether what is put together equals the real thing, attribute by attribute, and is updated alike."""
     if not _tensors.shares():
         return False
@@ -334,13 +352,16 @@ def _variables_work() -> bool:
             tf.function(lambda: made + 1.0, autograph=False)().numpy().tolist(),
         )
 
-    try:
-        variable = keras.Variable([[1.0, 2.0]], name="hornbeam_tries")
-        real = describe(variable._value)
-        value = tf.constant([[1.0, 2.0]])
-        with tf.init_scope():
-            ours = describe(_put_together(variable, value, "", None, True))
-        return _same("variables", ours, real)
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        _state.logger.warning("the shortcut 'variables' does not work with this TensorFlow: %s", error)
-        return False
+    variable = keras.Variable([[1.0, 2.0]], name="hornbeam_tries")
+    real = describe(variable._value)
+    value = tf.constant([[1.0, 2.0]])
+    with tf.init_scope():
+        return bool(describe(_put_together(variable, value, "", None, True)) == real)
+
+
+_works = {
+    "attributes": Tried("the shortcut 'attributes'", _try_attributes),
+    "signatures": Tried("the shortcut 'signatures'", _try_signatures),
+    "tensors": Tried("the shortcut 'tensors'", _try_tensors),
+    "variables": Tried("the shortcut 'variables'", _try_variables),
+}

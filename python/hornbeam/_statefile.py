@@ -115,10 +115,20 @@ def _to_array(item: Any, where: str) -> np.ndarray:
 
 
 def _note(array: np.ndarray, arrays: list[np.ndarray], where: str) -> list[Any]:
-    if array.dtype.hasobject or array.dtype.kind not in "biufcV" or array.dtype.names:
+    if not _is_named(array.dtype):
         raise InvalidError(f"A checkpoint cannot hold arrays of dtype {array.dtype}. Received: {where}")
     arrays.append(array)
     return [len(arrays) - 1, array.dtype.name]
+
+
+def _is_named(dtype: np.dtype) -> bool:
+    """Whether the name of a dtype, which is what the file has, leads back to it."""
+    if dtype.hasobject or dtype.kind not in "biufcV":
+        return False
+    try:
+        return _tensors.extended_dtype(dtype.name) == dtype.newbyteorder("=")
+    except (TypeError, AttributeError):
+        return False
 
 
 def _decode(item: Any, array: Any) -> Any:

@@ -212,8 +212,22 @@ class LoadStore(saving_lib.H5IOStore):
             return self
         # Files of tf.keras up to 2.13.
         if path and "_layer_checkpoint_dependencies" in self.members:
-            self._enter(path.replace("layers", "_layer_checkpoint_dependencies"))
+            self._enter(self._old_path(path))
         return self
+
+    def _old_path(self, path: str) -> str:
+        """Where Keras 2.12 and 2.13 put it: they went through layers with weights twice, and counted them so."""
+        found: list[str] = []
+        for name in path.split("/"):
+            if found and found[-1] == "_layer_checkpoint_dependencies":
+                base, _, number = name.rpartition("_")
+                base, nth = (base, int(number)) if base and number.isdecimal() else (name, 0)
+                counted = [n for n in self.members.get("/".join(found), ()) if n.rpartition("_")[0] == base]
+                numbers = sorted(int(n) for n in {c.rpartition("_")[2] for c in counted} if n.isdecimal())
+                found.append(name if nth == 0 or nth > len(numbers) else f"{base}_{numbers[nth - 1]}")
+            else:
+                found.append("_layer_checkpoint_dependencies" if name == "layers" else name)
+        return "/".join(found)
 
     def _enter(self, path: str) -> bool:
         group = f"{path}/vars" if path else "vars"

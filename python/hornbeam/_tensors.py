@@ -1,4 +1,4 @@
-"""Values ↔ host memory, per backend. The only file that knows TensorFlow, JAX and torch.
+"""Values ↔ host memory, per backend: what is shared, copied, adopted, held.
 
 A value is *shared* where its memory cannot change while it is held (TensorFlow and JAX tensors on the CPU), *deferred*
 where it can or has to be fetched from a device (torch, NumPy, accelerators): then it is copied when its turn comes.
@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+
+from hornbeam._tried import Tried
 
 
 class Deferred:
@@ -349,27 +351,29 @@ def hold_raw(value: Any) -> Callable[[], None] | None:
     return None
 
 
-@functools.cache
 def shares() -> bool:
-    """Whether `share` works here. Tries the real thing once: values arrive, and updates leave the source alone."""
-    if _backend() != "tensorflow":
-        return False
-    try:
-        import tensorflow as tf
-        from tensorflow.python.eager import context
-        from tensorflow.python.framework.ops import EagerTensor
+    """Whether `share` works here."""
+    return _backend() == "tensorflow" and _shares()
 
-        context.ensure_initialized()
-        block = np.zeros(256, np.uint8)
-        start = -block.ctypes.data % 64
-        array = block[start : start + 64].view(np.float32)
-        array[:] = np.arange(16)
-        variable = tf.Variable(EagerTensor(array, context.context().device_name, None))
-        variable.assign_add(tf.ones(16))
-        right = np.array_equal(variable.numpy(), np.arange(16) + 1)
-        return bool(right and np.array_equal(array, np.arange(16)))
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
+
+def _try_share() -> bool:
+    """Values arrive, and updates leave the source alone."""
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+    from tensorflow.python.framework.ops import EagerTensor
+
+    context.ensure_initialized()
+    block = np.zeros(256, np.uint8)
+    start = -block.ctypes.data % 64
+    array = block[start : start + 64].view(np.float32)
+    array[:] = np.arange(16)
+    variable = tf.Variable(EagerTensor(array, context.context().device_name, None))
+    variable.assign_add(tf.ones(16))
+    right = np.array_equal(variable.numpy(), np.arange(16) + 1)
+    return bool(right and np.array_equal(array, np.arange(16)))
+
+
+_shares = Tried("handing memory over without a copy", _try_share)
 
 
 class Creation:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hornbeam import _core, _processes, _random, _retention, _statefile, _training_state
+from hornbeam import _core, _durable, _processes, _random, _retention, _statefile, _training_state
 from hornbeam._async import Handle
 from hornbeam._lock import FileLock
 from hornbeam._save import checksum
@@ -501,7 +501,8 @@ class CheckpointManager:
         self._opened = True
 
     def _take(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with _durable.directories(self.directory / _LOCK, durable=self.durable):
+            self.directory.mkdir(parents=True, exist_ok=True)
         listed = self.all()  # raises where there are checkpoints without a manifest
         try:
             self._lock = FileLock(self.directory / _LOCK)

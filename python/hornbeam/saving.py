@@ -113,7 +113,6 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
-    _async.settle(filepath, loads=True)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
         model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
@@ -223,7 +222,6 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    _async.settle(filepath, loads=True)
     request = Request(
         strict=strict,
         only=None if only is None else _patterns(only),
