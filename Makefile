@@ -64,7 +64,7 @@ soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2)
 	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest tests/test_crash.py tests/test_faults.py $(PYTEST_ARGS)
 	$(MAKE) soak-resume
 
-soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: about an hour
+soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
 	for backend in tensorflow jax; do HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest $(SOAK_TESTS) || exit 1; done
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows

@@ -261,13 +261,22 @@ class _Dataset(Resumable):
 
     def open(self, make: Callable[[], Any], *, goes_on: bool) -> Any:
         self._goes_on = goes_on
+        if self._stays() and keras.backend.backend() == "tensorflow":
+            return self._live
         made = make()
         if hasattr(made, "_iterator_resource"):  # elsewhere `_batches` makes it, when its first batch is asked for
-            return self._attach(made, goes_on=goes_on)
+            return self._attach(made)
         return made
 
-    def _attach(self, made: Any, *, goes_on: bool) -> Any:
-        """The iterator to go on with: `made`, moved to the position, or the one that is there.
+    def _stays(self) -> bool:
+        """Whether the iterator that is there goes on.
+
+        Then no other may be made: it would draw a seed, before or after the one that reads ahead draws its next.
+        """
+        return self._goes_on and self._live is not None and self._pending is None
+
+    def _attach(self, made: Any) -> Any:
+        """The iterator to go on with: `made`, moved to the position.
 
         Which order an epoch gets is counted in the dataset: each new iterator draws a seed. Only the state of an
         iterator that gave nothing yet sets that count right; a later one's sometimes counts the epoch twice.
@@ -279,8 +288,6 @@ class _Dataset(Resumable):
                 load_iterator(made, live)
                 self._live = made
                 return made
-        elif goes_on and self._live is not None:
-            return self._live
         if self._loaded and self._fresh is not None:
             load_iterator(made, self._fresh)
             made, self._loaded = iter(self._dataset), False
@@ -288,7 +295,7 @@ class _Dataset(Resumable):
         return made
 
     def _batches(self) -> Iterator[Any]:
-        yield from self._attach(iter(self._dataset), goes_on=self._goes_on)
+        yield from self._live if self._stays() else self._attach(iter(self._dataset))
 
     def example(self) -> Any:
         return self._dataset.element_spec
