@@ -38,7 +38,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.group-dev $(VENV)/.extension ## Make .venv: every tool, and hornbeam built from here, editable
+setup: $(VENV)/.group-dev $(VENV)/.hub $(VENV)/.extension ## Make .venv: every tool, and hornbeam built from here, editable
 
 demo: $(VENV)/.group-demo $(VENV)/.extension ## Save and load a model beside stock Keras, with timings
 	$(PY) benches/demo.py
@@ -143,6 +143,12 @@ clean: ## Remove everything these targets made
 $(VENV)/.group-%: pyproject.toml | $(VENV)/.python
 	@echo "==> $(VENV): installing the '$*' group"
 	$(PY) -m pip install --group $*
+	@touch $@
+
+# Without what it asks for: TensorFlow's large wheel, and tokenizers of text (2 GB). Its models from a config need none.
+$(VENV)/.hub: pyproject.toml | $(VENV)/.group-dev
+	@echo "==> $(VENV): installing KerasHub"
+	$(PY) -m pip install --no-deps keras-hub==0.32.0
 	@touch $@
 
 $(VENV)/.extension: $(RUST) | $(VENV)/.group-build
