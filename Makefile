@@ -92,6 +92,7 @@ bench: setup ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet
 	KERAS_BACKEND=tensorflow $(PY) benches/bench_legacy.py
 	$(PY) benches/report.py
 	$(PY) benches/bench_checkpoint.py
+	KERAS_BACKEND=tensorflow $(PY) -m pytest --benchmark-enable benches/bench_open.py
 
 docs: setup ## Run the examples of README.md and docs/ (pytest's 5: there are none)
 	KERAS_BACKEND=tensorflow $(PY) -m pytest --doctest-glob='*.md' README.md docs || [ $$? -eq 5 ]
