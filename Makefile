@@ -55,7 +55,7 @@ test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
 	@echo "==> Python tests, TensorFlow"
 	KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-test-backend-%: setup ## The parity tests on another backend of .venv: jax, numpy
+test-backend-%: setup ## The tests of backends on another one of .venv: jax, numpy
 	@echo "==> Python tests, $* backend"
 	KERAS_BACKEND=$* $(PY) -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 
@@ -122,7 +122,7 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 	  KERAS_BACKEND=jax .venv-dist/$(BIN)/python -c "$$SMOKE"; \
 	done; rm -rf .venv-dist
 
-test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The parity tests on torch, and on the oldest Keras supported
+test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The tests of backends on torch, and on the oldest Keras supported
 	@echo "==> Python tests, torch backend"
 	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras 3.12.4"
