@@ -1295,7 +1295,9 @@ fn what_an_interrupted_helper_leaves_is_read_by_others() {
     let (source, request) = gated(move || {
         let since = std::time::Instant::now();
         // Longer than a waiter waits before it asks whether to go on.
-        while slow.load(Ordering::SeqCst) && since.elapsed() < 2 * hornbeam::io::fetch::POLL {}
+        while slow.load(Ordering::SeqCst) && since.elapsed() < 2 * hornbeam::io::fetch::POLL {
+            std::thread::yield_now();
+        }
         slow.store(false, Ordering::SeqCst);
         Ok(())
     });
