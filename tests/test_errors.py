@@ -264,7 +264,12 @@ def test_what_is_no_model_file(content: bytes, place: Path) -> None:
         path = place / name
         path.write_bytes(content)
         tells(fails_like_stock(lambda path=path: model.load_weights(path), own=True), path)
-    fails_like_stock(lambda: keras.models.load_model(place / "m.keras"), own=False)
+    if content.startswith(b"\x89HDF"):  # Keras 2.12 called some of them `.keras`; stock Keras says "File not found"
+        with hornbeam.installed(), pytest.raises(WeightsFileError) as raised:
+            keras.models.load_model(place / "m.keras")
+        tells(raised.value, place / "m.keras")
+    else:
+        fails_like_stock(lambda: keras.models.load_model(place / "m.keras"), own=False)
     assert state(model) == before
 
 
