@@ -291,8 +291,8 @@ model.compile("adam", "mse")
 
 class Terminate(keras.callbacks.Callback):  # as a cluster does, in the middle of the second epoch
     def on_train_batch_end(self, batch, logs=None):
-        if int(model.optimizer.iterations) == 6:
-            np.savez(path + ".npz", *model.get_weights())
+        if int(self.model.optimizer.iterations) == 6:  # self.model: JAX holds the state elsewhere meanwhile
+            np.savez(path + ".npz", *self.model.get_weights())
             os.kill(os.getpid(), signal.SIGTERM)
 
 checkpoint = ModelCheckpoint(
