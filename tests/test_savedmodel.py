@@ -319,6 +319,16 @@ def test_a_savedmodel_of_somebody_else_needs_trust(tmp_path: Path) -> None:
     np.testing.assert_array_equal(answers["sum"], a + b)
     np.testing.assert_array_equal(answers["difference"], a - b)
 
+    from google.protobuf import text_format
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    binary = tmp_path / "two" / "saved_model.pb"  # the same graph as text is a SavedModel, too
+    graph = saved_model_pb2.SavedModel.FromString(binary.read_bytes())
+    binary.with_suffix(".pbtxt").write_text(text_format.MessageToString(graph))
+    binary.unlink()
+    text = load_model(tmp_path / "two", safe_mode=False)
+    np.testing.assert_array_equal(text.predict({"a": a, "b": b}, verbose=0)["sum"], a + b)
+
     tf.saved_model.save(tf.Module(), str(tmp_path / "none"))
     with pytest.raises(UnsupportedError, match="has no signature"):
         load_model(tmp_path / "none", safe_mode=False)

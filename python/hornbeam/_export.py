@@ -26,14 +26,13 @@ from keras.src.utils.module_utils import tensorflow as tf
 
 from hornbeam import _core, _durable, _keras, _state
 from hornbeam._explain import describe, explain, unbuilt
+from hornbeam._formats import GRAPHS
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 
 Stock = Callable[..., Any]
-#: One of them makes a directory a SavedModel.
-_GRAPHS = ("saved_model.pb", "saved_model.pbtxt", "saved_model.cpb")
 #: What a SavedModel consists of; a directory with anything else in it is not replaced.
 PARTS = (
-    *_GRAPHS,
+    *GRAPHS,
     "fingerprint.pb",
     "keras_metadata.pb",  # Keras 2
     "variables",
@@ -241,7 +240,7 @@ def _keep_extra(old: Path, new: Path) -> None:
 
 
 def _is_savedmodel(target: str) -> bool:
-    return any(os.path.exists(os.path.join(target, name)) for name in _GRAPHS)
+    return any(os.path.exists(os.path.join(target, name)) for name in GRAPHS)
 
 
 def _others(target: str) -> list[str]:

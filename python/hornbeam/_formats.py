@@ -18,6 +18,8 @@ from hornbeam import _async
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
+#: One of them makes a directory a SavedModel.
+GRAPHS = ("saved_model.pb", "saved_model.pbtxt", "saved_model.cpb")
 
 
 def save_model(
@@ -110,7 +112,7 @@ def _is_savedmodel(filepath: Any) -> bool:
     if not isinstance(filepath, str | os.PathLike) or not os.path.isdir(filepath):
         return False
     names = set(os.listdir(filepath))
-    return "config.json" not in names and not names.isdisjoint(["saved_model.pb", "saved_model.cpb"])
+    return "config.json" not in names and not names.isdisjoint(GRAPHS)
 
 
 def _is_safetensors(filepath: Any) -> bool:

@@ -46,10 +46,13 @@ class Tried:
 
     def _run(self) -> None:
         try:
-            self._verdict = self._check()
+            self._verdict, why = self._check(), "the check failed"
         except Exception as error:
-            logger.warning("%s does not work with this Keras and backend: %r", self._what, error)
-            self._verdict = False
-        else:
-            if not self._verdict:
-                logger.warning("%s does not work with this Keras and backend, and is not taken", self._what)
+            self._verdict, why = False, repr(error)
+        if not self._verdict:
+            logger.warning(
+                "%s does not work with this Keras and backend (%s): loads are right, but slower. "
+                "A newer hornbeam may know this Keras.",
+                self._what,
+                why,
+            )
