@@ -234,6 +234,61 @@ def test_weights_of_keras_1_and_2(root: str, by_name: bool | None, tmp_path: Pat
     assert saved(third) == saved(model)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[bool, Any], dict[bool, Path]]:
+    """A model of `keras.applications`, with its top and without, and what Keras would download for both."""
+    root = tmp_path_factory.mktemp("applications")
+    models, paths = {}, {}
+    for top, name in ((True, "mobilenet_2_5_32_tf.h5"), (False, "mobilenet_2_5_32_tf_no_top.h5")):
+        models[top], paths[top] = mobilenet(top), root / name
+        for i, variable in enumerate(models[top].weights):
+            variable.assign(0.5 + floats(*variable.shape, seed=i))
+        with h5py.File(paths[top], "w") as file:
+            legacy_h5_format.save_weights_to_hdf5_group(file, models[top])
+    return models, paths
+
+
+def mobilenet(top: bool, weights: Any = None) -> Any:
+    return keras.applications.MobileNet((32, 32, 3), alpha=0.25, include_top=top, weights=weights, classes=3)
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_weights_of_applications(top: bool, pretrained: tuple[dict[bool, Any], dict[bool, Path]]) -> None:
+    models, paths = pretrained
+    wanted = saved(models[top])
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        assert saved(mobilenet(top, weights=paths[top])) == wanted
+        report = hornbeam.last_report()
+        assert report is not None
+        assert (report.complete, report.engine, len(report.loaded)) == (True, "direct", len(wanted))
+        other = mobilenet(top)
+        assert saved(other) != wanted
+        other.load_weights(paths[top])
+    assert saved(other) == wanted
+    stock = mobilenet(top)
+    stock.load_weights(paths[top])
+    assert saved(stock) == wanted
+
+
+def test_the_top_of_an_application_is_left_out_by_name(
+    pretrained: tuple[dict[bool, Any], dict[bool, Path]],
+) -> None:
+    models, paths = pretrained
+    other = mobilenet(False)
+    before = saved(other)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        with pytest.raises(ValueError, match="Layer count mismatch"):
+            other.load_weights(paths[True])
+        assert saved(other) == before
+        other.load_weights(paths[True], by_name=True)
+    whole = models[True]
+    top = {id(v) for v in whole.get_layer("conv_preds").weights}
+    assert saved(other) == [s for s, v in zip(saved(whole), whole.weights, strict=True) if id(v) not in top] != before
+    report = hornbeam.last_report()
+    assert report is not None
+    assert sorted(report.skipped) == ["conv_preds/conv_preds/bias", "conv_preds/conv_preds/kernel"]
+
+
 def outcome(call: Callable[[], Any]) -> tuple[str, list[str]]:
     """The exception of a call, if there is one, and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
