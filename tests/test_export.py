@@ -360,18 +360,53 @@ def test_collections_are_attributes_while_installed_and_uninstalling_restores_ke
     assert hasattr(archive, "my_vars") == stock
 
 
-def test_other_formats_are_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize(
+    ("form", "path", "more"),
+    [
+        ("onnx", "m.onnx", {"opset_version": 18}),
+        ("openvino", "m.xml", {}),
+        ("litert", "m.tflite", {"allow_custom_ops": True}),
+    ],
+)
+def test_other_formats_are_keras(
+    form: str, path: str, more: dict[str, Any], installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model = model_of(keras.layers.Dense(2))
+    signature = [spec(None, 4)]
     seen: list[Any] = []
-    monkeypatch.setattr("keras.src.export.export_onnx", lambda *args, **kwargs: seen.append((args, kwargs)))
-    assert export(model, "m.onnx", format="onnx", opset_version=18) is None
-    ((args, kwargs),) = seen
-    assert args[:2] == (model, "m.onnx")
-    assert kwargs["opset_version"] == 18
+    before = hornbeam.export.last_report()
+    if not hasattr(sys.modules["keras.src.export"], f"export_{form}"):
+        with pytest.raises(ValueError, match="Unrecognized format"):
+            export(model, path, format=form)
+        return
+    monkeypatch.setattr(f"keras.src.export.export_{form}", lambda *args, **kwargs: seen.append((args, kwargs)))
+    if form == "litert" and keras.backend.backend() not in ("tensorflow", "torch"):
+        with pytest.raises(ValueError, match="requires TensorFlow"):
+            export(model, path, format=form)
+        return
+    calls = {"verbose": False, "input_signature": signature, **more}
+    model.export(path, format=form, **calls)
+    if installed:
+        with hornbeam.installed():
+            model.export(path, format=form, **calls)
+    else:
+        assert export(model, path, format=form, **calls) is None
+    stock, ours = seen
+    assert ours == stock
+    assert ours[0][:2] == (model, path)
+    assert ours[1] == {**stock[1], **more, "input_signature": signature}
+    assert hornbeam.export.last_report() is before
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnsupportedError, match="Only SavedModels can be verified"):
-        export(model, "m.onnx", format="onnx", verify=True)
+        export(model, path, format=form, verify=True)
+    assert seen == [stock, ours]
+
+
+def test_formats_that_keras_does_not_know() -> None:
     with pytest.raises(ValueError, match="Unrecognized format"):
-        export(model, "m", format="nothing")
+        export(model_of(keras.layers.Dense(2)), "m", format="nothing")
     with pytest.raises(ValueError, match="Unsupported format"):
         ExportArchive(format="nothing")
     assert isinstance(ExportArchive(), ExportArchive)
