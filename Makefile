@@ -87,7 +87,7 @@ fmt: $(VENV)/.group-dev ## Format the code and mend what the linters can
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-bench: setup ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet50 --turns 1"); the Rust stages: cargo bench
+bench: setup $(VENV)/.group-peers ## The published benchmark, over an hour (BENCH_ARGS="--only ResNet50 --turns 1"); the Rust stages: cargo bench
 	KERAS_BACKEND=tensorflow $(PY) benches/run.py $(BENCH_ARGS)
 	KERAS_BACKEND=tensorflow $(PY) benches/bench_legacy.py
 	$(PY) benches/report.py
@@ -146,10 +146,11 @@ $(VENV)/.group-%: pyproject.toml | $(VENV)/.python
 	$(PY) -m pip install --group $*
 	@touch $@
 
-# Without what it asks for: TensorFlow's large wheel, and tokenizers of text (2 GB). Its models from a config need none.
-$(VENV)/.hub: pyproject.toml | $(VENV)/.group-dev
-	@echo "==> $(VENV): installing KerasHub"
-	$(PY) -m pip install --no-deps keras-hub==0.32.0
+# Without what they ask for: TensorFlow's large wheel, and tokenizers of text (2 GB). KerasHub's models from a config
+# need none, and tf_keras is content with the small wheel.
+$(VENV)/.hub: Makefile | $(VENV)/.group-dev
+	@echo "==> $(VENV): installing KerasHub and Keras 2"
+	$(PY) -m pip install --no-deps keras-hub==0.32.0 tf_keras==2.21.0
 	@touch $@
 
 $(VENV)/.extension: $(RUST) | $(VENV)/.group-build

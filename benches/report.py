@@ -22,6 +22,8 @@ def report(result: Row) -> str:
     parts = [_where(result)]
     if result["models"]:
         parts += [_models(result["models"])]
+    if result.get("cold"):
+        parts += [_cold(result["cold"][0])]
     if result["ceilings"]:
         parts += [_ceilings(result["ceilings"])]
     if result["peers"]:
@@ -38,9 +40,15 @@ def _where(result: Row) -> str:
         f"{m['kernel']}, {m['file_system']}. Keras {v['keras']}, TensorFlow {v.get('tensorflow', 'n/a')}, "
         f"h5py {v['h5py']} (HDF5 {v['hdf5']}), safetensors {v.get('safetensors', 'n/a')}, Python {v['python']}, "
         f"rustc {v['rustc']}, hornbeam {v['hornbeam']}.\n\n"
-        f"Every number is the median over {result['turns']} fresh processes a side, interleaved: of the first run in "
-        f"the process, and of the best of {result['runs']} more. Files are in the page cache and nobody flushes."
+        f"{_turns(result['turns'])}: the first run in the process, and the best of {result['runs']} more. Files are in "
+        "the page cache and nobody flushes."
     )
+
+
+def _turns(turns: int) -> str:
+    if turns == 1:
+        return "Every number is from a fresh process a side, one after the other"
+    return f"Every number is the median over {turns} fresh processes a side, interleaved"
 
 
 def _models(rows: list[Row]) -> str:
@@ -78,6 +86,17 @@ def _models(rows: list[Row]) -> str:
     handed = sum(row["handovers"] for row in rows)
     engines = ", ".join(sorted({engine for row in rows for engine in row["engines"]}))
     return f"{table(head, lines, left=2)}\n\n{note} Engine: {engines}; handed over to Keras: {handed or 'nothing'}."
+
+
+def _cold(row: Row) -> str:
+    stock, ours = row["stock"], row["hornbeam"]
+    first, second = (f"{seconds(stock[key])} and {seconds(ours[key])}" for key in ("first", "best"))
+    return (
+        "On JAX, where a process compiles a program for every shape that stock Keras initialises, "
+        f"`{row['operation']}` of {row['workload']}, s: the first {first} "
+        f"(**{stock['first'] / ours['first']:.0f}** times as fast), the second {second} ({row['ratio']:.1f}); "
+        f"{'equal' if row['equal'] else '**NOT EQUAL**'}."
+    )
 
 
 def _ceilings(rows: list[Row]) -> str:
@@ -137,7 +156,8 @@ def _formats(rows: list[Row]) -> str:
         lines.append([f"`{row['operation']}`", *times, f"**{stock['best'] / ours['best']:.1f}**", check(row["equal"])])
     return (
         f"ResNet50 + Adam as legacy HDF5 ({megabytes(rows[0]['file_bytes'])} MB; stock Keras does not give the "
-        f"optimizer its state back, hornbeam does), and its architecture as JSON:\n\n{table(head, lines)}"
+        "optimizer its state back, hornbeam does), its architecture as JSON, and the codec of that text beside "
+        f"CPython's (`python benches/bench_legacy.py`):\n\n{table(head, lines)}"
     )
 
 

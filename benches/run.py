@@ -6,7 +6,8 @@
 
 A process builds its model, runs the operation once ("first") and three times more ("best" is their minimum). Before
 each run, memory is freed and warmed; page caches are warm, nothing is flushed (no side asks for it). Both sides read
-the same file, written by stock Keras; both must give the same values bit for bit.
+the same file, written by stock Keras; both must give the same values bit for bit. "Cold" is the first run on JAX, which
+compiles a program for every shape that is initialised.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import measure
 import peers
@@ -36,6 +39,10 @@ SIDES = ("stock", "hornbeam")
 #: Layers, units and copies of the models whose write is compared with the ceiling.
 BIG = {"16 x Dense(4096)": (16, 4096, 1), "8 x Dense(4096) + Adam": (8, 4096, 3)}
 QUICK_BIG = {"4 x Dense(2048)": (4, 2048, 1)}
+#: The model whose first load on JAX is measured.
+COLD, QUICK_COLD = "EfficientNetB7 + Adam", "two layers + Adam"
+#: The parts of a result.
+PARTS = ("models", "cold", "peers", "ceilings")
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------------
@@ -265,6 +272,13 @@ def _row(workload: str, operation: str, prepared: Result, sides: dict[str, list[
     return row
 
 
+def bench_cold(args: argparse.Namespace, folder: Path) -> list[Result]:
+    """The first load of a process on JAX, and one more: a row."""
+    with mock.patch.dict(os.environ, KERAS_BACKEND="jax"):
+        once = argparse.Namespace(quick=args.quick, turns=args.turns, runs=1)
+        return bench_model(QUICK_COLD if args.quick else COLD, ["load_model"], once, folder)
+
+
 def bench_peers(workload: str, args: argparse.Namespace, folder: Path) -> list[Result]:
     """Every peer on one set of tensors: a row each."""
     group = peers.PEERS if workload in peers.WEIGHTS else peers.COMPRESSED_PEERS
@@ -329,7 +343,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="runs per process after the first")
     parser.add_argument("--only", default="", help="only workloads whose name has this in it")
     parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--skip", choices=("models", "peers", "ceilings"), action="append", default=[])
+    parser.add_argument("--skip", choices=PARTS, action="append", default=[])
     parser.add_argument("--dir", type=Path, help="where to write files (default: below the current directory)")
     parser.add_argument("--append", action="store_true", help="keep the rows of earlier runs in the result")
     parser.add_argument("--out", type=Path, help="the result (default: benches/results/<date>.json; none if --quick)")
@@ -349,15 +363,13 @@ def main() -> int:
         "turns": args.turns,
         "runs": args.runs,
         "versions": measure.versions(),
-        "models": [],
-        "peers": [],
-        "ceilings": [],
+        **{part: [] for part in PARTS},
     }
     default = None if args.quick else measure.ROOT / "benches" / "results" / f"{result['versions']['date']}.json"
     out: Path | None = args.out or default
     if args.append and out is not None and out.exists():
         earlier = json.loads(out.read_text())
-        result |= {key: earlier[key] for key in ("models", "peers", "ceilings", "formats") if key in earlier}
+        result |= {key: earlier[key] for key in (*PARTS, "formats") if key in earlier}
         result["command"] = earlier["command"]
 
     def keep(key: str, rows: list[Result]) -> None:
@@ -379,7 +391,9 @@ def main() -> int:
         if "models" not in args.skip:
             for workload in args.models:
                 keep("models", bench_model(workload, args.operation or list(OPERATIONS), args, folder))
-    rows = result["models"] + result["peers"]
+        if "cold" not in args.skip:
+            keep("cold", bench_cold(args, folder))
+    rows = result["models"] + result["cold"] + result["peers"]
     wrong = [row for row in rows if not row["equal"] or row.get("handovers")]
     say(f"{len(rows)} rows, {len(wrong)} wrong" + (f", saved to {out}" if out else ""))
     return 1 if wrong else 0

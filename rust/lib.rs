@@ -10,7 +10,7 @@
 //!              └──h5: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
 //! ```
 //!
-//! Each stage is one file, with one test file and one benchmark. [`limits`] holds every limit, [`error`] the one error.
+//! The map in README.md has the test and the benchmark of each. [`limits`] holds every limit, [`error`] the one error.
 
 const _: () = assert!(usize::BITS == 64, "tensors are addressed with 64 bits");
 
