@@ -404,6 +404,22 @@ def test_other_formats_are_keras(
     assert seen == [stock, ours]
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow" or not hasattr(keras.src.export, "export_litert"),
+    reason="Keras writes LiteRT from the TensorFlow backend",
+)
+def test_a_format_of_keras_own_is_written_as_without_us(tmp_path: Path) -> None:
+    """Keras makes it from an archive, whose class is patched."""
+    model = model_of(keras.layers.Dense(2))
+    model.export(tmp_path / "stock.tflite", format="litert", verbose=False)
+    with hornbeam.installed():
+        model.export(tmp_path / "ours.tflite", format="litert", verbose=False)
+    export(model, tmp_path / "swapped.tflite", format="litert", verbose=False)
+    first, *others = (path.read_bytes() for path in tmp_path.iterdir())
+    assert first[4:8] == b"TFL3"
+    assert others == [first, first]
+
+
 def test_formats_that_keras_does_not_know() -> None:
     with pytest.raises(ValueError, match="Unrecognized format"):
         export(model_of(keras.layers.Dense(2)), "m", format="nothing")

@@ -148,7 +148,7 @@ ERAS = {
     "2": (["sequential", "functional", "nested", "recurrent"], ["subclassed"]),
     "3": (["convolutional", "recurrent"], ["functional", "subclassed"]),
 }
-ERA_HEAD = ["Files of", "`.keras`", "Optimizer", "Custom objects", "`.weights.h5`", "`.h5`", "Optimizer"]
+ERA_HEAD = ["Files of", "`.keras`", "Optimizer", "Custom objects", "Assets", "`.weights.h5`", "`.h5`", "Optimizer"]
 
 
 def unpack(root: Path) -> list[tuple[str, Path]]:
@@ -194,16 +194,25 @@ def golden(root: Path, name: str, form: str) -> tuple[bool, bool]:
     return bits(model.weights) == recorded(values, "w"), bits(model.optimizer.variables) == recorded(values, "o")
 
 
+def assets(root: Path, version: str) -> bool:
+    """Whether two layers of somebody's own have theirs, one of them in a model in the model."""
+    model = keras.models.load_model(root / "assets.keras")
+    text = model.get_layer("label").text
+    return text.endswith(f" {version}") and model.get_layer("inner").layers[-1].text == f"deep, {text}"
+
+
 def era_row(shown: str, root: Path) -> list[str]:
     """What happens to the golden files of a version."""
-    plain, custom = ERAS[shown.split()[1][0]]
+    version = shown.split()[1]
+    plain, custom = ERAS[version[0]]
     cells = []
     for form in ("keras", "weights.h5", "h5"):
         found = [golden(root, name, form) for name in plain if (root / f"{name}.{form}").exists()]
         mark = [all(loads for loads, _ in found), all(state for _, state in found)]
         cells.append(["✓" if yes else "" for yes in mark] if found else ["n/a", "n/a"])
     known = all(golden(root, name, "keras")[0] for name in custom)
-    return [shown, *cells[0], "✓" if known else "", cells[1][0], *cells[2]]
+    marks = ["✓" if yes else "" for yes in (known, assets(root, version))]
+    return [shown, *cells[0], *marks, cells[1][0], *cells[2]]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

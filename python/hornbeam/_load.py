@@ -164,7 +164,10 @@ def _load_model(
         model = _from_config(config, custom_objects, compile, safe_mode)
         report.stage("build")
         _migrate.place_optimizer(model, store, config)
-        errors = _load_state(model, store, assets(stack))
+        found = assets(stack)
+        if isinstance(found, AssetStore):
+            found.old_path = store.old_path
+        errors = _load_state(model, store, found)
         report.stage("assign")
     report.initialised = [v.path for v in _variables(model) if id(v) not in journal.assigned]
     _settle(report, request, journal, store, model, errors)

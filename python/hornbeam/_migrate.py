@@ -150,6 +150,8 @@ def _migrated(config: Any, notes: Notes, known: frozenset[str]) -> Any:
         _for_every_output(migrated["compile_config"], migrated["config"].get("output_layers"), notes)
     if all(isinstance(migrated.get(key), list | dict) for key in ("layers", "input_layers", "output_layers")):
         _graph(migrated, notes)
+    if isinstance(migrated.get("layers"), list):
+        _shapes(migrated["layers"], known)
     if isinstance(config.get("class_name"), str):
         _object(migrated, notes, known)
     return migrated
@@ -178,6 +180,20 @@ def _object(config: dict[str, Any], notes: Notes, known: frozenset[str]) -> None
         _layer(config, name, inner, notes)
         for key in ("layer", "backward_layer", "cell"):
             _located(inner.get(key), "keras.layers", keras.layers, known)
+
+
+def _shapes(layers: list[Any], known: frozenset[str]) -> None:
+    """Where a model has its `InputLayer`, other layers need no shape; not all of Keras 3 take one."""
+    described = [layer for layer in layers if isinstance(layer, dict) and isinstance(layer.get("config"), dict)]
+    if any(layer.get("class_name") == "InputLayer" for layer in described):
+        for layer in described:
+            name = layer.get("class_name")
+            if name != "InputLayer" and name not in known and "module" not in layer and _of_keras(name):
+                layer["config"].pop("batch_input_shape", None)
+
+
+def _of_keras(name: Any) -> bool:
+    return isinstance(name, str) and isinstance(getattr(keras.layers, name, None), type)
 
 
 def _located(config: Any, module: str, classes: Any, known: frozenset[str]) -> None:

@@ -208,15 +208,14 @@ class LoadStore(saving_lib.H5IOStore):
     def get(self, path: str) -> LoadStore:
         """Points the store at `<path>/vars`; a path that is not there gives an empty store."""
         self._prefix = None
-        if self._enter(path):
-            return self
-        # Files of tf.keras up to 2.13.
-        if path and "_layer_checkpoint_dependencies" in self.members:
-            self._enter(self._old_path(path))
+        if not self._enter(path):
+            self._enter(self.old_path(path))
         return self
 
-    def _old_path(self, path: str) -> str:
+    def old_path(self, path: str) -> str:
         """Where Keras 2.12 and 2.13 put it: they went through layers with weights twice, and counted them so."""
+        if "_layer_checkpoint_dependencies" not in self.members:
+            return path
         found: list[str] = []
         for name in path.split("/"):
             if found and found[-1] == "_layer_checkpoint_dependencies":
@@ -373,6 +372,11 @@ class AssetStore(saving_lib.DiskIOStore):
         self.root_path = saving_lib._ASSETS_DIRNAME
         self._extract = extract
         self._working_dir: str | None = None
+        self.old_path: Callable[[str], str] | None = None
+
+    def get(self, path: str) -> Any:
+        """The directory of `path`, or of what an old file calls so, or `None`."""
+        return super().get(path) or (self.old_path and super().get(self.old_path(path)))
 
     @property
     def working_dir(self) -> str:

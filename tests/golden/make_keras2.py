@@ -4,7 +4,8 @@ Each version runs in an environment of its own: `tensorflow-cpu==2.12.*` with `k
 `tf_keras` with the TensorFlow of its version. For every model there are a `.keras` and an `.h5` file, and an `.npz`
 with the inputs `x`, the outputs `y`, the outputs `z` after one more step of training, the weights `w` and the
 optimizer's variables `o`, whose names are in `names`. `objects.json` has configurations of nearly every class, as
-`.keras` and as `.h5` files have them. All versions are in one archive, since they hardly differ.
+`.keras` and as `.h5` files have them. All versions are in one archive, since they hardly differ; what it has stays as
+it is.
 """
 
 from __future__ import annotations
@@ -140,6 +141,41 @@ def small():
     return keras.Sequential([layers.Dense(2, input_shape=(3,), name="only")]), [floats(8, 3)]
 
 
+@keras.saving.register_keras_serializable("golden")
+class Labelled(layers.Layer):
+    """Has an asset."""
+
+    text = ""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+        super().build(shape)
+
+    def call(self, x):
+        return x * self.scale
+
+    def save_assets(self, path):
+        (pathlib.Path(path) / "text").write_text(self.text)
+
+    def load_assets(self, path):
+        self.text = (pathlib.Path(path) / "text").read_text()
+
+    _save_assets, _load_assets = save_assets, load_assets  # as 2.12 calls them
+
+
+def assets():
+    """Layers with an asset, one of Keras' own, one in a model in the model."""
+    numbers, words = keras.Input((4,), name="numbers"), keras.Input((2,), dtype="string", name="words")
+    lookup, label, deep = layers.StringLookup(name="lookup"), Labelled(name="label"), Labelled(name="deep")
+    lookup.adapt(["b", "b", "a"])
+    label.text, deep.text = f"of {PACKAGE} {VERSION}", f"deep, of {PACKAGE} {VERSION}"
+    inner = keras.Sequential([keras.Input((3,)), deep], name="inner")
+    known = layers.Flatten()(layers.Embedding(3, 2, name="embed")(lookup(words)))
+    x = layers.Concatenate()([inner(layers.Dense(3, name="dense")(label(numbers))), known])
+    texts = np.array([["a", "b"], ["b", "c"]] * 4)
+    return keras.Model([numbers, words], layers.Dense(2, name="out")(x), name="labelled"), [floats(8, 4), texts]
+
+
 OPTIMIZERS = keras.optimizers
 LEGACY = OPTIMIZERS.legacy
 MODELS = {
@@ -150,6 +186,7 @@ MODELS = {
     "recurrent": (recurrent, lambda: OPTIMIZERS.SGD(0.1, momentum=0.9, nesterov=True), "mse"),
     "broad": (broad, lambda: OPTIMIZERS.Adam(0.05), "mse"),
     "subclassed": (subclassed, lambda: OPTIMIZERS.Adam(0.02), "mse"),
+    "assets": (assets, lambda: OPTIMIZERS.SGD(0.1, momentum=0.9), "mse"),
     "schedule": (small, lambda: OPTIMIZERS.Adam(OPTIMIZERS.schedules.ExponentialDecay(0.1, 2, 0.5)), "mse"),
     "amsgrad": (small, lambda: OPTIMIZERS.Adam(0.05, amsgrad=True), "mse"),
     "adamw": (small, lambda: OPTIMIZERS.AdamW(0.05, weight_decay=0.1), "mse"),
@@ -235,6 +272,8 @@ def write(directory):
     explicit = VERSION.startswith("2.12.")
     how = {"save_format": "keras_v3"} if explicit else {}
     for name, (make, optimizer, loss) in MODELS.items():
+        if (directory / f"{name}.npz").exists():
+            continue
         keras.backend.clear_session()
         keras.utils.set_random_seed(len(name))
         model, given = make()
@@ -245,7 +284,7 @@ def write(directory):
         model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         root = directory / name
         model.save(f"{root}.keras", **how)
-        if name != "subclassed":
+        if name not in ("subclassed", "assets"):
             model.save(f"{root}.h5")
         if explicit and name == "functional":
             model.save(f"{root}_hdf5.keras")
@@ -255,7 +294,8 @@ def write(directory):
             root.with_suffix(".json").write_text(model.to_json())
         variables = model.optimizer.variables
         variables = variables() if callable(variables) else variables
-        state = {"w": model.get_weights(), "o": [v.numpy() for v in variables], "y": outputs(model, x)}
+        weights = [w for w in model.get_weights() if w.dtype != object]  # that are tables of texts
+        state = {"w": weights, "o": [v.numpy() for v in variables], "y": outputs(model, x)}
         state["names"] = [np.array([v.name for v in variables], "S")]
         model.train_on_batch(x, y)
         np.savez(f"{root}.npz", **arrays(x=given, z=outputs(model, x), **state))
@@ -270,7 +310,8 @@ def main():
         era = root / f"{PACKAGE}-{VERSION}"
         era.mkdir(exist_ok=True)
         write(era)
-        (era / "objects.json").write_text(json.dumps(objects()))
+        if not (era / "objects.json").exists():
+            (era / "objects.json").write_text(json.dumps(objects()))
         with tarfile.open(TARGET, "w:xz", preset=9) as archive:
             for path in sorted(root.rglob("*.*")):
                 if path.is_file():
