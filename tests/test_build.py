@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 import pytest
+from keras.src.random.seed_generator import global_seed_generator
 
 import hornbeam
-from helpers import saved, values
-from hornbeam import _build, _journal, _keras, _shortcuts, _state, _tried
-from zoo import ZOO, chain, floats
+from helpers import saved, state, value, values
+from hornbeam import _build, _journal, _keras, _legacy_save, _shortcuts, _state, _tried
+from zoo import AWKWARD, ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
 PATHS = {"PYTHONPATH": str(Path(hornbeam.__file__).parent.parent)}
@@ -36,15 +37,36 @@ lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other ba
 
 
 def both(path: Path) -> tuple[Any, Any]:
-    """The model as stock Keras loads it, and as we do, from the same random state."""
-    keras.utils.set_random_seed(1)
+    """The model as stock Keras loads it, and as we do, from the same random state, and to the same."""
+    _seed()
     stock = keras.models.load_model(path)
-    after_stock = (random.getstate(), np.random.get_state()[1].tolist())
-    keras.utils.set_random_seed(1)
+    after_stock = _drawn()
+    _seed()
     with hornbeam.installed(), hornbeam.options(strict=True):
         ours = keras.models.load_model(path)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == after_stock
+    assert _drawn() == after_stock
     return stock, ours
+
+
+def _seed() -> None:
+    """Sets every random state of the process; two of them are made when they are first used, so they are used."""
+    keras.utils.set_random_seed(1)
+    keras.random.uniform((1,))
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.random.set_global_generator(tf.random.Generator.from_seed(1))
+
+
+def _drawn() -> list[Any]:
+    """Every random state of the process. TensorFlow's own shows in what it gives next."""
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    found = [random.getstate(), str(state), state["state"]["key"].tobytes(), value(global_seed_generator().state)[1:]]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        found += [tf.random.get_global_generator().state.numpy().tobytes(), tf.random.uniform((4,)).numpy().tobytes()]
+    return found
 
 
 @lazy
@@ -88,16 +110,18 @@ def test_what_was_frozen_can_train_again(shortcuts: tuple[str, ...], tmp_path: P
     assert not np.array_equal(changed, keras.ops.convert_to_numpy(frozen.kernel))
 
 
+MODELS = ZOO | AWKWARD
 DEFAULT = ("attributes", "signatures", "tensors", "variables")
 FEW = ("functional", "nested", "recurrent", "mixed_precision", "lora", "optimizer_Adam")
 OTHERS = [(), ("attributes", "signatures")] if BACKEND == "tensorflow" else [()]
 
 
 @pytest.mark.parametrize(
-    ("name", "shortcuts"), [*((n, DEFAULT) for n in ZOO), *((n, s) for s in OTHERS for n in FEW if n in ZOO)]
+    ("name", "shortcuts"),
+    [*((n, DEFAULT) for n in MODELS), *((n, s) for s in OTHERS for n in (*FEW, *AWKWARD) if n in MODELS)],
 )
 def test_everything_about_a_model_is_the_same(name: str, shortcuts: tuple[str, ...], tmp_path: Path) -> None:
-    model, x, y = ZOO[name]()
+    model, x, y = MODELS[name]()
     model.save(tmp_path / "m.keras")
     with hornbeam.options(shortcuts=shortcuts):
         stock, ours = both(tmp_path / "m.keras")
@@ -186,6 +210,51 @@ def _patch_points() -> list[tuple[Any, str, Any, str]]:
     return points
 
 
+def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
+    """Everything of Keras that is replaced while something is saved, by what, and the files that need it."""
+    from keras.src.legacy.saving import serialization
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.saving import saving_lib
+
+    walked = ("m.keras", "m.weights.h5")
+    points: list[tuple[Any, str, Any, str, tuple[str, ...]]] = [
+        (saving_lib, "_walk_saveable", _keras, "_dispatch_walk", walked),
+        (BaseOptimizer, "save_own_variables", _keras, "_dispatch_optimizer", walked),
+        (serialization, "serialize_keras_object", _legacy_save, "_dispatch_serialize", ("m.h5",)),
+    ]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        points.append((tf, "is_tensor", _shortcuts, "_is_tensor", ("m.keras",)))
+    return points
+
+
+def _save(model: Any, path: Path) -> None:
+    (model.save_weights if path.name.endswith(".weights.h5") else model.save)(path)
+
+
+@lazy
+def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = ZOO["functional"]()
+    model.save(tmp_path / "m.keras")
+    hornbeam.saving.load_model(tmp_path / "m.keras")  # tries the shortcuts
+    patched: set[tuple[Any, str]] = set()
+    original = _keras._Patch.__call__
+
+    def noted(self: Any, owner: Any, name: str, replacement: Any) -> Any:
+        patched.add((owner, name))
+        return original(self, owner, name, replacement)
+
+    monkeypatch.setattr(_keras._Patch, "__call__", noted)
+    with hornbeam.installed(), hornbeam.options(strict=True):
+        for name in ("m.keras", "m.weights.h5", "m.h5"):
+            _save(model, tmp_path / name)
+        assert patched == {(owner, name) for owner, name, *_ in _saving_points()}
+        keras.models.load_model(tmp_path / "m.keras")
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert patched == {(owner, name) for owner, name, *_ in (*_patch_points(), *_saving_points())}
+
+
 class Injected(BaseException):
     """Passes what catches errors."""
 
@@ -227,6 +296,55 @@ def test_an_error_at_any_patch_point_leaves_nothing_patched(
     with hornbeam.installed(), hornbeam.options(strict=True):
         again = keras.models.load_model(tmp_path / "m.keras")
     assert saved(again) == saved(model)
+
+
+@lazy
+@pytest.mark.parametrize("point", range(len(_saving_points())), ids=lambda i: _saving_points()[i][1])
+def test_an_error_at_any_patch_point_of_a_save_leaves_the_old_file(
+    point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, _ = ZOO["functional"]()
+    _, _, ours, name, files = _saving_points()[point]
+    original = getattr(ours, name)
+    calls = wanted = 0
+    error: type[BaseException] = Injected
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > wanted:
+            raise error("injected")
+        return original(*args, **kwargs)
+
+    before = [getattr(owner, n) for owner, n, *_ in _saving_points()]
+    for file in files:
+        path = tmp_path / file
+        _save(model, path)
+        old, expected = path.read_bytes(), state(model)
+        for error in (Injected, RuntimeError):
+            for wanted in (0, 1) if name != "_dispatch_optimizer" else (0,):
+                calls = 0
+                with monkeypatch.context() as patch, hornbeam.installed():
+                    patch.setattr(ours, name, fails)
+                    with pytest.raises(error, match="injected"):
+                        _save(model, path)
+                assert calls > wanted
+                assert [getattr(owner, n) for owner, n, *_ in _saving_points()] == before
+                assert path.read_bytes() == old
+                assert [p.name for p in tmp_path.iterdir()] == [file]
+                assert state(model) == expected
+        assert not hornbeam.stats().handovers
+        assert gc.isenabled()
+        assert gc.get_threshold()[0] > 0
+        kernel = model.layers[1].kernel
+        kernel.assign(kernel + 1)
+        expected = state(model)
+        with hornbeam.installed(), hornbeam.options(strict=True):
+            _save(model, path)
+        kernel.assign(kernel * 0)
+        model.load_weights(path)
+        assert state(model) == expected
+        path.unlink()
 
 
 AROUND = """
@@ -453,6 +571,35 @@ def test_what_the_file_lacks_is_initialised_as_stock_keras_would(tmp_path: Path)
     stock, ours = both(tmp_path / "m.keras")
     assert values(ours) == values(stock)
     assert np.any(np.asarray(ours.layers[1].kernel))
+
+
+@lazy
+def test_initialisers_with_state_are_called_as_ever(tmp_path: Path) -> None:
+    model, _, _ = AWKWARD["initialisers_with_state"]()
+    model.save(tmp_path / "m.keras")
+    found = []
+    for loaded in both(tmp_path / "m.keras"):
+        first, *dense = loaded.layers[1:]
+        counting, drawing = first.initializers
+        seeds = [value(g.state)[3] for g in (first.generator, *(d.kernel_initializer.seed for d in dense))]
+        next_ones = [keras.ops.convert_to_numpy(i((3,))).tolist() for i in (counting, drawing)]
+        kept = [value(weight)[3] for weight in first.added]
+        assert kept[1] == np.full(6, 2, "float32").tobytes()  # of no file: what the second call gave
+        found.append([next_ones, seeds, kept])
+    assert found[0] == found[1]
+    assert found[0][0][0] == [3.0] * 3
+    assert len(set(found[0][1])) == 2  # two draws, and one each
+
+
+@lazy
+def test_tied_weights_are_one_variable(tmp_path: Path) -> None:
+    model, _, _ = AWKWARD["tied_weights"]()
+    model.save(tmp_path / "m.keras")
+    for loaded in both(tmp_path / "m.keras"):
+        embedding, _, head = loaded.layers[1:]
+        assert head.embedding is embedding
+        assert head.kernel is embedding.embeddings
+        assert saved(loaded) == saved(model)
 
 
 @lazy

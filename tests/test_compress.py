@@ -43,15 +43,31 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return floats(8, 400), floats(8, 200)
 
 
+#: Models with a tensor that is worth a chunk.
+LARGE = {"bfloat16", "embedding_with_sparse_updates"}
+
+
+def chunked(path: Path) -> bool:
+    """Whether anything in an archive is."""
+    found: list[Any] = []
+    with h5py.File(io.BytesIO(member(path)), "r") as file:
+        file.visititems(lambda _, item: found.append(getattr(item, "chunks", None)))
+    return any(found)
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_every_model_survives(name: str, tmp_path: Path) -> None:
     model, *_ = ZOO[name]()
     path, plain = tmp_path / "m.keras", tmp_path / "plain.keras"
     saving.save_model(model, path, compression=1, chunk_bytes=1024)
+    assert hornbeam.stats(reset=True).engines == {"libhdf5": 1}
     saving.save_model(model, plain)
+    assert hornbeam.stats(reset=True).engines == {"direct": 1}
     assert zipfile.ZipFile(path).testzip() is None
+    assert chunked(path) == (name in LARGE)
     expected = saved(keras.saving.load_model(plain))
     assert saved(saving.load_model(path, strict=True)) == expected
+    assert hornbeam.stats().engines == {"libhdf5" if name in LARGE else "direct": 1}
     assert saved(keras.saving.load_model(path)) == expected
 
 

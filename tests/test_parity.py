@@ -13,7 +13,10 @@ import pytest
 
 import hornbeam
 from helpers import archive_tree, config, saved, state, tree, value, values
-from zoo import ZOO
+from zoo import AWKWARD, ZOO, chain
+
+#: What is asked for, and what runs then.
+RAN = {"auto": "direct", "libhdf5": "libhdf5"}
 
 
 def step(model: Any, x: Any, y: Any) -> Any:
@@ -23,11 +26,11 @@ def step(model: Any, x: Any, y: Any) -> Any:
     return values(model)
 
 
-def load(path: Any, *, ours: bool, compile: bool = True) -> Any:
+def load(path: Any, *, ours: bool, compile: bool = True, engine: str = "auto") -> Any:
     keras.utils.set_random_seed(3)
     if not ours:
         return keras.models.load_model(path, compile=compile)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
         return keras.models.load_model(path, compile=compile)
 
 
@@ -45,40 +48,45 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return opens
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ZOO | AWKWARD)
 def test_zoo(name: str, opened: list[Any], tmp_path: Path) -> None:
     keras.utils.set_random_seed(0)
-    model, x, y = ZOO[name]()
+    model, x, y = (ZOO | AWKWARD)[name]()
     before = state(model)
-    stock, ours = tmp_path / "stock.keras", tmp_path / "ours.keras"
+    stock, ours = tmp_path / "stock.keras", {engine: tmp_path / f"{engine}.keras" for engine in RAN}
     model.save(stock)
     assert opened  # by stock Keras
-    opened.clear()
-    hornbeam.stats(reset=True)
-    with hornbeam.installed(), hornbeam.options(strict=True):
-        model.save(ours)
-    assert not opened
-    stats = hornbeam.stats()
-    assert (stats.saves, stats.engines, dict(stats.handovers)) == (1, {"direct": 1}, {})
-    assert state(model) == before
-
-    # The file: same objects, attributes, types, shapes, bytes; same configuration; and nothing else.
     expected = archive_tree(stock)
-    assert archive_tree(ours) == expected
-    assert stats.tensors_written == sum(item[0] == "dataset" for item in expected.values())
-    assert config(ours) == config(stock)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.keras", "stock.keras"]
+    count = sum(item[0] == "dataset" for item in expected.values())
+    for engine, path in ours.items():
+        opened.clear()
+        hornbeam.stats(reset=True)
+        with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+            model.save(path)
+        assert not opened
+        stats = hornbeam.stats()
+        assert (stats.saves, stats.engines, dict(stats.handovers)) == (1, {RAN[engine]: 1}, {})
+        assert stats.tensors_written == count
+        assert state(model) == before
 
-    # The models: stock reads ours, we read both.
-    models = [load(stock, ours=False), load(ours, ours=False)]
+        # The file: same objects, attributes, types, shapes, bytes; same configuration; and nothing else.
+        assert archive_tree(path) == expected
+        assert config(path) == config(stock)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["auto.keras", "libhdf5.keras", "stock.keras"]
+
+    # The models: stock reads ours, and each engine of ours reads everybody's.
+    models = [load(stock, ours=False), load(ours["auto"], ours=False)]
     opened.clear()
-    models += [load(stock, ours=True), load(ours, ours=True)]
+    for engine in RAN:
+        hornbeam.stats(reset=True)
+        models += [load(path, ours=True, engine=engine) for path in (stock, *ours.values())]
+        assert (hornbeam.stats().loads, hornbeam.stats().engines) == (3, {RAN[engine]: 3})
     assert not opened
     for loaded in models[1:]:
         assert values(loaded) == values(models[0])
         assert [v.trainable for v in loaded.variables] == [v.trainable for v in models[0].variables]
         assert type(loaded) is type(models[0])
-    assert hornbeam.stats().loads == 2
+    del models[4:]  # the same once more
     outputs = [np.asarray(o) for m in models for o in keras.tree.flatten(m.predict(x, verbose=0))]
     each = len(outputs) // 4
     for i in range(each, len(outputs)):
@@ -91,21 +99,24 @@ def test_zoo(name: str, opened: list[Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["functional", "subclassed", "bfloat16", "odd_variables", "unicode_and_long_names"])
 def test_weights_files(name: str, tmp_path: Path) -> None:
     model, _, _ = ZOO[name]()
-    stock, ours = tmp_path / "stock.weights.h5", tmp_path / "ours.weights.h5"
-    model.save_weights(stock)
-    with hornbeam.installed(), hornbeam.options(strict=True):
-        model.save_weights(ours)
-    assert tree(ours) == tree(stock)
+    paths = {engine: tmp_path / f"{engine}.weights.h5" for engine in ("stock", *RAN)}
+    model.save_weights(paths["stock"])
+    for engine in RAN:
+        with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+            model.save_weights(paths[engine])
+        assert hornbeam.stats(reset=True).engines == {RAN[engine]: 1}
+        assert tree(paths[engine]) == tree(paths["stock"])
     before = saved(model)
-    for path in (stock, ours):
-        for installed in (True, False):
+    for path in paths.values():
+        for engine in (None, *RAN):
             for variable in model.variables:
                 variable.assign(np.zeros(variable.shape, "int8"))
-            if installed:
-                with hornbeam.installed(), hornbeam.options(strict=True):
+            if engine is not None:
+                with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
                     model.load_weights(path)
             else:
                 model.load_weights(path)
+            assert hornbeam.stats(reset=True).engines == ({RAN[engine]: 1} if engine is not None else {})
             assert saved(model) == before
 
 
@@ -120,6 +131,35 @@ def test_engines_write_and_read_the_same(engine: str, tmp_path: Path) -> None:
     assert hornbeam.stats().engines == {engine: 2}
     assert archive_tree(path) == archive_tree(tmp_path / "stock.keras")
     assert saved(loaded) == saved(model)
+
+
+@keras.saving.register_keras_serializable("parity")
+class Complex(keras.layers.Layer):
+    """Has the numbers that only some backends and formats have; the zoo has those that all have."""
+
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(3,), dtype="complex128", initializer="zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+@pytest.mark.skipif(keras.backend.backend() not in ("tensorflow", "numpy"), reason="JAX computes complex64 instead")
+@pytest.mark.parametrize("engine", RAN)
+def test_wide_complex_numbers(engine: str, tmp_path: Path) -> None:
+    model = chain(Complex())
+    model.layers[1].w.assign(np.array([0.1 - 2j, 1e300j, complex(0, -0.0)]))
+    assert saved(model)[0][:2] == ("complex128", (3,))
+    stock, ours = tmp_path / "stock.keras", tmp_path / "ours.keras"
+    model.save(stock)
+    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+        model.save(ours)
+    assert archive_tree(ours) == archive_tree(stock)
+    assert saved(load(ours, ours=False)) == saved(model)
+    for path in (stock, ours):
+        hornbeam.stats(reset=True)
+        assert saved(load(path, ours=True, engine=engine)) == saved(model)
+        assert hornbeam.stats().engines == {RAN[engine]: 1}
 
 
 def test_compile_false_leaves_the_model_uncompiled(tmp_path: Path) -> None:
