@@ -49,9 +49,10 @@ def both(path: Path) -> tuple[Any, Any]:
 
 
 def _seed() -> None:
-    """Sets every random state of the process; two of them are made when they are first used, so they are used."""
-    keras.utils.set_random_seed(1)
-    keras.random.uniform((1,))
+    """Sets every random state of the process."""
+    for _ in range(2):  # Keras 3.12 keeps its own generator; later ones make another, and draw its seed
+        keras.utils.set_random_seed(1)
+        global_seed_generator().state.assign([1, 0])
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
