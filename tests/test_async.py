@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from keras import layers
 
 import hornbeam
 from helpers import archive_tree, saved, script, tree
-from hornbeam import _async
+from hornbeam import _async, _tensors
 from hornbeam.errors import CancelledError, UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats
@@ -41,8 +41,8 @@ def _nothing_is_pending() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[_async.Handle]:
-    """Keeps the writer busy while the block lasts; gives the handle of the save it is busy with."""
+def held(values: Sequence[Any] = ()) -> Iterator[_async.Handle]:
+    """Keeps the writer busy while the block lasts; gives the handle of the save it is busy with, which has `values`."""
     release = threading.Event()
 
     def write() -> int:
@@ -51,6 +51,7 @@ def held() -> Iterator[_async.Handle]:
 
     with _async.Request(False) as request:
         _async.claim()
+        request.stage(values)
         request.submit("held", write, lambda: None, hornbeam._state.current())
     try:
         yield request.handle
@@ -181,26 +182,62 @@ def test_a_donated_array_stays_in_the_file(tmp_path: Path) -> None:
     assert saved(load_model(tmp_path / "m.keras")) == expected
 
 
-@pytest.mark.skipif(BACKEND not in ("torch", "numpy"), reason="shares nothing")
-def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path) -> None:
-    model = chain(layers.Dense(1000), layers.Dense(1000))
-    size = sum(v.value.nbytes for v in model.variables)
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has what the backend would share fetched as from an accelerator, large values in many pieces."""
+    if SHARED:
+        monkeypatch.setitem(_tensors._VIEWERS, BACKEND, getattr(_tensors, f"_fetch_{BACKEND}"))
+        monkeypatch.setattr(_tensors, "_FETCHED", 30_000)
+
+
+def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(layers.Dense(1000), layers.Dense(1000, dtype="bfloat16"))
+    save_weights(model, tmp_path / "expected.weights.h5")
+    size = sum(len(data) for _, _, data in saved(model))
+    on_a_device(monkeypatch)
     with held():
         save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
         memory = _async._queue.staging.memory
         assert size <= len(memory) < size + (2 << 20) + 64 * len(model.variables)
         assert _async._queue.staged
-        done = []
-        second = threading.Thread(  # there is one copy: the second save waits until the first is written
-            target=lambda: done.append(save_weights(model, tmp_path / "n.weights.h5", asynchronous=True))
-        )
-        # In its place the writer is full; so let the thread come after the block.
-    second.start()
-    second.join()
+        fill(model, 7)
+    save_weights(model, tmp_path / "n.weights.h5", asynchronous=True)
     assert _async._queue.staging.memory is memory
     hornbeam.wait()
     assert _async._queue.staging.memory is None
-    assert tree(tmp_path / "m.weights.h5") == tree(tmp_path / "n.weights.h5")
+    assert tree(tmp_path / "m.weights.h5") == tree(tmp_path / "expected.weights.h5")
+    load_weights(model, tmp_path / "n.weights.h5", strict=True)
+    assert {float(x) for v in model.variables for x in np.unique(keras.ops.convert_to_numpy(v))} == {7.0}
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer has a place, but the memory is another save's: the call waits for it."""
+    into = (lambda memory: memory.fill(1)) if pieces else None
+    value = _tensors.Deferred(lambda: np.full((3, 5), 16843009, "int32"), "int32", (3, 5), into)
+    changed, waits = _async._queue.changed, threading.Event()
+    wait = changed.wait
+    monkeypatch.setattr(changed, "wait", lambda *timeout: waits.set() or wait(*timeout))
+    taken: list[Any] = []
+
+    def second() -> None:
+        with _async.Request(False) as request:
+            taken.extend([*request.stage([value, value]), first.done()])
+
+    with held([value]) as first:
+        assert _async._queue.places() == 1
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(60)
+        assert not taken
+    thread.join()
+    one, two, done = taken
+    assert done
+    assert (one == 16843009).all()
+    assert (two == one).all()
+    memory = np.frombuffer(_async._queue.staging.memory, np.uint8)
+    assert np.shares_memory(one, memory)
+    assert np.shares_memory(two, memory)
+    assert not np.shares_memory(one, two)
 
 
 @pytest.mark.skipif(not SHARED, reason="copies everything")

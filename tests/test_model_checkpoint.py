@@ -412,7 +412,7 @@ def test_arguments_that_mean_nothing(tmp_path: Path) -> None:
 def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, index, writes in (("worker", 1, False), ("worker", 0, True), ("evaluator", 0, False)):
         config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": kind, "index": index}}
-        callback = ModelCheckpoint(tmp_path / f"{kind}{index}.keras", save_best_only=True, keep_last=1)
+        callback = ModelCheckpoint(tmp_path / f"{kind}{index}.keras", save_best_only=True, keep_last=1, timeout=None)
         made = model()
         monkeypatch.setenv("TF_CONFIG", json.dumps(config))
         fit(made, Scores([0.5]), callback)

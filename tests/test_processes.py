@@ -18,8 +18,10 @@ import pytest
 import hornbeam
 from hornbeam import _processes
 from hornbeam._processes import Group, Place
+from hornbeam.callbacks import ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError, UnsupportedError
+from zoo import TRAINABLE_BACKEND
 
 BACKEND = keras.backend.backend()
 
@@ -32,6 +34,8 @@ BACKEND = keras.backend.backend()
         ({"cluster": {"worker": ["a", "b"], "chief": ["c"]}, "task": {"type": "worker", "index": 0}}, (1, 3)),
         ({"cluster": {"worker": ["a", "b"], "chief": ["c"]}, "task": {"type": "chief", "index": 0}}, (0, 3)),
         ({"cluster": {"worker": ["a", "b"]}, "task": {"type": "evaluator", "index": 0}}, (-1, 2)),
+        ({"cluster": {"worker": ["a"], "chief": ["b"], "ps": ["c"]}, "task": {"type": "chief", "index": 0}}, (0, 1)),
+        ({"cluster": {"worker": ["a"], "chief": ["b"], "ps": ["c"]}, "task": {"type": "worker", "index": 0}}, (-1, 1)),
     ],
 )
 def test_tf_config(config: Any, place: tuple[int, int]) -> None:
@@ -194,6 +198,95 @@ def test_two_workers_of_tf_config(tmp_path: Path) -> None:
     out = processes(WORKER, tmp_path, environments=[{"TF_CONFIG": config} for config in configs])
     assert out == [f"[0, 1] Place(rank={rank}, count=2)\n" for rank in range(2)]
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+TRAINING = r"""
+import json, os, sys, time
+import keras, numpy as np
+from hornbeam import _processes
+from hornbeam.callbacks import ModelCheckpoint
+from hornbeam.errors import CheckpointError
+from hornbeam.saving import load_model
+
+rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+if keras.backend.backend() != "tensorflow":
+    _processes.current = lambda: _processes.Place(rank, 2)
+os.chdir(sys.argv[1])
+keras.utils.set_random_seed(1)
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+
+class Late(ModelCheckpoint):
+    # The chief saves when the other one has come to wait for it.
+    fails = False
+
+    def _write(self, path, *rest):
+        end = time.monotonic() + 60
+        while _processes._read(self._group._file(1)).get("met", 0) <= self._group._met:
+            assert time.monotonic() < end, "nobody waits"
+            time.sleep(0.002)
+        assert not os.path.exists(path)
+        if self.fails:
+            raise OSError("no space")
+        super()._write(path, *rest)
+
+class Named(Late):
+    def _get_file_path(self, epoch, batch, logs):
+        return f"m-{turn}-{epoch}.keras"
+
+class Look(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        both = zip(load_model(f"m-{turn}-{epoch}.keras").get_weights(), model.get_weights())
+        seen.append(all((a == b).all() for a, b in both))
+
+def fit(*callbacks):
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, verbose=0, callbacks=list(callbacks))
+
+seen = []
+for turn in range(3):  # three trainings, which meet at the same place
+    fit(Named("m-{epoch}.keras", keep_every=1, remember=False, timeout=60), Look())
+print(seen)
+Late.fails = True
+try:
+    fit(Late("f.keras", keep_last=1, timeout=60))
+except (CheckpointError, OSError) as error:
+    print(type(error).__name__, error)
+later = ModelCheckpoint("a-{epoch}.keras", asynchronous=True, timeout=60)
+fit(later)
+print(os.path.exists("a-1.keras"), os.path.exists("a-2.keras"), len(later.history))
+"""
+
+
+@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+def test_all_wait_for_the_chief_of_a_training(tmp_path: Path) -> None:
+    cluster = {"worker": ["localhost:1", "localhost:2"]}
+    configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}}) for rank in range(2)]
+    out = processes(TRAINING, tmp_path, environments=[{"TF_CONFIG": config} for config in configs])
+    told = ["OSError no space", "CheckpointError process 0 could not save: OSError: no space"]
+    for text, failure, saves in zip(out, told, (2, 0), strict=True):
+        assert text.splitlines() == [str([True] * 6), failure, f"True True {saves}"]
+    names = [f"m-{turn}-{epoch}.keras" for turn in range(3) for epoch in range(2)]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["a-1.keras", "a-2.keras", *names]
+
+
+@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    monkeypatch.setattr(_processes, "current", lambda: Place(1, 2))
+
+    def begin(**arguments: Any) -> None:
+        callback = ModelCheckpoint(tmp_path / "m.keras", **arguments)
+        callback.set_model(model)
+        callback.on_train_begin()
+        assert callback._group is None
+        assert not list(tmp_path.iterdir())
+
+    begin()
+    begin(keep_last=1, timeout=None)
+    with pytest.raises(CheckpointError, match=r"Process 1 of 2 has waited 0\.05 s at .*\.m\.keras\.processes"):
+        begin(keep_last=1, timeout=0.05)
+    with pytest.raises(ValueError, match="`timeout` must be more than 0"):
+        ModelCheckpoint(tmp_path / "m.keras", timeout=0)
 
 
 JAX = r"""

@@ -319,14 +319,13 @@ class Request:
         self._stages = False
 
     def stage(self, values: Sequence[np.ndarray | Deferred]) -> list[np.ndarray]:
-        """The values as they are now: those that can change are copied.
+        """The values as they are now: those that can change, or are on a device, are copied.
 
         There is room for one save's copies. Another one's must be written first.
         """
         import numpy as np
 
-        copied = [v for v in values if not isinstance(v, np.ndarray) and v.into is not None]
-        size = sum(_aligned(v.nbytes) for v in copied)
+        size = sum(_aligned(v.nbytes) for v in values if not isinstance(v, np.ndarray))
         memory = np.empty(0, np.uint8)
         if size:
             queue = self._queue
@@ -341,8 +340,6 @@ class Request:
         for value in values:
             if isinstance(value, np.ndarray):
                 taken.append(value)
-            elif value.into is None:
-                taken.append(value.array())
             else:
                 taken.append(value.copy_to(memory[at : at + value.nbytes]))
                 at += _aligned(value.nbytes)

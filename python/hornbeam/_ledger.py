@@ -29,6 +29,7 @@ class Ledger:
 
     Attributes:
         path: The JSON file. Its name begins with a dot and ends like no model file.
+        meeting: The folder where several processes meet.
         monitor: The metric that scores are of.
         mode: `"min"` or `"max"`, or `None` as long as that is not known.
         entries: Those that are complete, the newest last.
@@ -39,7 +40,8 @@ class Ledger:
         static, placeholder, _ = pattern.partition("{")
         self.directory = os.path.dirname(static if placeholder else pattern)
         rest = os.path.relpath(pattern, self.directory or ".")
-        self.path = os.path.join(self.directory, "." + re.sub(r"[/\\]", "-", _FIELD.sub(r"{\1}", rest)) + _SUFFIX)
+        name = os.path.join(self.directory, "." + re.sub(r"[/\\]", "-", _FIELD.sub(r"{\1}", rest)))
+        self.path, self.meeting = name + _SUFFIX, name + ".processes"
         stem, dot, ending = re.sub(r"[-_.]?\{[^{}]*\}", "", os.path.basename(rest)).partition(".")
         self.rescue = os.path.join(self.directory, f"{stem}-interrupted{dot}{ending}".lstrip("-"))
         self.monitor: str | None = None

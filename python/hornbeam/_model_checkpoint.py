@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -45,6 +47,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             handled the signal does. With `save_best_only` to `<name>-interrupted.<extension>`.
         remember: Whether the best score of earlier processes counts; by default, if any argument from `asynchronous` on
             is given.
+        timeout: Seconds that processes of one training wait for the chief's save, if any argument from `asynchronous`
+            on is given; `None`: they do not wait.
 
     Attributes:
         history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stalled`, and when it is complete
@@ -75,6 +79,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         save_on_exception: bool = False,
         save_on_signal: Iterable[int] = (),
         remember: bool | None = None,
+        timeout: float | None = 600.0,
     ) -> None:
         super().__init__(
             filepath,
@@ -89,6 +94,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         _retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         if every_seconds is not None and not every_seconds > 0:
             raise ValueError(f"`every_seconds` must be more than 0, or None. Received: {every_seconds}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"`timeout` must be more than 0, or None. Received: {timeout}")
         if asynchronous and self.filepath.endswith(".h5") and not self.filepath.endswith(".weights.h5"):
             raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
         self.asynchronous = asynchronous
@@ -101,6 +108,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         wanted = (asynchronous, every_seconds, save_on_exception, self.save_on_signal, *self._rules.values(), remember)
         self._extended = any(w not in (None, False, ()) for w in wanted)
         self._remember = self._extended if remember is None else remember
+        self.timeout = timeout
+        self._group: _processes.Group | None = None
         self._ledger: Ledger | None = None
         self._lock = threading.RLock()  # the writer's thread confirms
         self._failure: BaseException | None = None
@@ -113,12 +122,13 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     # ---- what Keras calls ----
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Recalls the best score, and watches for signals."""
+        """Recalls the best score, meets the other processes, and watches for signals."""
         super().on_train_begin(logs)
         if not self._extended:
             return
+        self._recall()  # before the chief can save anything
+        self._group = _processes.assemble(Path(self._account().meeting), self.timeout)
         self._saved_at = time.monotonic()
-        self._recall()
         if self.save_on_exception or self.save_on_signal:
             watchers = _keras.fit_watchers()
             if watchers is None:
@@ -150,14 +160,16 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             return
         if self._signal is not None:
             self._answer(self._current_epoch, None, logs)
-        if self.asynchronous:
-            _async.wait()
-        self._raise_failure()
+        with self._together(self.asynchronous):
+            if self.asynchronous:
+                _async.wait()
+            self._raise_failure()
         self.fit_ended()
 
     def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         if self._extended:
-            self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
+            with self._together(not self.asynchronous):  # also if this is no better than the best: scores may differ
+                self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
             return
         path = self._get_file_path(epoch, batch, logs)
         with _keras.scope(), options(durable=self.durable), _durable.directories(path, durable=self.durable):
@@ -169,6 +181,19 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         return bool(super()._should_save_model(epoch, batch, logs, filepath))
 
     # ---- saving ----
+
+    @contextlib.contextmanager
+    def _together(self, meet: bool) -> Iterator[None]:
+        """Ends when every process is here; what one of them raises fails all."""
+        if self._group is None or not meet:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            self._group.meet(failed=f"{type(error).__name__}: {error}")
+            raise
+        self._group.meet()
 
     def _save(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> None:
         """As Keras' `_save_model`, with all that was asked for."""

@@ -1,4 +1,8 @@
-"""Trainings of several processes: who writes, and how the others wait for it, through files beside the checkpoints."""
+"""Trainings of several processes: who writes, and how the others wait for it, through files beside the checkpoints.
+
+`TF_CONFIG` says who there is, but is no channel: TensorFlow's barrier belongs to the runtime of its collectives, which
+only a strategy starts. Files need nothing but the directory that the checkpoints are in.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -65,6 +70,8 @@ def _from_tf_config(text: str) -> Place:
         kind, index = task.get("type", "worker"), int(task.get("index", 0))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"TF_CONFIG is malformed: {error}. Received: {text!r}") from error
+    if cluster.get("ps") and chiefs:  # with parameter servers one coordinates, and the workers only serve
+        return Place(0 if kind in ("chief", "master") else -1, 1)
     if kind in ("evaluator", "ps"):
         return Place(-1, max(chiefs + workers, 1))
     return Place(index + (chiefs if kind == "worker" else 0), max(chiefs + workers, 1))
@@ -180,6 +187,31 @@ class Group:
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
+
+
+_turns: Counter[str] = Counter()
+
+
+def assemble(directory: Path, timeout: float | None) -> Group | None:
+    """Has the processes of a training meet, which may do so again and again in this directory.
+
+    Args:
+        directory: Shared by them, for this alone.
+        timeout: Seconds to wait for each other; `None` for not at all.
+
+    Returns:
+        Their group; `None` where there is nobody to wait for.
+
+    Raises:
+        CheckpointError: Not all came in time.
+    """
+    place = current()
+    if timeout is None or place.count == 1 or place.rank < 0:
+        return None
+    # By turns in two folders: somebody may still be looking for the last meeting of the group before this one.
+    turn = _turns[os.path.realpath(directory)] % 2
+    _turns[os.path.realpath(directory)] += 1
+    return Group(directory / str(turn), place, timeout)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Deferred:
         array: Makes it.
         dtype: Its dtype.
         shape: Its shape.
-        into: Copies the value to memory that is there; `None` where `array` fetches it from a device.
+        into: Copies the value to memory that is there; without it, `array` makes the whole value first.
     """
 
     __slots__ = ("array", "dtype", "into", "shape")
@@ -50,10 +50,12 @@ class Deferred:
 
     def copy_to(self, memory: np.ndarray) -> np.ndarray:
         """The value as an array over `memory`, which has `nbytes` bytes."""
-        assert self.into is not None
-        if self.nbytes:
+        taken = np.ndarray(self.shape, self.dtype, buffer=memory)
+        if self.into is None:
+            np.copyto(taken, self.array())
+        elif self.nbytes:
             self.into(memory)
-        return np.ndarray(self.shape, self.dtype, buffer=memory)
+        return taken
 
 
 def extended_dtype(name: str) -> np.dtype:
@@ -108,7 +110,7 @@ def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
 
     if isinstance(value, BaseResourceVariable):  # slots made by `fit` are of another class
         if "CPU" not in (value.device or "CPU"):
-            return Deferred(value.numpy, value.dtype.name, value.shape)
+            return _fetch_tensorflow(value)
         # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
         # sparse update copies it once instead, if the view is still held.
         tf.raw_ops.DisableCopyOnRead(resource=value.handle)
@@ -118,6 +120,27 @@ def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
     return None
 
 
+def _fetch_tensorflow(value: Any) -> Deferred:
+    """A variable that is on a device."""
+    into = functools.partial(_fetch_rows, lambda rows: value[rows].numpy(), value.dtype.name, value.shape)
+    return Deferred(value.numpy, value.dtype.name, value.shape, into)
+
+
+def _fetch_rows(take: Callable[[Any], Any], dtype: str, shape: Sequence[int], memory: np.ndarray) -> None:
+    """Fills memory from a device, some rows at a time: of a large value the host holds little more than `memory`."""
+    target = np.ndarray(tuple(shape), extended_dtype(dtype), buffer=memory)
+    if target.nbytes <= _FETCHED:
+        target[...] = take(...)
+        return
+    step = max(1, _FETCHED * target.shape[0] // target.nbytes)
+    for start in range(0, target.shape[0], step):
+        target[start : start + step] = take(slice(start, start + step))
+
+
+#: Bytes that are fetched from a device at a time.
+_FETCHED = 64 << 20
+
+
 def _view_jax(value: Any) -> np.ndarray | Deferred | None:
     import jax
 
@@ -125,9 +148,18 @@ def _view_jax(value: Any) -> np.ndarray | Deferred | None:
         return None
     if all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value) if len(value.devices()) == 1 else None
-    # np.asarray would keep the host copy alive with the device array.
-    cpu = jax.devices("cpu")[0]
-    return Deferred(lambda: np.array(jax.device_put(value, cpu)), value.dtype.name, value.shape)
+    return _fetch_jax(value)
+
+
+def _fetch_jax(value: Any) -> Deferred:
+    """An array that is on a device."""
+    import jax
+
+    cpu = jax.devices("cpu")[0]  # np.asarray would keep the host copy alive with the device array
+    into = functools.partial(
+        _fetch_rows, lambda rows: np.asarray(jax.device_put(value[rows], cpu)), value.dtype.name, value.shape
+    )
+    return Deferred(lambda: np.array(jax.device_put(value, cpu)), value.dtype.name, value.shape, into)
 
 
 def _view_torch(value: Any) -> np.ndarray | Deferred | None:
@@ -135,7 +167,7 @@ def _view_torch(value: Any) -> np.ndarray | Deferred | None:
 
     if not isinstance(value, torch.Tensor):
         return None
-    into = functools.partial(_fill_torch, value) if value.device.type == "cpu" else None
+    into = functools.partial(_fill_torch, value)  # from a device, too: its driver copies in pieces
     return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape, into)
 
 
