@@ -18,7 +18,7 @@ WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbe
 # What is worth running again on another backend or Keras.
 MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py
 BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py \
-  tests/test_backup.py tests/test_data.py
+  tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_keras_suite.py::test_our_model_checkpoint
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
@@ -61,11 +61,14 @@ test-backend-%: setup ## The tests of backends on another one of .venv: jax, num
 
 soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2), kills and failures during saves, restarts
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
-	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest tests/test_crash.py tests/test_faults.py $(PYTEST_ARGS)
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_crash.py \
+	  tests/test_faults.py $(PYTEST_ARGS)
 	$(MAKE) soak-resume
 
 soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
-	for backend in tensorflow jax; do HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest $(SOAK_TESTS) || exit 1; done
+	for backend in tensorflow jax; do \
+	  HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest -o faulthandler_timeout=3600 $(SOAK_TESTS) || exit 1; \
+	done
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"

@@ -20,7 +20,7 @@ use hornbeam::error::{Error, Kind, Result};
 use hornbeam::h5::direct::Direct;
 use hornbeam::h5::{ALIGNMENT, Engine, Storage};
 use hornbeam::io::ReadAt;
-use hornbeam::io::emit::{Progress, Sink, Tensors};
+use hornbeam::io::emit::{self, Progress, Sink, Tensors};
 use hornbeam::io::fetch::{Extent, Fetch, Interrupt, Request};
 use hornbeam::load::{self, Choice, Weights};
 use hornbeam::save::{self, Plan, Target, Written};
@@ -599,6 +599,39 @@ fn an_asset_that_changes_or_is_missing_fails_the_save() {
     assert!(matches!(error.kind(), Kind::Io(_)) && error.member() == Some("assets/x"), "{error}");
     for name in ["", "a\0b", &"n".repeat(70_000)] {
         assert!(matches!(archive.add(name, &Content::Bytes(vec![]), &mut sink).unwrap_err().kind(), Kind::Invalid));
+    }
+}
+
+// ---- writes ----
+
+/// A sink that notes where writes end.
+struct Ends(Grow, Vec<u64>);
+
+impl Sink for Ends {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.1.push(offset + bytes.len() as u64);
+        self.0.write_at(bytes, offset)
+    }
+}
+
+#[test]
+fn writes_end_at_multiples_of_a_block_in_the_file() {
+    const BLOCK: u64 = emit::BLOCK as u64;
+    let mut tree = Tree::new();
+    for (i, n) in [5, BLOCK - 1, BLOCK, BLOCK + 1, 0, 9 * BLOCK + 3, 300_000, 5 * BLOCK].into_iter().enumerate() {
+        tree.add_dataset(&format!("t{i}"), DType::U8, [n], vec![]).unwrap();
+    }
+    let layout = Direct.lay_out(&tree).unwrap();
+    for base in [0, 64, 1000, BLOCK - 1] {
+        let mut sink = Ends(Grow::new(&vec![0; base as usize], false), vec![]);
+        let (mut values, progress) = (Values::of(&tree, 1), Progress::default());
+        let crc = emit::emit(&layout, tree.datasets(), &mut values, base, &mut sink, &progress).unwrap();
+        let Ends(file, mut ends) = sink;
+        let file = file.take();
+        assert_eq!(crc, crc32fast::hash(&file[base as usize..]));
+        assert_eq!(ends.pop(), Some(base + layout.len));
+        let blocks: Vec<u64> = (base / BLOCK + 1..=(base + layout.len - 1) / BLOCK).map(|i| i * BLOCK).collect();
+        assert_eq!(ends, blocks);
     }
 }
 
