@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -15,12 +18,18 @@ from hypothesis import strategies as st
 from keras import layers
 
 import hornbeam
-from helpers import saved
-from hornbeam import models, saving
+from helpers import member, saved
+from hornbeam import _shortcuts, models, saving
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats, train
 
 #: Optimizers differ only in their own config, which one entry shows as well as all.
 MODELS = [name for name in ZOO if not name.startswith("optimizer_") or name == "optimizer_Adafactor"]
+
+
+@pytest.fixture(autouse=True)
+def _all_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models would be without."""
+    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 0)
 
 
 def arrays(variables: Any) -> list[np.ndarray]:
@@ -48,6 +57,56 @@ def test_every_config_and_its_text_are_keras_own(name: str) -> None:
         assert json.loads(other.to_json()) == json.loads(theirs.to_json())
     again = saving.deserialize_keras_object(saving.serialize_keras_object(model))
     assert json.loads(again.to_json()) == json.loads(theirs.to_json())
+
+
+@keras.saving.register_keras_serializable("serialization")
+class Meddler(keras.Model):
+    """Changes what Keras gives it, and has others look."""
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        dense = config["layers"][1]["config"]
+        dense["units"] += 1
+        dense["kernel_initializer"]["config"]["seed"] = 7
+        config["layers"][1]["inbound_nodes"].clear()
+        thread = threading.Thread(target=super().get_config)
+        thread.start()
+        thread.join()
+        return config
+
+
+def test_a_config_that_becomes_text_is_not_copied_and_nobody_can_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = keras.Input((3,))
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    model = Meddler(inputs, inner(layers.Dense(4)(inputs)))
+    stock = model.to_json()
+    models.model_from_json(chain(layers.Dense(1)).to_json())
+    saving.save_model(model, tmp_path / "m.keras")  # tries the shortcuts
+    copied: list[Any] = []
+
+    def deepcopy(value: Any, memo: Any = None) -> Any:
+        copied.append((threading.current_thread() is threading.main_thread(), value))
+        return copy.deepcopy(value, memo)
+
+    monkeypatch.setattr(_shortcuts, "copy", SimpleNamespace(deepcopy=deepcopy))
+    with hornbeam.installed():
+        for _ in range(2):
+            assert model.to_json() == stock
+    assert {main for main, _ in copied} == {False}  # the other thread's are copies as ever
+    assert len(copied) == 4  # both models in it, twice
+    with hornbeam.installed(), hornbeam.options(shortcuts=()):
+        assert model.to_json() == stock
+    assert len(copied) == 4  # nothing is patched
+    saving.save_model(model, tmp_path / "m.keras")
+    assert {main for main, _ in copied} == {False}
+    assert len(copied) == 6
+    keras.saving.save_model(model, tmp_path / "stock.keras")
+    ours, theirs = (member(tmp_path / name, "config.json") for name in ("m.keras", "stock.keras"))
+    assert ours == theirs
+    assert model.layers[1].units == 4
+    assert model.to_json() == stock
 
 
 def test_install_routes_json_and_uninstall_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

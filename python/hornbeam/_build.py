@@ -189,7 +189,7 @@ def scope(variables: int = _shortcuts.WORTH_TRYING) -> Iterator[None]:
 
             stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
             stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
-        stack.enter_context(_shortcuts.scope(variables=variables))
+        stack.enter_context(_shortcuts.scope(_shortcuts.BUILDING, variables))
         stack.enter_context(_keras.collector_rests())
         pending: list[Any] = []
         _local.pending = pending

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras.src.saving import serialization_lib
 
-from hornbeam import _core, _migrate, _registry
+from hornbeam import _core, _migrate, _registry, _shortcuts
 
 Stock = Callable[..., Any]
 
@@ -19,7 +19,8 @@ def to_json(stock: Stock, model: Any, **kwargs: Any) -> Any:
     """`Model.to_json`; with arguments for `json.dumps`, stock Keras' own."""
     if kwargs:
         return stock(model, **kwargs)
-    return _core.encode_json(serialization_lib.serialize_keras_object(model)).decode()
+    with _shortcuts.describing(model):
+        return _core.encode_json(serialization_lib.serialize_keras_object(model)).decode()
 
 
 def model_from_json(stock: Stock, json_string: Any, custom_objects: Any = None) -> Any:

@@ -304,7 +304,7 @@ def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
 def _members(model: Any) -> list[tuple[str, bytes]]:
     """The JSON members, in the order Keras writes them."""
     try:
-        with saving_lib.ObjectSharingScope(), _shortcuts.scope(frozenset(["tensors"])):
+        with saving_lib.ObjectSharingScope(), _shortcuts.describing(model):
             config = _core.encode_json(saving_lib.serialize_keras_object(model))
     except Exception as error:
         from hornbeam._explain import culprit, explain

@@ -1,15 +1,17 @@
-"""Shortcuts through Keras' construction of layers, for the time of a load (`tensors`: of a save too) and its thread.
+"""Shortcuts through Keras' construction and description of layers, for the time of a load or save and its thread.
 
 Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
 own: `hornbeam.options(shortcuts=...)`.
 
-Loads of a few variables do without those that take long to try, until they add up to what trying them costs.
+Small models do without those that take long to try, until they add up to what trying them costs.
 
 - `attributes`: what is set on a layer and is no variable, layer, metric or seed generator goes past Keras' and
   TensorFlow's trackers, which track nothing else; lists, dictionaries and sets get Keras' tracking wrapper directly.
 - `signatures`: `inspect.signature` of a function is taken once, not for every layer of a class.
-- `tensors`: whether an object is a TensorFlow tensor is asked once for a class of Keras' or Python's own, since
-  TensorFlow's answer goes through the protocols of `typing`.
+- `copies` (saves and `to_json` only): the config of a model, which Keras has just made of new objects, is not copied
+  once more before it becomes text.
+- `tensors` (saves, too): whether an object is a TensorFlow tensor is asked once for a class of Keras' or Python's own,
+  since TensorFlow's answer goes through the protocols of `typing`.
 - `variables`: a TensorFlow variable that gets its value from the file is put together directly, with one kernel for all
   variables of a shape, where TensorFlow compiles one for every name. It needs TensorFlow's private functions. (The
   variable keeps its name; errors of kernels about uninitialised ones show another.)
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import inspect
+import json
 import threading
 import weakref
 from collections.abc import Iterator, Set
@@ -29,7 +33,10 @@ from typing import Any
 
 import keras
 from keras.src.layers import layer as layer_module
+from keras.src.models import functional as functional_module
+from keras.src.models import sequential as sequential_module
 from keras.src.ops import operation as operation_module
+from keras.src.saving import serialization_lib
 from keras.src.utils import tracking
 
 from hornbeam import _keras, _state, _tensors
@@ -43,10 +50,15 @@ class _Local(threading.local):
 _local = _Local()
 #: Trying the shortcuts out takes longer than building so many variables without them.
 WORTH_TRYING = 64
-_built = 0  # variables that this process has loaded
+_built = 0  # variables that this process has built, and layers that it has described
+#: Those for building a model, and for describing one.
+BUILDING = _state.SHORTCUTS - {"copies"}
+DESCRIBING = frozenset(["copies", "tensors"])
 _attribute_patch = _keras._Patch()
 _layer_inspect_patch = _keras._Patch()
 _operation_inspect_patch = _keras._Patch()
+_functional_copy_patch = _keras._Patch()
+_sequential_copy_patch = _keras._Patch()
 _tensor_patch = _keras._Patch()
 
 
@@ -167,6 +179,20 @@ class _Inspect:
         return getattr(inspect, name)
 
 
+class _Copy:
+    """Stands in for the module `copy` in Keras' models."""
+
+    def deepcopy(self, value: Any, memo: Any = None) -> Any:
+        """The config itself, where it is about to become text."""
+        scope = _local.scope
+        if memo is None and scope is not None and "copies" in scope.shortcuts:
+            return value
+        return copy.deepcopy(value, memo)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(copy, name)
+
+
 def _is_tensor(value: Any) -> bool:
     """`tf.is_tensor`."""
     scope = _local.scope
@@ -244,21 +270,21 @@ def _put_together(variable: Any, value: Any, name_scope: str, key: str | None, t
 
 
 @contextlib.contextmanager
-def scope(among: Set[str] = _state.SHORTCUTS, variables: int = 0) -> Iterator[None]:
+def scope(among: Set[str], amount: int) -> Iterator[None]:
     """Takes those shortcuts that are switched on and work here.
 
     Args:
         among: Those that the caller can use.
-        variables: How many variables are going to be built. What has to be tried first is left out until the process
-            has built enough of them.
+        amount: How many variables are going to be built, or layers described. What takes long to try is left out
+            until they have been enough in this process.
     """
     global _built
-    _built += variables
+    _built += amount
     wanted = _state.current().shortcuts & among
     if keras.backend.backend() != "tensorflow":
         wanted -= {"tensors", "variables"}
     if _built < WORTH_TRYING:
-        wanted -= {"attributes", "variables"}
+        wanted -= {"attributes", "copies", "variables"}
     with contextlib.ExitStack() as stack:
         wanted = frozenset(shortcut for shortcut in wanted if _works[shortcut]())
         if "attributes" in wanted:
@@ -266,6 +292,8 @@ def scope(among: Set[str] = _state.SHORTCUTS, variables: int = 0) -> Iterator[No
         if "signatures" in wanted:
             stack.enter_context(_layer_inspect_patch(layer_module, "inspect", _Inspect()))
             stack.enter_context(_operation_inspect_patch(operation_module, "inspect", _Inspect()))
+        if "copies" in wanted:
+            stack.enter_context(_copies())
         if "tensors" in wanted:
             import tensorflow as tf
 
@@ -278,8 +306,23 @@ def scope(among: Set[str] = _state.SHORTCUTS, variables: int = 0) -> Iterator[No
             _local.scope = before
 
 
+def describing(model: Any) -> contextlib.AbstractContextManager[None]:
+    """For the time in which the config of a model becomes text."""
+    return scope(DESCRIBING, sum(1 for _ in model._flatten_layers()))
+
+
 def _attributes() -> contextlib.AbstractContextManager[None]:
     return _attribute_patch(keras.layers.Layer, "__setattr__", _set_attribute)
+
+
+@contextlib.contextmanager
+def _copies() -> Iterator[None]:
+    stand_in = _Copy()
+    with (
+        _functional_copy_patch(functional_module, "copy", stand_in),
+        _sequential_copy_patch(sequential_module, "copy", stand_in),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -325,6 +368,29 @@ def _try_signatures() -> bool:
     return True
 
 
+def _try_copies() -> bool:
+    """Whether a config is the same, and what it holds is no part of the model, so that nobody would see it change."""
+    layers = keras.layers
+    x = inputs = keras.Input((2, 2), name="tries")
+    x = layers.Add(name="tries_add")([x, layers.Permute([2, 1], name="tries_permute")(x)])
+    inner = keras.Sequential([keras.Input((2, 2)), layers.Reshape([4], name="tries_shape")], name="tries_inner")
+    model = keras.Model(inputs, inner(x), name="tries_model")
+    real = json.dumps(serialization_lib.serialize_keras_object(model))
+    with _taken("copies"), _copies():
+        found = [serialization_lib.serialize_keras_object(model), model.get_config()]
+        same = json.dumps(found[0]) == real
+        _spoil(found)
+        return same and json.dumps(serialization_lib.serialize_keras_object(model)) == real
+
+
+def _spoil(item: Any) -> None:
+    """Empties every list and dictionary."""
+    if isinstance(item, list | dict):
+        for value in [*(item.values() if isinstance(item, dict) else item)]:
+            _spoil(value)
+        item.clear()
+
+
 def _try_tensors() -> bool:
     import tensorflow as tf
 
@@ -361,6 +427,7 @@ def _try_variables() -> bool:
 
 _works = {
     "attributes": Tried("the shortcut 'attributes'", _try_attributes),
+    "copies": Tried("the shortcut 'copies'", _try_copies),
     "signatures": Tried("the shortcut 'signatures'", _try_signatures),
     "tensors": Tried("the shortcut 'tensors'", _try_tensors),
     "variables": Tried("the shortcut 'variables'", _try_variables),

@@ -14,7 +14,7 @@ from hornbeam.errors import UnsupportedError
 logger = logging.getLogger("hornbeam")
 T = TypeVar("T")
 #: The names of `_shortcuts.py`.
-SHORTCUTS = frozenset(["attributes", "signatures", "tensors", "variables"])
+SHORTCUTS = frozenset(["attributes", "copies", "signatures", "tensors", "variables"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Options:
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
-        shortcuts: Which of `_shortcuts.py` a load may take.
+        shortcuts: Which of `_shortcuts.py` a load or save may take.
         compression: Level of deflate that saves use, 0 to 9, or `None`.
         shuffle: Whether the bytes of the elements are transposed before they are compressed.
         chunk_bytes: Most bytes of a chunk, before compression.
@@ -86,8 +86,9 @@ def options(
         chunk_bytes: Bytes of a chunk, at most, before compression; 1 MiB otherwise.
         progress: `True` shows a bar after two seconds, `False` shows nothing, and a callable gets a
             `hornbeam.Progress` some ten times a second, in a thread of its own. Otherwise there is a bar on a terminal.
-        shortcuts: Ways around slow parts of Keras while a model is built: `"attributes"`, `"signatures"`, `"tensors"`
-            and `"variables"`; all of them otherwise. `docs/performance.md` says what each is worth.
+        shortcuts: Ways around slow parts of Keras while a model is built or described: `"attributes"`, `"copies"`,
+            `"signatures"`, `"tensors"` and `"variables"`; all of them otherwise. `docs/performance.md` says what each
+            is worth.
 
     Yields:
         The options in force inside.
