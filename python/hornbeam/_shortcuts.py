@@ -306,9 +306,10 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
             _local.scope = before
 
 
-def describing(model: Any) -> contextlib.AbstractContextManager[None]:
-    """For the time in which the config of a model becomes text."""
-    return scope(DESCRIBING, sum(1 for _ in model._flatten_layers()))
+def describing(saveable: Any) -> contextlib.AbstractContextManager[None]:
+    """For the time in which a config, of a model mostly, becomes text."""
+    layers = saveable._flatten_layers() if isinstance(saveable, keras.layers.Layer) else ()
+    return scope(DESCRIBING, sum(1 for _ in layers))
 
 
 def _attributes() -> contextlib.AbstractContextManager[None]:
