@@ -49,7 +49,7 @@ LONG = [
     "steps_tfdata_endless",
     "schedule",
 ]
-NEEDS_TENSORFLOW = {"tape", "mirrored"}
+NEEDS_TENSORFLOW = {"tape", "mirrored", "tfdata_endless"}  # the last is told to be inexact elsewhere
 CASES = SHORT.get(BACKEND, [])
 if SOAK:
     others = [case for case in {case: 0 for list in SHORT.values() for case in list} if case not in CASES]
@@ -253,6 +253,8 @@ def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureF
 
         data = tf.data.Dataset.from_tensor_slices((X, Y))
         assert said([data.batch(4)], shuffle=False) == []
+        endless = said([data.repeat().batch(4)], shuffle=False, steps_per_epoch=2)
+        assert ["steps_per_epoch" in text for text in endless] == ([] if BACKEND == "tensorflow" else [True])
         tf.random.set_seed(None)  # else it seeds the shuffling
         (text,) = said([data.shuffle(9).batch(4)], shuffle=False)
         assert "without a seed" in text
