@@ -106,3 +106,21 @@ def reported(save: Any, *args: Any, **kwargs: Any) -> hornbeam.SaveReport:
     report = hornbeam.last_save_report()
     assert report is not None
     return report
+
+
+class Labelled(keras.layers.Layer):
+    """Has an asset. Tests register classes of it, each under the name that their files have."""
+
+    text = ""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+    def save_assets(self, path: str) -> None:
+        (Path(path) / "text").write_text(self.text)
+
+    def load_assets(self, path: str) -> None:
+        self.text = (Path(path) / "text").read_text()

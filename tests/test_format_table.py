@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import pytest
 
+import helpers
 import hornbeam
 from test_keras2 import Subclassed
 
@@ -60,22 +61,8 @@ HEAD = ["Format", "Save", "Load", "Optimizer", "Custom objects", "Assets", "Stoc
 
 
 @keras.saving.register_keras_serializable("formats")
-class Labelled(keras.layers.Layer):
+class Labelled(helpers.Labelled):
     """Has an asset, and must be known to be loaded."""
-
-    text = ""
-
-    def build(self, shape: Any) -> None:
-        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
-
-    def call(self, x: Any) -> Any:
-        return x * self.scale
-
-    def save_assets(self, path: str) -> None:
-        (Path(path) / "text").write_text(self.text)
-
-    def load_assets(self, path: str) -> None:
-        self.text = (Path(path) / "text").read_text()
 
 
 def build() -> Any:

@@ -23,6 +23,7 @@ import pytest
 from keras.src.legacy.saving import saving_options, saving_utils
 from keras.src.saving import serialization_lib
 
+import helpers
 import hornbeam
 from hornbeam import _legacy, _migrate, models
 from hornbeam.errors import IncompleteLoadError
@@ -57,22 +58,8 @@ class Subclassed(keras.Model):
 
 
 @keras.saving.register_keras_serializable("golden")
-class Labelled(keras.layers.Layer):
+class Labelled(helpers.Labelled):
     """As there."""
-
-    text = ""
-
-    def build(self, shape: Any) -> None:
-        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
-
-    def call(self, x: Any) -> Any:
-        return x * self.scale
-
-    def save_assets(self, path: str) -> None:
-        (Path(path) / "text").write_text(self.text)
-
-    def load_assets(self, path: str) -> None:
-        self.text = (Path(path) / "text").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class Tried:
             self._verdict, why = False, repr(error)
         if not self._verdict:
             logger.warning(
-                "%s does not work with this Keras and backend (%s): loads are right, but slower. "
+                "%s does not work with this Keras and backend (%s): results are right, but take longer. "
                 "A newer hornbeam may know this Keras.",
                 self._what,
                 why,
