@@ -80,8 +80,8 @@ def dense() -> tuple[Any, Any, Any]:
     return model, floats(64, 6), floats(64, 1)
 
 
-def embedding() -> tuple[Any, Any, Any]:
-    model = chain(layers.Embedding(5000, 16), layers.Flatten(), layers.Dense(1), shape=(8,), dtype="int32")
+def embedding(rows: int = 5000) -> tuple[Any, Any, Any]:
+    model = chain(layers.Embedding(rows, 16), layers.Flatten(), layers.Dense(1), shape=(8,), dtype="int32")
     return model, np.arange(512).reshape(64, 8) % 97, floats(64, 1)
 
 
@@ -104,6 +104,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "ema": (dense, lambda: {"optimizer": keras.optimizers.SGD(0.001, momentum=0.9, use_ema=True)}),
     "sparse sgd": (embedding, lambda: {"optimizer": "sgd"}),
     "sparse adam": (embedding, lambda: {"optimizer": "adam"}),
+    "sparse and small": (lambda: embedding(100), lambda: {"optimizer": "adam"}),  # read by copying it on TensorFlow
     "sparse compiled": (embedding, lambda: {"optimizer": "adam", "jit_compile": True}),
     "mixed precision": (mixed, lambda: {"optimizer": "adam"}),
     "bfloat16": (low_precision, lambda: {"optimizer": "adam"}),

@@ -197,6 +197,8 @@ def _patch_points() -> list[tuple[Any, str, Any, str]]:
         (Variable, "assign", _journal, "_dispatch_assign"),
         (saving_lib, "_load_state", _journal, "_dispatch_load"),
         (saving_lib, "_walk_saveable", _keras, "_dispatch_walk"),
+        (saving_lib, "naming", _keras._Naming, "to_snake_case"),
+        (saving_lib, "file_utils", _keras._FileUtils, "join"),
         (keras.Variable, "_initialize_with_initializer", _build, "_dispatch_initialize"),
     ]
     if BACKEND == "tensorflow":
@@ -221,6 +223,8 @@ def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
     walked = ("m.keras", "m.weights.h5")
     points: list[tuple[Any, str, Any, str, tuple[str, ...]]] = [
         (saving_lib, "_walk_saveable", _keras, "_dispatch_walk", walked),
+        (saving_lib, "naming", _keras._Naming, "to_snake_case", walked),
+        (saving_lib, "file_utils", _keras._FileUtils, "join", walked),
         (BaseOptimizer, "save_own_variables", _keras, "_dispatch_optimizer", walked),
         (serialization, "serialize_keras_object", _legacy_save, "_dispatch_serialize", ("m.h5",)),
         (functional, "copy", _shortcuts._Copy, "deepcopy", ("m.keras",)),
@@ -257,6 +261,13 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
         keras.models.load_model(tmp_path / "m.keras")
         model.load_weights(tmp_path / "m.weights.h5")
     assert patched == {(owner, name) for owner, name, *_ in (*_patch_points(), *_saving_points())}
+
+
+@pytest.mark.parametrize("path", ["", "layers/dense", "/a", "/cns/a", "/gcs/a", "gs://a", "a/b://c", "a\\b", Path("a")])
+def test_the_walk_joins_paths_as_keras_does(path: Any) -> None:
+    from keras.src.utils import file_utils
+
+    assert _keras._FileUtils(file_utils).join(path, "b") == file_utils.join(path, "b")
 
 
 class Injected(BaseException):

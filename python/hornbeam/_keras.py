@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -220,7 +220,7 @@ def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
 
 
 class FastWalk:
-    """`saving_lib._walk_saveable` with the attribute names of each class listed once.
+    """`saving_lib._walk_saveable` with the attribute names of like objects listed once.
 
     Stock Keras lists `dir()` of every object, and builds a dummy layer for the set of names to skip on every call: it
     reads the cache under one name and writes it under another. Both are pure functions of the class.
@@ -230,7 +230,7 @@ class FastWalk:
         self.stock = _walk_patch.original
         self.skip_names = functools.partial(_skip_names, saving_lib)
         self.name_key = saving_lib._name_key
-        self.names: dict[type, tuple[str, ...]] = {}
+        self.names: dict[tuple[Any, ...], list[str]] = {}  # by class and what an instance has
 
     def __call__(self, saveable: Any) -> Iterator[tuple[str, Any]]:
         from keras.src.saving.keras_saveable import KerasSaveable
@@ -240,26 +240,61 @@ class FastWalk:
         kind = saveable._obj_type()
         if kind in ("Sequential", "Functional"):
             yield "layers", saveable.layers
-        for name in sorted(self._names(saveable, self.skip_names(kind)), key=self.name_key):
+        for name in self._names(saveable, kind):
             try:
                 child = getattr(saveable, name)
             except Exception:
                 continue
             yield name, child
 
-    def _names(self, saveable: Any, skip: frozenset[str]) -> set[str]:
+    def _names(self, saveable: Any, kind: str) -> list[str]:
+        skip = self.skip_names(kind)  # also for its side effect
         cls = type(saveable)
         if _listing(cls) is not _listing(object):  # torch modules list what is in no __dict__
-            return {name for name in dir(saveable) if not name.startswith("__") and name not in skip}
-        names = self.names.get(cls)
+            return self._chosen(dir(saveable), skip)
+        own = (cls, *vars(saveable))
+        names = self.names.get(own)
         if names is None:
-            names = self.names[cls] = tuple(name for name in dir(cls) if not name.startswith("__") and name not in skip)
-        own = (name for name in vars(saveable) if not name.startswith("__") and name not in skip)
-        return {*names, *own}
+            names = self.names[own] = self._chosen({*dir(cls), *own[1:]}, skip)
+        return names
+
+    def _chosen(self, names: Iterable[str], skip: frozenset[str]) -> list[str]:
+        return sorted((n for n in names if not n.startswith("__") and n not in skip), key=self.name_key)
 
 
 def _listing(cls: type) -> Any:
     return cls.__dir__
+
+
+class _Naming:
+    """Stands in for Keras' `naming` in the walk, which asks for the same few names again and again."""
+
+    def __init__(self, naming: ModuleType) -> None:
+        self._naming = naming
+        self._known = functools.cache(naming.to_snake_case)
+
+    def to_snake_case(self, name: str) -> Any:
+        """`naming.to_snake_case`."""
+        return self._known(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._naming, name)
+
+
+class _FileUtils:
+    """Stands in for Keras' `file_utils` in the walk, where every path inside the model is looked at like a URL."""
+
+    def __init__(self, file_utils: ModuleType) -> None:
+        self._file_utils = file_utils
+
+    def join(self, path: Any, *paths: Any) -> Any:
+        """`file_utils.join`; only what starts with a slash or has a scheme can be remote."""
+        if type(path) is str and path[:1] != "/" and "://" not in path:
+            return os.path.join(path, *paths)
+        return self._file_utils.join(path, *paths)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file_utils, name)
 
 
 _skip_cache: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
@@ -313,6 +348,8 @@ class _Patch:
 
 
 _walk_patch = _Patch()
+_naming_patch = _Patch()
+_file_utils_patch = _Patch()
 _optimizer_patch = _Patch()
 
 
@@ -335,12 +372,14 @@ def _dispatch_optimizer(self: Any, store: Any) -> None:
 
 @contextlib.contextmanager
 def fast_walk() -> Iterator[None]:
-    """Walks of this thread list names once per class; optimizers hand variables to our store."""
+    """Walks of this thread take less time; optimizers hand variables to our store."""
     from keras.src.optimizers.base_optimizer import BaseOptimizer
     from keras.src.saving import saving_lib
 
     with (
         _walk_patch(saving_lib, "_walk_saveable", _dispatch_walk),
+        _naming_patch(saving_lib, "naming", _Naming(saving_lib.naming)),
+        _file_utils_patch(saving_lib, "file_utils", _FileUtils(saving_lib.file_utils)),
         _optimizer_patch(BaseOptimizer, "save_own_variables", _dispatch_optimizer),
     ):
         before = getattr(_local, "walk", None)

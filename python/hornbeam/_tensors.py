@@ -106,18 +106,30 @@ def _copy(value: Any) -> np.ndarray:
 
 def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
     import tensorflow as tf
-    from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
-    if isinstance(value, BaseResourceVariable):  # slots made by `fit` are of another class
+    if _is_resource_variable(value.__class__):
         if "CPU" not in (value.device or "CPU"):
             return _fetch_tensorflow(value)
-        # Without the first, a variable that saw sparse updates would be copied on every read from now on; its next
-        # sparse update copies it once instead, if the view is still held.
-        tf.raw_ops.DisableCopyOnRead(resource=value.handle)
+        # A variable that saw sparse updates is copied on every read from then on, unless this is called first; its next
+        # sparse update copies it once instead, if the view is still held. Small ones are copied sooner than that.
+        if (value.shape.num_elements() or _COPIED) * value.dtype.size > _COPIED:
+            tf.raw_ops.DisableCopyOnRead(resource=value.handle)
         return np.asarray(tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype))
     if type(value).__name__ == "EagerTensor" and tf.is_tensor(value) and "CPU" in value.device:
         return np.asarray(value)
     return None
+
+
+@functools.cache
+def _is_resource_variable(cls: type) -> bool:
+    """Asked once for a class, since TensorFlow's answer takes longer than reading the variable."""
+    from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
+
+    return issubclass(cls, BaseResourceVariable)  # slots made by `fit` are of another class than `tf.Variable(...)`
+
+
+#: Bytes up to which reading a TensorFlow variable may copy it.
+_COPIED = 64 << 10
 
 
 def _fetch_tensorflow(value: Any) -> Deferred:
