@@ -320,3 +320,71 @@ def test_two_processes_of_jax(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     out = processes(JAX, tmp_path, port, environments=[{"RANK": str(rank)} for rank in range(2)])
     assert out == [f"Place(rank={rank}, count=2) [0]\nTrue\n" for rank in range(2)]
+
+
+DISTRIBUTED = r"""
+import os, sys
+import jax
+rank = int(os.environ["RANK"])
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, rank)
+import keras, numpy as np
+from hornbeam import _tensors
+from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.saving import load_model
+os.chdir(sys.argv[1])
+keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+x, y = np.random.default_rng(0).random((2, 16, 4), "float32")
+
+def make():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(4)])
+    model.compile("adam", "mse")
+    return model
+
+def fit(model, epochs, *callbacks):
+    model.fit(x, y, batch_size=8, epochs=epochs, verbose=0, callbacks=list(callbacks))
+
+def values(model):
+    return [np.array(v._value).tolist() for v in [*model.weights, *model.optimizer.variables]]
+
+class Stops(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyError
+
+model = make()
+for asynchronous in (False, True):
+    name = f"{asynchronous}.keras"
+    fit(model, 2, ModelCheckpoint(name, asynchronous=asynchronous, keep_last=1, timeout=60))
+    loaded = load_model(name)
+    print(values(loaded) == values(model), not loaded.layers[0].kernel._value.is_fully_addressable)
+
+views = [_tensors.view(v) for v in model.variables]
+before = [view.copy() for view in views]
+with CheckpointManager("c", asynchronous=True, timeout=60) as ckpt:
+    expected = values(model)
+    ckpt.save(7, model)
+    fit(model, 2)
+    print(all((view == value).all() for view, value in zip(views, before)), expected != values(model))
+    print(ckpt.restore(model), expected == values(model))
+
+whole, part, resumed = make(), make(), make()
+fit(whole, 4, BackupAndRestore("whole", seed=1))
+try:
+    fit(part, 4, BackupAndRestore("b", seed=1), Stops())
+except KeyError:
+    fit(resumed, 4, BackupAndRestore("b", seed=1))
+print(values(resumed) == values(whole))
+"""
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's own processes")
+def test_data_parallel_processes_of_jax(tmp_path: Path) -> None:
+    """Their variables are on the devices of both processes: each has a copy, and only the chief saves."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = processes(DISTRIBUTED, tmp_path, port, environments=[{"RANK": str(rank)} for rank in range(2)])
+    lines = ["True True", "True True", "True True", "8 True", "True"]
+    assert [text.splitlines()[-len(lines) :] for text in out] == [lines, lines]  # the first is Gloo's

@@ -311,13 +311,29 @@ def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
         for name, step in steps.items():
             counters[name] += step
         return names
-    names = frozenset(saving_lib.get_attr_skipset(kind))
-    once = dict(counters)
-    saving_lib.get_attr_skipset(kind)
+    with _undistributed():  # the dummies' variables would wait for the other processes of a `keras.distribution`
+        names = frozenset(saving_lib.get_attr_skipset(kind))
+        once = dict(counters)
+        saving_lib.get_attr_skipset(kind)
     steps = {name: count - once.get(name, 0) for name, count in counters.items() if count != once.get(name, 0)}
     counters.update(once)
     _skip_cache[kind] = names, steps
     return names
+
+
+@contextlib.contextmanager
+def _undistributed() -> Iterator[None]:
+    import keras
+
+    before = keras.distribution.distribution()
+    if before is None:
+        yield
+        return
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
 
 
 class _Patch:

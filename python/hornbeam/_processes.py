@@ -18,7 +18,7 @@ from typing import Any
 
 import keras
 
-from hornbeam import _core
+from hornbeam import _core, _tensors
 from hornbeam.errors import CheckpointError, UnsupportedError
 
 
@@ -83,16 +83,12 @@ def refuse_remote(variables: Iterable[Any]) -> None:
     Raises:
         UnsupportedError: With the names of all of them.
     """
-    remote = [variable.path for variable in variables if not _is_here(variable.value)]
+    remote = [variable.path for variable in variables if not _tensors.is_addressable(variable)]
     if remote:
         raise UnsupportedError(
             "These variables are spread over several processes, of which none has all of their values; checkpoints of "
             f"such models are not supported yet: {', '.join(remote)}"
         )
-
-
-def _is_here(value: Any) -> bool:
-    return bool(getattr(value, "is_fully_addressable", True) or getattr(value, "is_fully_replicated", True))
 
 
 class Group:

@@ -94,7 +94,7 @@ def view(value: Any) -> np.ndarray | Deferred:
 def is_addressable(value: Any) -> bool:
     """Whether this process can read all of a value: with several of JAX's, an array may be spread over them."""
     array = value._value if hasattr(value, "_value") else value
-    return getattr(array, "is_fully_addressable", True) is not False
+    return bool(getattr(array, "is_fully_addressable", True) or getattr(array, "is_fully_replicated", False))
 
 
 def _copy(value: Any) -> np.ndarray:
@@ -158,6 +158,8 @@ def _view_jax(value: Any) -> np.ndarray | Deferred | None:
 
     if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
         return None
+    if not value.is_fully_addressable:  # every process has a copy of it
+        value = value.addressable_data(0)
     if all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value) if len(value.devices()) == 1 else None
     return _fetch_jax(value)
