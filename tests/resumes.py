@@ -30,7 +30,7 @@ from keras import layers
 
 from helpers import values
 from hornbeam import _core, _statefile
-from hornbeam.callbacks import BackupAndRestore
+from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 
@@ -156,6 +156,24 @@ def case_steps_pydataset(root: Path) -> Any:
 
 def case_steps_tfdata(root: Path) -> Any:
     return fit(root, build(), [resumable(pipeline())], backup={"save_freq": 2})
+
+
+def case_steps_tfdata_unknown(root: Path) -> Any:
+    """Nobody knows which batch is the last: a backup may be of it, and have nothing left but the epoch's end."""
+    data = resumable(pipeline().filter(lambda x, y: True))
+    return fit(root, build(), [data], backup={"save_freq": 1}, others=plateau(), validation_data=arrays())
+
+
+def case_best(root: Path) -> Any:
+    """The best model is that of a training that was not killed."""
+    best = ModelCheckpoint(root / "best.keras", save_best_only=True, asynchronous=True, save_weights_only=False)
+    kept = ModelCheckpoint(root / "{epoch}.weights.h5", save_weights_only=True, keep_last=2)
+    options = {"batch_size": 8, "validation_split": 0.3, "epochs": 6}
+    model = fit(root, build(keras.optimizers.Adam(0.3)), arrays(), backup={"seed": 7}, others=[best, kept], **options)
+    scores = json.loads((root / ".best.keras.checkpoints.json").read_text())["best"]["score"]
+    state = hashlib.sha256(repr(values(keras.models.load_model(root / "best.keras"))).encode()).hexdigest()
+    (root / f"{scores} {best.best} {state}").touch()  # what is left is compared
+    return model
 
 
 def case_steps_tfdata_endless(root: Path) -> Any:

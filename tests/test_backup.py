@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import pytest
 
 import hornbeam
 from helpers import values
-from hornbeam.callbacks import BackupAndRestore
+from hornbeam import _async
+from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
@@ -30,13 +32,17 @@ pytestmark = pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this b
 
 #: Trainings of `resumes.py`; those of the first list run for every change, all of them in `make soak`.
 SHORT = {
-    "tensorflow": ["arrays", "together", "steps_tfdata", "async", "jit", "early", "loop", "readme", "mirrored"],
-    "jax": ["arrays", "together", "async", "loop"],
-    "torch": ["arrays", "together", "async", "loop"],
+    "tensorflow": [
+        *["arrays", "together", "steps_tfdata_unknown", "async", "best", "jit", "early", "loop", "readme"],
+        "mirrored",
+    ],
+    "jax": ["arrays", "together", "async", "best", "loop"],
+    "torch": ["arrays", "together", "async", "best", "loop"],
 }
 LONG = [
     "pydataset",
     "steps_arrays",
+    "steps_tfdata",
     "mixed",
     "ema",
     "eager",
@@ -301,6 +307,57 @@ def test_keras_does_not_read_ahead_of_the_position(tmp_path: Path, monkeypatch: 
         again.set_state(state)
         rest = [np.asarray(x) for x, _ in again]
         np.testing.assert_array_equal(np.concatenate(rest), np.concatenate(expected[i + 1 :]))
+
+
+class Score(keras.callbacks.Callback):
+    def __init__(self, *scores: float) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs["score"] = self.scores[epoch]
+
+
+def test_a_backup_is_no_newer_than_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    run, finish, save = _async._Job.run, _async.finish, CheckpointManager.save
+    seen = []
+
+    def slowly(job: Any) -> Any:
+        assert asked.wait(60)  # until somebody waits for it
+        return run(job)
+
+    def waits(*args: Any, **kwargs: Any) -> None:
+        asked.set()
+        finish(*args, **kwargs)
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((best.best, best._ledger.best().metric))
+        asked.clear()
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(_async._Job, "run", slowly)
+    monkeypatch.setattr(_async, "finish", waits)
+    monkeypatch.setattr(CheckpointManager, "save", noted)
+    best = ModelCheckpoint(tmp_path / "m.keras", "score", mode="min", save_best_only=True, asynchronous=True)
+    callbacks = [Score(0.9, 0.5, 0.7), best, BackupAndRestore(tmp_path / "b", seed=1)]
+    build().fit(X, Y, epochs=3, verbose=0, callbacks=callbacks)
+    assert seen == [(0.9, 0.9), (0.5, 0.5), (0.5, 0.5)]
+
+
+def test_the_best_model_is_newer_than_the_backup(tmp_path: Path) -> None:
+    def begin(*others: Any) -> Any:
+        best = ModelCheckpoint(tmp_path / "m.keras", "score", mode="min", save_best_only=True, remember=True)
+        callbacks = [*others[:1], best, *others[1:], BackupAndRestore(tmp_path / "b")]
+        build().fit(X, Y, epochs=3, verbose=0, callbacks=callbacks)
+        return best
+
+    with pytest.raises(KeyboardInterrupt):
+        begin(Score(0.9, 0.4), Interrupt(epoch=1))
+    best = begin(Score(0.9, 0.7, 0.8))  # of data that are others in the epoch that is repeated
+    assert best.best == 0.4
+    assert [r["metric"] for r in best.history] == []
+    assert best._ledger.best().metric == 0.4
 
 
 def test_keras_own_tests_pass(tmp_path: Path) -> None:

@@ -418,7 +418,9 @@ def test_deleting_all_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_manifest_that_cannot_be_written(asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_written(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("no space")
 
@@ -434,6 +436,7 @@ def test_a_manifest_that_cannot_be_written(asynchronous: bool, tmp_path: Path, m
                 ckpt.wait()
             assert sorted(os.listdir(tmp_path)) == before
         assert [c.step for c in ckpt.all()] == [1]
+        assert caplog.text.count("the asynchronous checkpoint of") == (2 if asynchronous else 0)  # a sync one raised
 
         original = ckpt.__class__._write_manifest
 
@@ -503,6 +506,31 @@ ckpt.save(2, model)  # the lock is still ours
 ckpt.close()
 with CheckpointManager(sys.argv[1]) as again:
     assert [c.step for c in again.all()] == [0, 2]
+"""
+    run(code, tmp_path)
+
+
+def test_a_forked_child_does_not_wait_for_its_parent(tmp_path: Path) -> None:
+    code = r"""
+import faulthandler, os, sys, threading, keras
+from hornbeam import _async
+from hornbeam.checkpoint import CheckpointManager
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+release, run = threading.Event(), _async._Job.run
+_async._Job.run = lambda job: release.wait() and run(job)
+with CheckpointManager(sys.argv[1], asynchronous=True) as ckpt:
+    ckpt.save(0, model)
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(30, exit=True)
+        ckpt.wait()
+        assert ckpt.restore(model) == 0
+        ckpt.close()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    release.set()
+    ckpt.wait()
+    assert ckpt.restore(model) == 1
 """
     run(code, tmp_path)
 

@@ -142,7 +142,7 @@ def step_of(path):
     return int(found.pop())
 
 def files():
-    return sorted(n for n in os.listdir(root) if not n.endswith(".json"))
+    return sorted(n for n in os.listdir(root) if not n.endswith((".json", ".lock")))
 
 rng = random.Random(seed)
 known = {}  # step -> score of every one that was ever seen committed

@@ -12,6 +12,7 @@ import pytest
 
 from hornbeam.data import Resumable, resumable
 from hornbeam.errors import CheckpointError, UnsupportedError
+from zoo import TRAINABLE_BACKEND
 
 X = np.arange(10.0)[:, None]
 has_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="tf.data needs TensorFlow")
@@ -120,3 +121,40 @@ def test_fit_takes_it(kind: str) -> None:
     model.fit(data, epochs=2, verbose=0, callbacks=[Note()])
     assert seen == list(range(data.num_batches)) * 2
     assert np.isfinite(model.evaluate(data, verbose=0))
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[has_tensorflow] if "tf.data" in k else []) for k in MAKERS])
+def test_a_loop_that_was_left_goes_on(kind: str) -> None:
+    data, whole = MAKERS[kind](), [rows(batch) for batch in MAKERS[kind]()]
+    found = []
+    for batch in data:
+        found.append(rows(batch))
+        if len(found) == 2:
+            break
+    found += [rows(batch) for batch in data]
+    assert found == whole
+    assert (data.epoch, data.step) == (1, 0)
+
+
+@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.parametrize("given", [{"y": X}, {"class_weight": {0: 2.0}}, {"sample_weight": X[:, 0]}])
+def test_what_fit_would_ignore_is_refused(given: dict[str, Any]) -> None:
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    before = [np.array(w) for w in model.get_weights()]
+    with pytest.raises(ValueError, match=f"does not apply {next(iter(given))} to data"):
+        model.fit(resumable((X, X), batch_size=5), verbose=0, **given)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@has_tensorflow
+def test_an_order_that_is_no_function_is_refused() -> None:
+    import tensorflow as tf
+
+    data = tf.data.Dataset.range(10)
+    options = tf.data.Options()
+    options.deterministic = False
+    for loose in (data.map(lambda x: x, num_parallel_calls=2, deterministic=False), data.with_options(options)):
+        with pytest.raises(UnsupportedError, match="in any order"):
+            resumable(loose.batch(2))

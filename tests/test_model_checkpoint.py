@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from keras import layers
 
+import hornbeam
 from helpers import saved, script
-from hornbeam import _async, _model_checkpoint
+from hornbeam import _async, _core, _model_checkpoint
 from hornbeam._ledger import Ledger
+from hornbeam._lock import FileLock
 from hornbeam._retention import Entry, plan_retention
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
-from hornbeam.errors import UnsupportedError
+from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.saving import load_model
 from test_async import held
 from zoo import TRAINABLE_BACKEND, chain, floats
@@ -110,7 +113,8 @@ def test_retention_and_what_is_told(
         fit(made, scores, callback, epochs=6)
     kept = [f"m-02-0.2{ending}", f"m-04-0.8{ending}", f"m-05-0.7{ending}", f"m-06-0.6{ending}"]
     assert names(tmp_path / "deep") == kept
-    assert hidden(tmp_path / "deep") == [".m-{epoch}-{val_loss}" + ending + ".checkpoints.json"]
+    name = ".m-{epoch}-{val_loss}" + ending
+    assert hidden(tmp_path / "deep") == [f"{name}.checkpoints.json", f"{name}.lock"]
     for place in (pattern, tmp_path / "deep"):
         assert best_checkpoint(place) == str(tmp_path / "deep" / kept[0])
         assert latest_checkpoint(place) == str(tmp_path / "deep" / kept[-1])
@@ -212,8 +216,8 @@ def test_a_crash_between_file_and_account(tmp_path: Path) -> None:
     ledger.monitor, ledger.mode = "val_loss", "min"
     path.write_text("first")
     rules: dict[str, Any] = {"keep_last": None, "keep_best": None, "keep_every": None, "durable": False}
-    ledger.confirm(ledger.begin(str(path), 1, 0.5), **rules)
-    ledger.begin(str(path), 2, 0.3)  # and killed before the file was replaced
+    ledger.confirm(ledger.begin(str(path), 1, 0.5, durable=False), **rules)
+    ledger.begin(str(path), 2, 0.3, durable=False)  # and killed before the file was replaced
     known = Ledger(str(path))
     assert known.read()
     assert known.entries[-1][:3] == ("m.keras", 1, 0.5)
@@ -225,6 +229,85 @@ def test_a_crash_between_file_and_account(tmp_path: Path) -> None:
     (tmp_path / ".m.keras.checkpoints.json").write_text("{}")
     with pytest.raises(ValueError, match=r"m\.keras\.checkpoints\.json"):
         latest_checkpoint(path)
+
+
+def test_a_file_written_in_place_by_a_crashed_save_is_no_checkpoint(tmp_path: Path) -> None:
+    rules: dict[str, Any] = {"keep_last": None, "keep_best": None, "keep_every": None, "durable": False}
+    ledger = Ledger(str(tmp_path / "{epoch}.keras"))
+    ledger.monitor, ledger.mode = "val_loss", "min"
+    for step in (1, 2):
+        path = tmp_path / f"{step}.keras"
+        path.write_text("whole")
+        ledger.confirm(ledger.begin(str(path), step, 0.5 / step, durable=False), **rules)
+    with hornbeam.options(atomic=False):
+        for step in (2, 3):
+            ledger.begin(str(tmp_path / f"{step}.keras"), step, 0.1, durable=False)
+            (tmp_path / f"{step}.keras").write_text("torn")
+    assert latest_checkpoint(tmp_path / "{epoch}.keras") == str(tmp_path / "1.keras")
+    assert best_checkpoint(tmp_path / "{epoch}.keras") == str(tmp_path / "1.keras")
+
+
+def test_the_account_is_on_stable_storage_before_the_old_file_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, bool]] = []
+    original = _core.write_file
+
+    def noted(path: Any, data: bytes, *, atomic: bool = True, durable: bool = False) -> None:
+        written.append((os.path.basename(path), durable))
+        original(path, data, atomic=atomic, durable=durable)
+
+    monkeypatch.setattr(_core, "write_file", noted)
+    for durable in (True, False):
+        fit(model(), ModelCheckpoint(tmp_path / "m.keras", keep_last=1, durable=durable))
+    assert written == [(".m.keras.checkpoints.json", durable) for durable in (True, True, False, False)]
+
+
+def test_another_training_with_the_same_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    callback = ModelCheckpoint(path, save_best_only=True, remember=True)
+    lock = FileLock(tmp_path / ".m.keras.lock")  # as another process has it
+    with pytest.raises(CheckpointError, match=r"'.*m\.keras' is in use: another process trains"):
+        fit(model(), Scores([0.5]), callback)
+    assert names(tmp_path) == []
+    lock.release()
+
+    def fail() -> None:
+        raise RuntimeError("as if")
+
+    with pytest.raises(RuntimeError, match="as if"):
+        fit(model(), At(1, fail), callback)
+    FileLock(tmp_path / ".m.keras.lock").release()  # an exception gives it back
+    callback.set_model(model())
+    callback.on_train_begin()  # and is never ended
+    fit(model(), Scores([0.5]), ModelCheckpoint(path, save_best_only=True, remember=True))
+    assert names(tmp_path) == ["m.keras"]
+
+
+@pytest.mark.filterwarnings("ignore:Can save best model only")
+def test_nothing_without_a_score_takes_the_place_of_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores, path = Scores([0.5, 0.9]), tmp_path / "m.keras"
+    callback = ModelCheckpoint(path, save_best_only=True, every_seconds=1e-9)
+    fit(model(), scores, callback, epochs=2)
+    # Before there is a score, what has none is better than nothing.
+    assert [(r["epoch"], r["reason"], r["metric"]) for r in callback.history] == [
+        *[(0, "seconds", None)] * 4,
+        (0, "epoch", 0.5),
+    ]
+    assert saved(load_model(path)) == scores.states[1]
+    assert best_checkpoint(path) == str(path)
+    assert caplog.text.count("without 'val_loss' nothing is saved over the best model") == 1
+    again = ModelCheckpoint(path, save_best_only=True, save_freq=2, remember=True)
+    fit(model(), again)
+    assert again.history == []
+    assert saved(load_model(path)) == scores.states[1]
+
+
+def test_a_name_with_a_score_waits_for_the_end_of_the_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = ModelCheckpoint(tmp_path / "{epoch}-{val_loss}.keras", every_seconds=1e-9)
+    fit(model(), Scores([0.5, 0.4]), callback, epochs=2)
+    assert names(tmp_path) == ["1-0.5.keras", "2-0.4.keras"]
+    assert caplog.text.count("at the end of the epoch") == 1
 
 
 def test_the_best_of_a_directory(tmp_path: Path) -> None:
@@ -333,6 +416,89 @@ def test_a_signal_that_is_survived(tmp_path: Path) -> None:
     assert names(tmp_path) == ["1-0.5.keras", "2-0.4.keras", "interrupted.keras"]
 
 
+def test_no_signal_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    numbers = [signal.SIGUSR1, signal.SIGUSR2]
+    before = [signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers]
+
+    def both() -> None:
+        for number in numbers:
+            signal.raise_signal(number)
+
+    def fail() -> None:
+        both()
+        raise RuntimeError("as if")
+
+    try:
+        callback = ModelCheckpoint(tmp_path / "m.keras", save_on_signal=numbers, asynchronous=True)
+        fit(model(), At(1, both), callback)  # before the next batch's end
+        assert seen == numbers
+        assert [r["reason"] for r in callback.history] == ["signal", "epoch"]
+        with pytest.raises(RuntimeError, match="as if"):
+            fit(model(), At(1, fail), callback)
+        assert seen == numbers * 2
+        original = _async.wait
+        monkeypatch.setattr(_async, "wait", lambda: (original(), both()))  # when training waits for its last save
+        fit(model(), callback)
+        monkeypatch.undo()
+        assert seen == numbers * 3
+        fit(model(), callback)
+        assert seen == numbers * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("how", ["exception", "signal"])
+def test_an_earlier_failure_keeps_nobody_from_saving_once_more(how: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    release = held()
+
+    def act() -> None:
+        for path in tmp_path.glob(".m-1.keras.*.hornbeam-tmp"):
+            path.unlink()
+        release.__exit__(None, None, None)
+        if how == "exception":
+            raise RuntimeError("as if")
+        signal.raise_signal(signal.SIGUSR1)
+
+    at = At(4, act)  # the first batch after the save of the first epoch
+    callback = ModelCheckpoint(
+        tmp_path / "m-{epoch}.keras", asynchronous=True, save_on_exception=True, save_on_signal=[signal.SIGUSR1]
+    )
+    release.__enter__()
+    try:
+        with pytest.raises(RuntimeError if how == "exception" else OSError) as raised:
+            fit(model(), at, callback, epochs=3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    rescued = tmp_path / ("m-interrupted.keras" if how == "exception" else "m-2.keras")
+    assert saved(load_model(rescued)) == at.state
+    if how == "exception":
+        assert "A save before this had failed: StorageFileNotFoundError" in raised.value.__notes__[0]
+        assert f"was saved to '{rescued}'" in raised.value.__notes__[1]
+    else:
+        assert seen == [signal.SIGUSR1]
+
+
+def test_ctrl_c_after_a_survived_signal_saves(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    interrupted = At(2, interrupt)
+    callback = ModelCheckpoint(tmp_path / "m.keras", save_on_exception=True, save_on_signal=[signal.SIGUSR1])
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            fit(model(), At(0, lambda: signal.raise_signal(signal.SIGUSR1)), interrupted, callback)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "m-interrupted.keras" in raised.value.__notes__[0]
+    assert saved(load_model(tmp_path / "m-interrupted.keras")) == interrupted.state
+
+
 def test_an_exception_saves_beside_the_others(tmp_path: Path) -> None:
     def fail() -> None:
         raise RuntimeError("as if")
@@ -396,6 +562,29 @@ def test_an_error_of_the_writer_ends_training(epochs: int, tmp_path: Path) -> No
     assert best_checkpoint(tmp_path / "d" / "m.keras") == str(tmp_path / "d" / "m.keras")
     load_model(tmp_path / "d" / "m.keras")
     _async.wait()
+
+
+def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = ModelCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, asynchronous=True)
+    callback.set_model(model())
+    callback.on_train_begin()
+    release, run = threading.Event(), _async._Job.run
+    monkeypatch.setattr(_async._Job, "run", lambda job: run(job) if release.wait(60) else None)
+
+    def save(epoch: int, score: float) -> None:
+        callback.on_epoch_begin(epoch)
+        callback.on_epoch_end(epoch, {"val_loss": score})
+
+    save(0, 0.5)
+    for path in tmp_path.glob(".1.keras.*.hornbeam-tmp"):
+        path.unlink()  # it will fail
+    save(1, 0.4)  # and this one, which waits behind it, will not
+    release.set()
+    with pytest.raises(OSError, match=r"1\.keras"):
+        _async.wait()
+    assert callback.best == 0.4
+    assert callback._ledger.best().metric == 0.4
+    callback.on_train_end()
 
 
 def test_arguments_that_mean_nothing(tmp_path: Path) -> None:
@@ -487,7 +676,7 @@ class Account(RuleBasedStateMachine):
     )
     def save(self, name: str, metric: float | None, crash: str | None) -> None:
         self.step += 1
-        pending = self.ledger.begin(self.path(name), self.step, metric)
+        pending = self.ledger.begin(self.path(name), self.step, metric, durable=False)
         if crash == "before":
             return self.restart()
         with open(self.path("temporary"), "w", encoding="utf-8") as file:

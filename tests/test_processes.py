@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,52 @@ def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("how", ["close", "delete_all"])
+def test_a_directory_is_used_again_and_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = threading.local()
+    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+    original = shutil.rmtree
+    models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+    done = [0, 0]
+
+    def slow(path: Any, *args: Any, **kwargs: Any) -> None:
+        assert min(done) == max(done), "the other one did not wait"
+        original(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+
+    def work(rank: int) -> None:
+        local.rank = rank
+        for turn in range(5):
+            manager = CheckpointManager(tmp_path / "c", keep_last=None, timeout=30)
+            manager.save(turn, models[rank])
+            assert turn in [c.step for c in manager.all()]
+            getattr(manager, how)()
+            done[rank] += 1
+
+    together(2, work)
+
+
+def test_nobody_saves_before_all_have_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = threading.local()
+    models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+    with CheckpointManager(tmp_path / "c") as ckpt:
+        ckpt.save(0, models[0])
+    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+
+    def work(rank: int) -> list[int]:
+        local.rank = rank
+        with CheckpointManager(tmp_path / "c", timeout=30) as ckpt:
+            end = time.monotonic() + 30
+            while rank == 1 and _processes._read(ckpt._group._file(0)).get("met", 0) < 1:  # the chief is in `save`
+                assert time.monotonic() < end
+            start = ckpt.restore(models[rank])
+            ckpt.save(start, models[rank])
+        return [start]
+
+    assert together(2, work) == [[1], [1]]
+
+
 def test_a_failing_save_fails_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = threading.local()
     monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
@@ -197,7 +245,7 @@ def test_two_workers_of_tf_config(tmp_path: Path) -> None:
     configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}}) for rank in range(2)]
     out = processes(WORKER, tmp_path, environments=[{"TF_CONFIG": config} for config in configs])
     assert out == [f"[0, 1] Place(rank={rank}, count=2)\n" for rank in range(2)]
-    assert sorted(os.listdir(tmp_path)) == ["a"]
+    assert sorted(os.listdir(tmp_path)) == [".a.processes", ".b.processes", "a"]
 
 
 TRAINING = r"""

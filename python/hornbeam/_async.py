@@ -453,12 +453,17 @@ def wait(timeout: float | None = None) -> None:
         TimeoutError: When they are not done by then.
         Exception: What went wrong with one of them, if neither its handle nor a later save has told.
     """
+    finish(timeout, keep=False)
+
+
+def finish(timeout: float | None = None, *, keep: bool = True) -> None:
+    """As `wait`; with `keep` the memory stays for the next save."""
     queue = _queue
     with queue.changed:
         if queue.thread is not threading.current_thread():  # a callback of a save cannot wait for itself
             idle = queue.changed.wait_for(lambda: queue.writing is None and not queue.reserved, timeout)
             if not idle:
                 raise TimeoutError(f"Asynchronous saves are not done after {timeout} seconds.")
-            if not queue.staged:
+            if not queue.staged and not keep:
                 queue.staging.memory = None
     queue.raise_failed()

@@ -8,9 +8,11 @@ import zipfile
 from typing import Any
 
 import keras
+from keras.src.utils.python_utils import pythonify_logs
 
-from hornbeam import _fit, _processes, _random, _training_state
+from hornbeam import _async, _fit, _processes, _random, _training_state
 from hornbeam._keras import scope
+from hornbeam._model_checkpoint import ModelCheckpoint
 from hornbeam._state import logger
 from hornbeam.checkpoint import Checkpoint, CheckpointManager
 from hornbeam.errors import HornbeamError
@@ -180,6 +182,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._input.restore(resumed["data"])
             if middle:
                 self._restore_metrics(resumed["metrics"])
+                self._expect_no_batch(resumed.get("logs", {}))
                 if resumed["learning_rate"] is not None:  # a scheduler may have changed it again
                     self.model.optimizer.learning_rate = resumed["learning_rate"]
             if _processes.is_chief():  # it is that of the process that saved
@@ -194,6 +197,17 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self.model._symbolic_build(data_batch=self._input.example())
         _training_state.assign(self.model.metrics_variables, state, "metrics of the backup")
 
+    def _expect_no_batch(self, logs: dict[str, Any]) -> None:
+        """The backup may be of the last batch of data of unknown length: `fit` then has no logs for the epoch's end."""
+        attributes = self.model.__dict__
+        original = self.model._get_metrics_result_or_logs
+
+        def once(found: Any) -> Any:
+            attributes.pop("_get_metrics_result_or_logs", None)
+            return original(found or logs)
+
+        attributes["_get_metrics_result_or_logs"] = once
+
     # Saving
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -205,7 +219,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if self._input.resumable is not None and length is not None and batch + 1 >= length:
             self._postponed = True  # until the epoch's end has happened, which must not happen twice
             return
-        self._save(self._current_epoch, batch + 1)
+        self._save(self._current_epoch, batch + 1, logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves, with `save_freq="epoch"`."""
@@ -215,7 +229,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._postponed = False
             self._save(epoch + 1, 0)
 
-    def _save(self, epoch: int, step: int) -> None:
+    def _save(self, epoch: int, step: int, logs: dict[str, Any] | None = None) -> None:
         assert self._input is not None
         model = self.model
         middle = step > 0 and self._input.resumable is not None
@@ -229,10 +243,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             "since": self._batches_seen_since_last_saving,
             "stopped": bool(model.stop_training),
             "data": data,
+            "logs": pythonify_logs(logs) if middle else {},
             "metrics": _training_state.values(model.metrics_variables) if middle else [],
             "learning_rate": float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None,
             "callbacks": [(type(c).__name__, _callback_state(c)) for c in self._others],
         }
+        if not self._manager.asynchronous and any(getattr(c, "asynchronous", False) for c in self._others):
+            _async.finish()  # a backup must not be newer than the best model that it is of
         self._manager.save(self._number, model, extra={"fit": state})
         self._number += 1
         self._note_paths()
@@ -246,6 +263,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Deletes the backup, unless it is to stay."""
         self.model._initial_epoch = None
+        self.model.__dict__.pop("_get_metrics_result_or_logs", None)
         if self._resumed is not None and _processes.is_chief():  # no epoch was left that would have done it
             _random.restore(self._resumed["random"])
         if self.delete_checkpoint:
@@ -263,4 +281,6 @@ def _callback_state(callback: Any) -> Any:
     if callable(getattr(callback, "get_state", None)):
         return callback.get_state()
     names = {name for cls, names in _ATTRIBUTES.items() if isinstance(callback, cls) for name in names}
+    if isinstance(callback, ModelCheckpoint) and callback.remembers:
+        names.discard("best")  # its files are newer than a backup, or older: it knows itself what they hold
     return {name: vars(callback)[name] for name in sorted(names) if name in vars(callback)}

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hornbeam import _core
+from hornbeam import _core, _state
 from hornbeam._retention import Entry, best_first, plan_retention
 from hornbeam._state import logger
 
@@ -29,6 +29,7 @@ class Ledger:
 
     Attributes:
         path: The JSON file. Its name begins with a dot and ends like no model file.
+        lock: The file that whoever trains with the pattern has locked.
         meeting: The folder where several processes meet.
         monitor: The metric that scores are of.
         mode: `"min"` or `"max"`, or `None` as long as that is not known.
@@ -42,6 +43,7 @@ class Ledger:
         rest = os.path.relpath(pattern, self.directory or ".")
         name = os.path.join(self.directory, "." + re.sub(r"[/\\]", "-", _FIELD.sub(r"{\1}", rest)))
         self.path, self.meeting = name + _SUFFIX, name + ".processes"
+        self.lock = os.path.realpath(name + ".lock")
         stem, dot, ending = re.sub(r"[-_.]?\{[^{}]*\}", "", os.path.basename(rest)).partition(".")
         self.rescue = os.path.join(self.directory, f"{stem}-interrupted{dot}{ending}".lstrip("-"))
         self.monitor: str | None = None
@@ -65,7 +67,10 @@ class Ledger:
         adopted: set[str] = set()
         for pending in found["pending"]:
             entry = Entry(*pending["entry"])
-            if entry.name not in adopted and self._identity(entry.name) not in (None, pending["before"]):
+            if not pending.get("atomic", True):  # nobody knows how much of it was written
+                if self._identity(entry.name) != pending["before"]:
+                    self.entries = [e for e in self.entries if e.name != entry.name]
+            elif entry.name not in adopted and self._identity(entry.name) not in (None, pending["before"]):
                 adopted.add(entry.name)  # the next of this name would not have begun before this one was confirmed
                 self.entries.append(entry)
         self.entries = _last_of_each(e for e in self.entries if self._identity(e.name) is not None)
@@ -90,12 +95,17 @@ class Ledger:
         known = [*self.entries[-1:], *([self.interrupted] if self.interrupted is not None else [])]
         return max(known, key=lambda e: e.time, default=None)
 
-    def begin(self, path: str, step: int, metric: float | None) -> dict[str, Any]:
+    def scores(self) -> list[float | None]:
+        """Of those that are complete or being written."""
+        return [*(e.metric for e in self.entries), *(p["entry"][2] for p in self._pending)]
+
+    def begin(self, path: str, step: int, metric: float | None, *, durable: bool) -> dict[str, Any]:
         """Notes a save before its file takes its place; gives what `confirm` and `abandon` want."""
         name = os.path.relpath(path, self.directory or ".")
-        pending = {"entry": [name, step, metric, time.time()], "before": self._identity(name)}
+        atomic = _state.current().atomic
+        pending = {"entry": [name, step, metric, time.time()], "before": self._identity(name), "atomic": atomic}
         self._pending.append(pending)
-        self.write(durable=False)
+        self.write(durable=durable)
         return pending
 
     def abandon(self, pending: dict[str, Any]) -> None:

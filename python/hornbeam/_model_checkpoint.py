@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from keras.src.utils.io_utils import print_msg
 
 from hornbeam import _async, _durable, _keras, _processes, _retention
 from hornbeam._ledger import Ledger
+from hornbeam._lock import FileLock
 from hornbeam._state import logger, options
-from hornbeam.errors import UnsupportedError
+from hornbeam.errors import CheckpointError, UnsupportedError
+
+#: Lock → the callback of this process that has taken it.
+_owners: weakref.WeakValueDictionary[str, ModelCheckpoint] = weakref.WeakValueDictionary()
 
 
 class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
@@ -53,10 +58,12 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     Attributes:
         history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stalled`, and when it is complete
             `bytes`, `written`, `kept` and `deleted`.
+        remembers: Whether the best score is that of the files, also those of earlier processes.
 
     Raises:
         ValueError: For arguments that mean nothing.
         UnsupportedError: For an asynchronous save to legacy HDF5.
+        CheckpointError: When training begins, and another process trains with the same `filepath`.
     """
 
     def __init__(
@@ -107,16 +114,21 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         self._rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
         wanted = (asynchronous, every_seconds, save_on_exception, self.save_on_signal, *self._rules.values(), remember)
         self._extended = any(w not in (None, False, ()) for w in wanted)
-        self._remember = self._extended if remember is None else remember
+        self.remembers = self._extended if remember is None else remember
         self.timeout = timeout
         self._group: _processes.Group | None = None
         self._ledger: Ledger | None = None
+        self._recalled = False
         self._lock = threading.RLock()  # the writer's thread confirms
         self._failure: BaseException | None = None
-        self._signal: int | None = None
+        self._threshold = initial_value_threshold
+        self._told: set[str] = set()
+        self._signals: list[int] = []  # not answered yet
+        self._answering = False  # its handler may end training
         self._handlers: dict[int, Any] = {}
         self._saved_at = time.monotonic()
-        if save_on_exception or self.save_on_signal:
+        self._held: FileLock | None = None
+        if self._extended:
             _keras.watch_fit()
 
     # ---- what Keras calls ----
@@ -126,15 +138,15 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_begin(logs)
         if not self._extended:
             return
+        self._claim()
         self._recall()  # before the chief can save anything
         self._group = _processes.assemble(Path(self._account().meeting), self.timeout)
         self._saved_at = time.monotonic()
-        if self.save_on_exception or self.save_on_signal:
-            watchers = _keras.fit_watchers()
-            if watchers is None:
-                logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
-            else:
-                watchers.append(self)
+        watchers = _keras.fit_watchers()
+        if watchers is not None:
+            watchers.append(self)
+        elif self.save_on_exception or self.save_on_signal:
+            logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
         self._catch_signals()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -142,7 +154,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_batch_end(batch, logs)
         if not self._extended:
             return
-        if self._signal is not None:
+        if self._signals:
             self._answer(self._current_epoch, batch, logs)
         elif self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds:
             self._save(self._current_epoch, batch, logs, "seconds")
@@ -150,7 +162,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves if it is time."""
         super().on_epoch_end(epoch, logs)
-        if self._signal is not None:
+        if self._signals:
             self._answer(epoch, None, logs)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
@@ -158,7 +170,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_end(logs)
         if not self._extended:
             return
-        if self._signal is not None:
+        if self._signals:
             self._answer(self._current_epoch, None, logs)
         with self._together(self.asynchronous):
             if self.asynchronous:
@@ -176,6 +188,10 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             super()._save_model(epoch, batch, logs)
 
     def _should_save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, filepath: str) -> bool:
+        scored = self._extended and self.save_best_only and self._better(*self._account().scores()) is not None
+        if scored and self.monitor not in (logs or {}):
+            self._tell_once(f"without '{self.monitor}' nothing is saved over the best model")
+            return False
         if self.save_best_only and self.best is not None and self.monitor_op is None and self._extended:
             self._set_monitor_op()  # Keras does it at the end of the first epoch; a recalled score is compared before
         return bool(super()._should_save_model(epoch, batch, logs, filepath))
@@ -199,24 +215,31 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         """As Keras' `_save_model`, with all that was asked for."""
         self._raise_failure()
         logs = logs or {}
-        filepath = self._get_file_path(epoch, batch, logs)
-        before = self.best
+        try:
+            filepath = self._get_file_path(epoch, batch, logs)
+        except KeyError as error:
+            if reason != "seconds":
+                raise
+            self._tell_once(f"no save every {self.every_seconds:g} s, but at the end of the epoch: {error.args[0]}")
+            self._saved_at = time.monotonic()
+            return
         if not self._should_save_model(epoch, batch, logs, filepath):
+            if reason == "seconds":
+                self._saved_at = time.monotonic()
             return
         if self.monitor_op is None and self._rules["keep_best"] is not None:
             self._set_monitor_op()
         if not _processes.is_chief():
             return
         try:
-            self._write(filepath, epoch, batch, _number(logs.get(self.monitor)), reason, before)
+            self._write(filepath, epoch, batch, _number(logs.get(self.monitor)), reason)
         except IsADirectoryError as error:
             raise OSError(
                 "Please specify a non-directory filepath for ModelCheckpoint. Filepath used is an existing directory: "
                 f"{filepath}"
             ) from error
 
-    def _write(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str, before: Any) -> None:
-        """Saves; `before` was the best score."""
+    def _write(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str) -> None:
         model = self.model
         record: dict[str, Any] = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
         record["step"] = epoch + 1 if batch is None else self._steps(batch)
@@ -226,7 +249,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         with self._lock:
             if self.monitor_op is not None:
                 ledger.mode = "max" if self.monitor_op is keras.ops.greater else "min"
-            pending = ledger.begin(path, record["step"], metric)
+            pending = ledger.begin(path, record["step"], metric, durable=self.durable)
         since = time.perf_counter()
         try:
             # A save after a signal has to be complete before the signal goes its way.
@@ -237,9 +260,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
                 else:
                     model.save(path, overwrite=True)
         except BaseException:
-            with self._lock:
-                ledger.abandon(pending)
-                self.best = before
+            self._abandon(pending)
             raise
         record["stalled"] = time.perf_counter() - since
         self._saved_at = time.monotonic()
@@ -254,11 +275,23 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             if handle._error is None:
                 self._confirm(record, pending, handle.bytes, handle.written)
             else:
-                with self._lock:
-                    ledger.abandon(pending)
-                    self.best = before
+                self._abandon(pending)
 
         handle.add_done_callback(ended)
+
+    def _abandon(self, pending: dict[str, Any]) -> None:
+        """A save came to nothing: the best is what is there, or still being written."""
+        with self._lock:
+            ledger = self._account()
+            ledger.abandon(pending)
+            if self.save_best_only:
+                self.best = self._better(self._threshold, *ledger.scores())
+
+    def _better(self, *scores: float | None) -> float | None:
+        """The best of those that are scores."""
+        known = [score for score in scores if score is not None and score == score]
+        better: Callable[..., float] = max if self._account().mode == "max" else min
+        return better(known, default=None)
 
     def _confirm(self, record: dict[str, Any], pending: dict[str, Any], size: Any, written: Any) -> None:
         """The file is in its place: notes it, deletes old ones, tells the log."""
@@ -284,6 +317,11 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if self.verbose > 0:
             print_msg(f"\nEpoch {record['epoch'] + 1}: finished saving model to {record['path']}")
 
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("ModelCheckpoint('%s'): %s", self.filepath, text)
+
     def _steps(self, batch: int) -> int:
         optimizer = getattr(self.model, "optimizer", None)
         return batch + 1 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer.iterations))
@@ -294,9 +332,29 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._ledger.monitor = self.monitor
         return self._ledger
 
+    def _claim(self) -> None:
+        """Keeps other processes from the checkpoints; from a `fit` of this one that was interrupted, takes them."""
+        if (self._held is not None and self._held.held) or not _processes.is_chief():
+            return
+        path = self._account().lock
+        owner = _owners.get(path)
+        if owner is not None and owner._held is not None:
+            owner._held.release()
+            owner._held = None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            self._held = FileLock(Path(path))
+        except BlockingIOError:
+            raise CheckpointError(
+                f"'{self.filepath}' is in use: another process trains with a ModelCheckpoint of it, and each would "
+                "write over the other's best model. Wait for that one, or give another `filepath`."
+            ) from None
+        _owners[path] = self
+
     def _recall(self) -> None:
         """Goes on where an earlier process was; once."""
-        if self._ledger is not None or not self._remember:
+        recalled, self._recalled = self._recalled, True
+        if recalled or not self.remembers:
             return
         ledger = self._account()
         known = ledger.read()
@@ -308,8 +366,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         best = ledger.best()
         if best is None or best.metric is None or not self.save_best_only:
             return
-        better: Callable[..., float] = max if ledger.mode == "max" else min
-        self.best = best.metric if self.best is None else better(self.best, best.metric)
+        self.best = self._better(self.best, best.metric)
         logger.info("the best %s so far is %s, in '%s'", self.monitor, best.metric, ledger.full(best.name))
 
     def _raise_failure(self) -> None:
@@ -329,19 +386,34 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self._signal = number
+        if number not in self._signals:
+            self._signals.append(number)
 
     def _answer(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
-        """Saves after a signal, and lets it go its way."""
-        number, self._signal = self._signal, None
-        assert number is not None
+        """Saves after signals, and lets each go its way."""
+        failed = self._settle()
+        try:
+            self._rescue(epoch, batch, logs, "signal")
+        finally:
+            self._answering = True
+            while self._signals:
+                number = self._signals.pop(0)
+                handler = self._handlers[number]
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+                signal.raise_signal(number)
+                signal.signal(number, self._note)  # it was survived
+            self._answering = False
+        if failed is not None:
+            raise failed
+
+    def _settle(self) -> Exception | None:
+        """Waits for pending saves; what went wrong with them keeps nobody from saving once more."""
         if self.asynchronous:
-            _async.wait()
-        self._rescue(epoch, batch, logs, "signal")
-        handler = self._handlers[number]
-        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        signal.raise_signal(number)
-        signal.signal(number, self._note)  # it was survived
+            try:
+                _async.wait()
+            except Exception as error:
+                return error
+        return None
 
     def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
         """Saves out of turn: as usual where that harms nothing, else beside the others."""
@@ -353,7 +425,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
                 pass
             else:
                 if _processes.is_chief():
-                    self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason, self.best)
+                    self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason)
                 return path
         if not _processes.is_chief():
             return ledger.rescue
@@ -382,11 +454,12 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         """Saves after an exception, never over the best or an ordinary checkpoint; says so if it cannot."""
         if not self.save_on_exception:
             return
-        if self.history and self.history[-1]["reason"] == "signal" and not isinstance(error, Exception):
-            return  # its handler ended training, and what is worth saving was saved
+        if self._answering and not isinstance(error, Exception):
+            return  # a signal's handler ended training, and what is worth saving was saved
+        failed = self._settle()
+        if failed is not None and failed is not error:
+            error.add_note(f"A save before this had failed: {type(failed).__name__}: {failed}")
         try:
-            if self.asynchronous:
-                _async.wait()
             path = self._rescue(getattr(self, "_current_epoch", 0), self._last_batch_seen or 0, None, "exception")
         except Exception as failure:
             text = f"Nothing could be saved after this: {type(failure).__name__}: {failure}"
@@ -396,10 +469,16 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         error.add_note(text)
 
     def fit_ended(self) -> None:
-        """Gives the signals back."""
+        """Gives the signals back, those too that nobody has answered."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}
+        self._answering = False
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+        while self._signals:
+            signal.raise_signal(self._signals.pop(0))
 
 
 def _number(value: Any) -> float | None:

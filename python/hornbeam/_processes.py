@@ -117,12 +117,11 @@ class Group:
             self._wait(self._join, "lead")
         self._tell()
 
-    def meet(self, *, failed: str | None = None, wait: bool = True) -> None:
+    def meet(self, *, failed: str | None = None) -> None:
         """Says that this process is here, and waits until all are.
 
         Args:
-            failed: Why what the others wait for did not happen; they raise it.
-            wait: Wait for the others.
+            failed: Why what the others wait for did not happen; they raise it, and this process does not wait.
 
         Raises:
             CheckpointError: Not all came in time, or the chief has failed.
@@ -131,7 +130,7 @@ class Group:
         if failed is not None:
             self._failures[str(self._met)] = failed
         self._tell()
-        if wait and failed is None:
+        if failed is None:
             self._wait(self._all_here, "come to save")
 
     def _file(self, rank: int) -> Path:
@@ -185,7 +184,7 @@ class Group:
             pause = min(2 * pause, 0.2)
 
 
-_turns: Counter[str] = Counter()
+_turns: Counter[tuple[str, int]] = Counter()
 
 
 def assemble(directory: Path, timeout: float | None) -> Group | None:
@@ -205,9 +204,10 @@ def assemble(directory: Path, timeout: float | None) -> Group | None:
     if timeout is None or place.count == 1 or place.rank < 0:
         return None
     # By turns in two folders: somebody may still be looking for the last meeting of the group before this one.
-    turn = _turns[os.path.realpath(directory)] % 2
-    _turns[os.path.realpath(directory)] += 1
-    return Group(directory / str(turn), place, timeout)
+    key = (os.path.realpath(directory), place.rank)
+    group = Group(directory / str(_turns[key] % 2), place, timeout)
+    _turns[key] += 1
+    return group
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hornbeam.saving import load_weights, save_model, save_weights
 
 __all__ = ["Checkpoint", "CheckpointManager"]
 
-_MANIFEST, _LOCK, _STATE, _PROCESSES = "checkpoints.json", ".lock", "state.zip", ".processes"
+_MANIFEST, _LOCK, _STATE = "checkpoints.json", ".lock", "state.zip"
 _WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 #: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
@@ -184,14 +184,24 @@ class CheckpointManager:
         self._open()
         self.wait()
         if self._group is not None:
-            self._group.meet(wait=self._place.rank == 0)
-        if self._place.rank == 0:
-            with contextlib.suppress(FileNotFoundError):
-                self._write_manifest([])  # killed from here on, the directory is one without checkpoints
-                for path in self._directories():
-                    shutil.rmtree(path)
-                shutil.rmtree(self.directory)
+            self._group.meet()
+        try:
+            if self._place.rank == 0:
+                self._delete_directory()
+        except BaseException as error:
+            if self._group is not None:
+                self._group.meet(failed=f"{type(error).__name__}: {error}")
+            raise
+        if self._group is not None:
+            self._group.meet()  # nobody opens it anew while it is being deleted
         self.close()
+
+    def _delete_directory(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._write_manifest([])  # killed from here on, the directory is one without checkpoints
+            for path in self._directories():
+                shutil.rmtree(path)
+            shutil.rmtree(self.directory)
 
     def wait(self) -> None:
         """Waits for what is being written or deleted.
@@ -370,6 +380,7 @@ class CheckpointManager:
         if self._group is None:
             return self._save(step, model, numbers, extra or {}, self.asynchronous)
         _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
+        self._group.meet()  # nobody still restores the one before, or looks for it
         if self._place.rank != 0:
             self._group.meet()
             return next((c for c in self.all() if c.step == step), None)
@@ -494,11 +505,16 @@ class CheckpointManager:
             self._take()
         if self._place.count > 1:
             try:
-                self._group = _processes.Group(self.directory / _PROCESSES, self._place, self.timeout)
+                self._group = _processes.assemble(self._meeting(), self.timeout)
             except BaseException:
                 self.close()
                 raise
         self._opened = True
+
+    def _meeting(self) -> Path:
+        """Where several processes meet: beside the directory, which may be deleted meanwhile."""
+        real = Path(os.path.realpath(self.directory))
+        return real.with_name(f".{real.name}.processes")
 
     def _take(self) -> None:
         with _durable.directories(self.directory / _LOCK, durable=self.durable):
@@ -556,6 +572,7 @@ class _Pending:
     ) -> None:
         self._done = threading.Event()
         self._error: BaseException | None = None
+        self._process, self._path = os.getpid(), handle.path
         self._finish, self._temporary, self._clean = finish, temporary, clean
         handle.add_done_callback(self._written)
 
@@ -566,8 +583,12 @@ class _Pending:
             if error is not None:
                 self._temporary.__exit__(type(error), error, None)
                 raise error
-            self._finish()
-            self._clean()
+            try:
+                self._finish()
+                self._clean()
+            except BaseException as error:
+                logger.error("the asynchronous checkpoint of '%s' failed: %s", self._path, error, exc_info=error)
+                raise
         except BaseException as error:
             self._error = error
         finally:
@@ -575,7 +596,9 @@ class _Pending:
             self._done.set()
 
     def wait(self) -> BaseException | None:
-        """Waits for the end; what went wrong."""
+        """Waits for the end; what went wrong. In a forked child there is nothing to wait for: it is the parent's."""
+        if os.getpid() != self._process:
+            return None
         self._done.wait()
         return self._error
 

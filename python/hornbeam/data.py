@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import keras
@@ -75,7 +77,7 @@ class Resumable(DataAdapter):
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch, batch by batch."""
-        for batch in self._batches():
+        for batch in self._rest():
             self.step += 1
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
@@ -116,6 +118,10 @@ class Resumable(DataAdapter):
     def _batches(self) -> Iterator[Any]:
         raise NotImplementedError
 
+    def _rest(self) -> Iterator[Any]:
+        """What is left of the epoch, in a loop of one's own."""
+        return self._batches()
+
     def _source_state(self) -> Any:
         raise NotImplementedError
 
@@ -126,7 +132,13 @@ class Resumable(DataAdapter):
         """Goes there."""
 
     def on_epoch_begin(self) -> None:
-        """Called by `fit`."""
+        """Called by `fit`.
+
+        Raises:
+            ValueError: `fit` was given something that Keras applies to data of its own only.
+        """
+        if not self._began:
+            _refuse_arguments(self)
         self._began = True
 
     def on_epoch_end(self) -> None:
@@ -297,6 +309,10 @@ class _Dataset(Resumable):
     def _batches(self) -> Iterator[Any]:
         yield from self._live if self._stays() else self._attach(iter(self._dataset))
 
+    def _rest(self) -> Iterator[Any]:
+        left = self.step > 0 and self._live is not None and self._pending is None  # the loop before this was left
+        return self._live if left else self._batches()
+
     def example(self) -> Any:
         return self._dataset.element_spec
 
@@ -308,6 +324,20 @@ class _Dataset(Resumable):
 
     def _set_source_state(self, state: Any) -> None:
         self._pending, self._live = state, None
+
+
+def _refuse_arguments(data: Resumable) -> None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("x") is data:
+            given = [name for name in ("y", "sample_weight", "class_weight") if frame.f_locals.get(name) is not None]
+            if given:
+                raise ValueError(
+                    f"`fit` does not apply {', '.join(given)} to data made by `hornbeam.data.resumable`. Make them "
+                    "part of it: `resumable((x, y, sample_weight), …)`, or a dataset that gives three values."
+                )
+            return
+        frame = frame.f_back
 
 
 def unseeded(dataset: Any) -> str | None:
@@ -323,6 +353,8 @@ def unseeded(dataset: Any) -> str | None:
         seeds = (getattr(inner, "_seed", None), getattr(inner, "_seed2", None))
         if all(seed is not None and int(seed) == 0 for seed in seeds):
             return "it shuffles without a seed; pass `seed=` to `shuffle`"
+        if getattr(inner, "_deterministic", None) == "false" or inner.options().deterministic is False:
+            return "it may give its elements in any order (`deterministic=False`)"
         queue.extend(inner._inputs() if hasattr(inner, "_inputs") else [])
     try:
         save_iterator(iter(dataset))
