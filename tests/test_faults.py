@@ -123,6 +123,128 @@ print(json.dumps({"failed": failed}))
 """
 
 
+CHECKPOINTS = r"""
+import errno, gc, itertools, json, logging, os, random, sys, threading
+import keras, numpy as np
+from keras import layers
+import hornbeam
+from hornbeam.callbacks import ModelCheckpoint, latest_checkpoint
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam.saving import load_model
+
+root, times = sys.argv[1], int(sys.argv[2])
+fault = os.environ["HORNBEAM_FAULT"]
+logging.getLogger("hornbeam").setLevel(logging.CRITICAL)
+model = keras.Sequential([keras.Input((30,)), layers.Dense(100), layers.Dense(1)])
+
+def fill(value):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+def held(loaded):
+    (value,) = {float(v) for w in loaded.get_weights() for v in np.unique(w)}
+    return value
+
+def arm(text):
+    with open(fault + ".new", "w") as file:
+        file.write(text)
+    os.replace(fault + ".new", fault)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+class Callback:
+    def __init__(self, name, asynchronous):
+        self.pattern = os.path.join(root, name, "{epoch}.keras")
+        self.made = ModelCheckpoint(self.pattern, "loss", asynchronous=asynchronous, keep_last=2)
+        self.made.set_model(model)
+        self.made.on_train_begin()
+
+    def save(self, i):
+        self.made.on_epoch_begin(i)
+        self.made.on_epoch_end(i, {"loss": 1.0})
+        hornbeam.wait()
+        self.made._raise_failure()
+
+    def newest(self):
+        return held(load_model(latest_checkpoint(self.pattern)))
+
+    def left(self):
+        names = os.listdir(os.path.dirname(self.pattern))
+        assert sorted(n for n in names if n[0] == ".") == [".{epoch}.keras.checkpoints.json", ".{epoch}.keras.lock"]
+        return len(names) - 2
+
+class Manager:
+    def __init__(self, name, asynchronous):
+        self.made = CheckpointManager(os.path.join(root, name), asynchronous=asynchronous, keep_last=2).__enter__()
+
+    def save(self, i):
+        self.made.save(i, model)
+        self.made.wait()
+
+    def newest(self):
+        CheckpointManager(self.made.directory).restore(model)
+        return held(model)
+
+    def left(self):
+        names = os.listdir(self.made.directory)
+        assert sorted(n for n in names if not n.startswith("step-")) == [".lock", "checkpoints.json"]
+        return len(names) - 2
+
+kinds = {f"{c.__name__}-{a}": c(f"{c.__name__}-{a}", a) for c in (Callback, Manager) for a in (False, True)}
+committed = {}
+for name, kind in kinds.items():
+    for i in (0, 1):
+        fill(1)
+        kind.save(i)
+    committed[name] = 1.0
+faults = [("write", n, e) for n in (0, 1, 2, 3) for e in (errno.ENOSPC, errno.EIO)]
+faults += [("fsync", n, errno.EIO) for n in range(1, 9)] + [("open", n, errno.EMFILE) for n in range(3)]
+faults += [("rename", n, errno.EIO) for n in range(3)]
+combinations = list(itertools.product(faults, kinds))
+random.Random(6).shuffle(combinations)
+start, failed = None, 0
+for i in range(2, times + 2):
+    (function, n, number), name = combinations[i % len(combinations)]
+    kind = kinds[name]
+    if i == 60:
+        gc.collect()
+        start = threads(), descriptors()
+    fill(i)
+    arm(f"{function} {n} {number} {i}")
+    try:
+        kind.save(i)
+    except OSError as error:
+        assert error.errno == number, (function, n, error)
+        failed += 1
+        possible = {committed[name], float(i)}  # the old one, or the new one where that was in its place already
+    else:
+        possible = {float(i)}
+    finally:
+        arm("none 0 0")
+    committed[name] = kind.newest()
+    assert committed[name] in possible, (name, function, n, committed[name], possible)
+    kind.left()  # old ones stay until a save succeeds
+for name, kind in kinds.items():  # and all go on
+    fill(0)
+    kind.save(times + 2)
+    assert kind.newest() == 0.0
+    assert kind.left() == 2
+gc.collect()
+deadline = 600
+while threads() > start[0] and deadline:  # a thread that was joined is gone a little later
+    deadline -= 1
+    os.sched_yield()
+end = threads(), descriptors()
+assert end[0] <= start[0] and end[1] <= start[1], (start, end)
+assert failed > times // 2, failed
+print(json.dumps({"tried": times, "failed": failed}))
+"""
+
+
 SYNCED = r"""
 import logging, os, signal, sys
 import keras
@@ -206,7 +328,7 @@ for i, way in enumerate(ways):
         synced = {int(line) for line in file}
     new = {inode: path for inode, path in there().items() if inode not in before}
     for inode, path in new.items():
-        if not path.endswith("/.lock"):  # nothing is in it
+        if not path.endswith(".lock"):  # nothing is in it
             assert inode in synced, (i, path)
             assert os.stat(os.path.dirname(path)).st_ino in synced, (i, path)
     assert new, i
@@ -231,6 +353,11 @@ def run(code: str, root: Path, *arguments: str) -> str:
 def test_failing_saves_tell_and_leave_everything_as_it_was(tmp_path: Path) -> None:
     times = 1000 if SOAK else 112
     assert f'"failed": {times}' in run(SCRIPT, tmp_path, str(times))
+
+
+def test_failing_checkpoints_leave_the_newest(tmp_path: Path) -> None:
+    times = 1000 if SOAK else 112
+    assert f'"tried": {times}' in run(CHECKPOINTS, tmp_path, str(times))
 
 
 def test_everything_that_is_new_reaches_stable_storage(tmp_path: Path) -> None:

@@ -66,13 +66,8 @@ class Ledger:
         self.entries = [Entry(*row) for row in found["checkpoints"]]
         adopted: set[str] = set()
         for pending in found["pending"]:
-            entry = Entry(*pending["entry"])
-            if not pending.get("atomic", True):  # nobody knows how much of it was written
-                if self._identity(entry.name) != pending["before"]:
-                    self.entries = [e for e in self.entries if e.name != entry.name]
-            elif entry.name not in adopted and self._identity(entry.name) not in (None, pending["before"]):
-                adopted.add(entry.name)  # the next of this name would not have begun before this one was confirmed
-                self.entries.append(entry)
+            if pending["entry"][0] not in adopted and self._adopt(pending):
+                adopted.add(pending["entry"][0])  # the next of this name would not have begun before this was confirmed
         self.entries = _last_of_each(e for e in self.entries if self._identity(e.name) is not None)
         kept = {e.name for e in self.entries}
         self._doomed = [name for name in found["deleting"] if name not in kept]
@@ -109,8 +104,29 @@ class Ledger:
         return pending
 
     def abandon(self, pending: dict[str, Any]) -> None:
-        """The save came to nothing."""
+        """The save failed. Its file may be in its place all the same: what failed came after that."""
+        self._drop(pending)
+        if self._adopt(pending):
+            self.entries = _last_of_each(self.entries)
+
+    def _drop(self, pending: dict[str, Any]) -> None:
+        """It is no longer under way; others of the name come after what is there now."""
+        name = pending["entry"][0]
         self._pending = [p for p in self._pending if p is not pending]
+        for other in self._pending:
+            if other["entry"][0] == name:
+                other["before"] = self._identity(name)
+
+    def _adopt(self, pending: dict[str, Any]) -> bool:
+        """Takes a save that nobody confirmed for one of the complete ones, if its file is in its place."""
+        entry = Entry(*pending["entry"])
+        if self._identity(entry.name) in (None, pending["before"]):
+            return False
+        if not pending.get("atomic", True):  # nobody knows how much of it was written
+            self.entries = [e for e in self.entries if e.name != entry.name]
+            return False
+        self.entries.append(entry)
+        return True
 
     def confirm(
         self,
@@ -126,7 +142,7 @@ class Ledger:
         Returns:
             The names of the deleted ones.
         """
-        self.abandon(pending)
+        self._drop(pending)
         name, step, metric, _ = pending["entry"]
         self.entries = _last_of_each([*self.entries, Entry(name, step, metric, time.time())])
         doomed = plan_retention(
@@ -135,9 +151,6 @@ class Ledger:
         self.entries = [e for e in self.entries if e.name not in doomed]
         kept = {e.name for e in self.entries}
         self._doomed = sorted({*self._doomed, *doomed} - kept)
-        for other in self._pending:
-            if other["entry"][0] == name:
-                other["before"] = self._identity(name)
         self.write(durable=durable)
         return self._delete()
 

@@ -286,6 +286,10 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             ledger.abandon(pending)
             if self.save_best_only:
                 self.best = self._better(self._threshold, *ledger.scores())
+            try:
+                ledger.write(durable=self.durable)
+            except OSError as error:  # the next save writes it; what the save raised is told already
+                logger.warning("cannot write '%s': %s", ledger.path, error)
 
     def _better(self, *scores: float | None) -> float | None:
         """The best of those that are scores."""
@@ -341,7 +345,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if owner is not None and owner._held is not None:
             owner._held.release()
             owner._held = None
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _durable.directories(path, durable=self.durable):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             self._held = FileLock(Path(path))
         except BlockingIOError:
