@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -284,6 +285,55 @@ def test_another_training_with_the_same_file_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["m.keras"]
 
 
+def test_a_damaged_account_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / ".m.keras.checkpoints.json").write_text("{}")
+    callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, remember=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="move it away"):
+            fit(model(), callback)
+        FileLock(tmp_path / ".m.keras.lock").release()
+    assert names(tmp_path) == []
+
+
+def test_what_others_saved_meanwhile_counts(tmp_path: Path) -> None:
+    first, other = (ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, remember=True) for _ in range(2))
+    fit(model(), Scores([0.5]), first)
+    fit(model(), Scores([0.1]), other)
+    fit(model(), Scores([0.4]), first)
+    assert first.best == other.best == 0.1
+    assert len(first.history) == 1
+    with pytest.raises(CheckpointError, match="Two ModelCheckpoints of one `fit`"):
+        fit(model(), Scores([0.5]), first, other)
+
+
+def test_the_account_knows_the_direction_from_the_first_score_on(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    callback = ModelCheckpoint(path, "loss", save_best_only=True, save_freq=3, remember=True)
+    fit(model(), callback)  # four batches: one save
+    assert [r["reason"] for r in callback.history] == ["batch"]
+    assert best_checkpoint(path) == str(path)
+    again = ModelCheckpoint(path, "loss", save_best_only=True, remember=True)
+    made = model()
+    made.fit(floats(32, 6), floats(32, 1) + 100, verbose=0, callbacks=[again])
+    assert again.history == []
+    assert again.best == callback.best
+
+
+@pytest.mark.filterwarnings("ignore:Can save best model only")
+def test_a_score_that_is_none(tmp_path: Path) -> None:
+    scores = Scores([float("nan"), 0.5, float("nan"), np.array([9.0, 9.0])])
+    callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, remember=True)
+    fit(model(), scores, callback, epochs=4)
+    assert [r["epoch"] for r in callback.history] == [0, 1]
+    assert saved(load_model(tmp_path / "m.keras")) == scores.states[2]
+
+
+def test_what_only_has_arguments_of_keras_can_be_pickled(tmp_path: Path) -> None:
+    callback = pickle.loads(pickle.dumps(ModelCheckpoint(tmp_path / "m.keras")))
+    fit(model(), callback)
+    assert names(tmp_path) == ["m.keras"]
+
+
 @pytest.mark.filterwarnings("ignore:Can save best model only")
 def test_nothing_without_a_score_takes_the_place_of_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scores, path = Scores([0.5, 0.9]), tmp_path / "m.keras"
@@ -447,6 +497,56 @@ def test_no_signal_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_two_callbacks_give_a_signal_back(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    callbacks = [ModelCheckpoint(tmp_path / f"{i}.keras", save_on_signal=[signal.SIGUSR1]) for i in range(2)]
+
+    def fail() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        raise RuntimeError("as if")
+
+    try:
+        fit(model(), *callbacks)
+        assert signal.getsignal(signal.SIGUSR1) is handler
+        with pytest.raises(KeyboardInterrupt):  # the signal's answer, after both have let go
+            fit(model(), At(1, fail), *callbacks)
+        assert signal.getsignal(signal.SIGUSR1) is handler
+        assert seen == [signal.SIGUSR1]
+        for i in range(2):
+            FileLock(tmp_path / f".{i}.keras.lock").release()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_save_that_fails_before_a_signal_ends_training_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handler(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    def full(self: Any, *args: Any) -> None:
+        raise OSError("the disk is full")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    at = At(1, lambda: signal.raise_signal(signal.SIGUSR1))
+    callback = ModelCheckpoint(tmp_path / "m.keras", save_on_signal=[signal.SIGUSR1], save_on_exception=True)
+    monkeypatch.setattr(ModelCheckpoint, "_write", full)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            fit(model(), at, callback)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "nothing could be saved after a signal: OSError: the disk is full" in caplog.text
+    assert "m-interrupted.keras" in raised.value.__notes__[0]  # it tried once more, elsewhere
+    assert saved(load_model(tmp_path / "m-interrupted.keras")) == at.state
 
 
 @pytest.mark.parametrize("how", ["exception", "signal"])

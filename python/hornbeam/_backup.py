@@ -249,7 +249,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             "callbacks": [(type(c).__name__, _callback_state(c)) for c in self._others],
         }
         if not self._manager.asynchronous and any(getattr(c, "asynchronous", False) for c in self._others):
-            _async.finish()  # a backup must not be newer than the best model that it is of
+            with self._manager.together():
+                _async.finish()  # a backup must not be newer than the best model that it is of
         self._manager.save(self._number, model, extra={"fit": state})
         self._number += 1
         self._note_paths()

@@ -445,8 +445,9 @@ def watch_fit() -> None:
                 raise
             finally:
                 fits.pop()
-                for watcher in watchers:
-                    watcher.fit_ended()
+                with contextlib.ExitStack() as stack:  # the last to come is the first to go, and all do
+                    for watcher in watchers:
+                        stack.callback(watcher.fit_ended)
 
         fit.__hornbeam__ = True  # type: ignore[attr-defined]
         owner.fit = fit

@@ -66,6 +66,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         CheckpointError: When training begins, and another process trains with the same `filepath`.
     """
 
+    best: Any
+
     def __init__(
         self,
         filepath: str | os.PathLike[str],
@@ -118,8 +120,9 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         self.timeout = timeout
         self._group: _processes.Group | None = None
         self._ledger: Ledger | None = None
-        self._recalled = False
-        self._lock = threading.RLock()  # the writer's thread confirms
+        # The writer's thread confirms. Keras' own callback can be pickled.
+        self._lock: Any = threading.RLock() if self._extended else None
+        self._watched = False  # `fit` tells how it ends
         self._failure: BaseException | None = None
         self._threshold = initial_value_threshold
         self._told: set[str] = set()
@@ -138,15 +141,18 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_begin(logs)
         if not self._extended:
             return
-        self._claim()
-        self._recall()  # before the chief can save anything
-        self._group = _processes.assemble(Path(self._account().meeting), self.timeout)
-        self._saved_at = time.monotonic()
         watchers = _keras.fit_watchers()
+        rivals = [w for w in watchers or () if isinstance(w, ModelCheckpoint) and w.filepath == self.filepath]
+        self._watched = watchers is not None
         if watchers is not None:
             watchers.append(self)
         elif self.save_on_exception or self.save_on_signal:
             logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
+        self._group = _processes.assemble(Path(self._account().meeting), self.timeout)
+        with self._together(True):  # before the chief can save anything
+            self._claim(rivals)
+            self._recall()
+        self._saved_at = time.monotonic()
         self._catch_signals()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -176,7 +182,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             if self.asynchronous:
                 _async.wait()
             self._raise_failure()
-        self.fit_ended()
+        if not self._watched:
+            self.fit_ended()
 
     def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         if self._extended:
@@ -188,12 +195,17 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             super()._save_model(epoch, batch, logs)
 
     def _should_save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, filepath: str) -> bool:
-        scored = self._extended and self.save_best_only and self._better(*self._account().scores()) is not None
-        if scored and self.monitor not in (logs or {}):
-            self._tell_once(f"without '{self.monitor}' nothing is saved over the best model")
-            return False
-        if self.save_best_only and self.best is not None and self.monitor_op is None and self._extended:
-            self._set_monitor_op()  # Keras does it at the end of the first epoch; a recalled score is compared before
+        if self._extended and self.save_best_only:
+            with self._lock:
+                best = self._better(*self._account().scores())
+            if _number((logs or {}).get(self.monitor)) is not None:
+                if self.monitor_op is None:
+                    self._set_monitor_op()  # Keras does it at the end of the first epoch
+                if self.best is not None and self.best != self.best:
+                    self.best = None  # everything is better than NaN
+            elif best is not None:
+                self._tell_once(f"without '{self.monitor}' nothing is saved over the best model")
+                return False
         return bool(super()._should_save_model(epoch, batch, logs, filepath))
 
     # ---- saving ----
@@ -201,15 +213,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     @contextlib.contextmanager
     def _together(self, meet: bool) -> Iterator[None]:
         """Ends when every process is here; what one of them raises fails all."""
-        if self._group is None or not meet:
+        with self._group.together() if self._group is not None and meet else contextlib.nullcontext():
             yield
-            return
-        try:
-            yield
-        except BaseException as error:
-            self._group.meet(failed=f"{type(error).__name__}: {error}")
-            raise
-        self._group.meet()
 
     def _save(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> None:
         """As Keras' `_save_model`, with all that was asked for."""
@@ -230,6 +235,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if self.monitor_op is None and self._rules["keep_best"] is not None:
             self._set_monitor_op()
         if not _processes.is_chief():
+            self._saved_at = time.monotonic()
             return
         try:
             self._write(filepath, epoch, batch, _number(logs.get(self.monitor)), reason)
@@ -250,6 +256,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             if self.monitor_op is not None:
                 ledger.mode = "max" if self.monitor_op is keras.ops.greater else "min"
             pending = ledger.begin(path, record["step"], metric, durable=self.durable)
+            if self.save_best_only and metric is not None:  # an earlier save may have failed since it was compared
+                self.best = self._better(self.best, metric)
         since = time.perf_counter()
         try:
             # A save after a signal has to be complete before the signal goes its way.
@@ -336,8 +344,10 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._ledger.monitor = self.monitor
         return self._ledger
 
-    def _claim(self) -> None:
+    def _claim(self, rivals: list[ModelCheckpoint]) -> None:
         """Keeps other processes from the checkpoints; from a `fit` of this one that was interrupted, takes them."""
+        if rivals:
+            raise CheckpointError(f"Two ModelCheckpoints of one `fit` would write over each other: '{self.filepath}'.")
         if (self._held is not None and self._held.held) or not _processes.is_chief():
             return
         path = self._account().lock
@@ -357,9 +367,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         _owners[path] = self
 
     def _recall(self) -> None:
-        """Goes on where an earlier process was; once."""
-        recalled, self._recalled = self._recalled, True
-        if recalled or not self.remembers:
+        """Goes on where an earlier training was, of this process or another."""
+        if not self.remembers:
             return
         ledger = self._account()
         known = ledger.read()
@@ -399,8 +408,11 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         failed = self._settle()
         try:
             self._rescue(epoch, batch, logs, "signal")
-        finally:
             self._answering = True
+        except BaseException as error:  # the signal may leave no chance to tell
+            logger.error("nothing could be saved after a signal: %s: %s", type(error).__name__, error)
+            raise
+        finally:
             while self._signals:
                 number = self._signals.pop(0)
                 handler = self._handlers[number]
@@ -482,8 +494,9 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if self._held is not None:
             self._held.release()
             self._held = None
-        while self._signals:
-            signal.raise_signal(self._signals.pop(0))
+        with contextlib.ExitStack() as stack:
+            while self._signals:
+                stack.callback(signal.raise_signal, self._signals.pop())
 
 
 def _number(value: Any) -> float | None:

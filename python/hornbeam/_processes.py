@@ -6,13 +6,14 @@ only a strategy starts. Files need nothing but the directory that the checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
+import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def refuse_remote(variables: Iterable[Any]) -> None:
 class Group:
     """The processes of a training, which meet at a shared directory.
 
-    Each has a file there with its nonce, the run's identity and the number of its last meeting. What an earlier run
-    left is of another identity: the chief chooses it, and tells it with the nonces of those it is meant for.
+    To join, each leaves a nonce there. The chief chooses an identity, and tells it with the nonces of those it is meant
+    for: what an earlier run left is of another one. The files of the meetings, with the number of each process's last
+    one, are in a folder of that name, so that whoever joins again disturbs nobody who still looks for the last meeting.
     """
 
     def __init__(self, directory: Path, place: Place, timeout: float) -> None:
@@ -110,12 +112,26 @@ class Group:
         directory.mkdir(parents=True, exist_ok=True)
         if place.rank == 0:
             self._run = secrets.token_hex(8)
-            self._tell()
+            (directory / self._run).mkdir()
             self._wait(self._gather, "join")
+            for left in directory.iterdir():  # everybody is here
+                if left.is_dir() and left.name != self._run:
+                    shutil.rmtree(left, ignore_errors=True)
         else:
-            self._tell()
+            said = json.dumps({"nonce": self._nonce})
+            _core.write_file(directory / f"process-{place.rank}.json", said.encode())
             self._wait(self._join, "lead")
         self._tell()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends when every process is here; what one of them raises fails all."""
+        try:
+            yield
+        except BaseException as error:
+            self.meet(failed=f"{type(error).__name__}: {error}")
+            raise
+        self.meet()
 
     def meet(self, *, failed: str | None = None) -> None:
         """Says that this process is here, and waits until all are.
@@ -134,23 +150,20 @@ class Group:
             self._wait(self._all_here, "come to save")
 
     def _file(self, rank: int) -> Path:
-        return self._directory / f"process-{rank}.json"
+        return self._directory / self._run / f"{rank}.json"
 
     def _tell(self) -> None:
-        said = {"nonce": self._nonce, "run": self._run, "met": self._met, "failures": self._failures}
+        said = {"met": self._met, "failures": self._failures}
         _core.write_file(self._file(self._place.rank), json.dumps(said).encode())
 
-    def _heard(self, rank: int) -> dict[str, Any]:
-        return _read(self._file(rank))
-
     def _gather(self) -> list[int]:
-        """Of the chief: tells everybody's nonce back with the identity; who does not answer with it is missing."""
-        heard = {rank: self._heard(rank) for rank in range(1, self._place.count)}
-        nonces = {str(rank): said.get("nonce") for rank, said in heard.items()}
+        """Of the chief: tells everybody's nonce back with the identity; who does not answer there is missing."""
+        others = range(1, self._place.count)
+        nonces = {str(rank): _read(self._directory / f"process-{rank}.json").get("nonce") for rank in others}
         told = {"run": self._run, "nonces": nonces}
         if _read(self._directory / "run.json") != told:
             _core.write_file(self._directory / "run.json", json.dumps(told).encode())
-        return [rank for rank, said in heard.items() if said.get("run") != self._run]
+        return [rank for rank in others if not _read(self._file(rank))]
 
     def _join(self) -> list[int]:
         told = _read(self._directory / "run.json")
@@ -164,8 +177,8 @@ class Group:
         for rank in range(self._place.count):
             if rank == self._place.rank:
                 continue
-            said = self._heard(rank)
-            if said.get("run") != self._run or said["met"] < self._met:
+            said = _read(self._file(rank))
+            if said.get("met", -1) < self._met:
                 missing.append(rank)
             elif (why := said["failures"].get(str(self._met))) is not None:
                 raise CheckpointError(f"process {rank} could not save: {why}")
@@ -184,9 +197,6 @@ class Group:
             pause = min(2 * pause, 0.2)
 
 
-_turns: Counter[tuple[str, int]] = Counter()
-
-
 def assemble(directory: Path, timeout: float | None) -> Group | None:
     """Has the processes of a training meet, which may do so again and again in this directory.
 
@@ -203,11 +213,7 @@ def assemble(directory: Path, timeout: float | None) -> Group | None:
     place = current()
     if timeout is None or place.count == 1 or place.rank < 0:
         return None
-    # By turns in two folders: somebody may still be looking for the last meeting of the group before this one.
-    key = (os.path.realpath(directory), place.rank)
-    group = Group(directory / str(_turns[key] % 2), place, timeout)
-    _turns[key] += 1
-    return group
+    return Group(directory, place, timeout)
 
 
 def _read(path: Path) -> dict[str, Any]:

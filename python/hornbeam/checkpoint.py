@@ -183,17 +183,11 @@ class CheckpointManager:
         """Deletes the directory, when every process of the training has asked for it, and closes."""
         self._open()
         self.wait()
-        if self._group is not None:
-            self._group.meet()
-        try:
+        with self.together():
+            pass
+        with self.together():  # nobody opens it anew while it is being deleted
             if self._place.rank == 0:
                 self._delete_directory()
-        except BaseException as error:
-            if self._group is not None:
-                self._group.meet(failed=f"{type(error).__name__}: {error}")
-            raise
-        if self._group is not None:
-            self._group.meet()  # nobody opens it anew while it is being deleted
         self.close()
 
     def _delete_directory(self) -> None:
@@ -201,7 +195,10 @@ class CheckpointManager:
             self._write_manifest([])  # killed from here on, the directory is one without checkpoints
             for path in self._directories():
                 shutil.rmtree(path)
-            shutil.rmtree(self.directory)
+            if os.path.ismount(self.directory):  # it stays, and they meet in it
+                (self.directory / _MANIFEST).unlink()
+            else:
+                shutil.rmtree(self.directory)
 
     def wait(self) -> None:
         """Waits for what is being written or deleted.
@@ -372,25 +369,24 @@ class CheckpointManager:
         if self.keep_best is not None and self.monitor not in numbers:
             raise ValueError(f"`keep_best` needs '{self.monitor}'. Received: metrics={dict(metrics or {})}")
         self._open()
-        self.wait()
-        self.all()  # raises where somebody took the manifest away, before anything is written
-        optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and model.built and not optimizer.built:  # so that it fits a model that was trained
-            optimizer.build(model.trainable_variables)
-        if self._group is None:
-            return self._save(step, model, numbers, extra or {}, self.asynchronous)
-        _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
-        self._group.meet()  # nobody still restores the one before, or looks for it
-        if self._place.rank != 0:
-            self._group.meet()
-            return next((c for c in self.all() if c.step == step), None)
-        try:
-            saved = self._save(step, model, numbers, extra or {}, False)
-        except BaseException as error:
-            self._group.meet(failed=f"{type(error).__name__}: {error}")
-            raise
-        self._group.meet()
-        return saved
+        with self.together():  # after that nobody still restores the one before, or looks for it
+            self.wait()
+            self.all()  # raises where somebody took the manifest away, before anything is written
+            optimizer = getattr(model, "optimizer", None)
+            if optimizer is not None and model.built and not optimizer.built:  # to fit a model that was trained
+                optimizer.build(model.trainable_variables)
+            if self._group is not None:
+                _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
+        if self._place.rank == 0:
+            with self.together():
+                return self._save(step, model, numbers, extra or {}, self.asynchronous and self._group is None)
+        with self.together():
+            pass
+        return next((c for c in self.all() if c.step == step), None)
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """A block that ends when every process of the training is there; what one of them raises in it fails all."""
+        return contextlib.nullcontext() if self._group is None else self._group.together()
 
     def _save(
         self, step: int, model: Any, metrics: dict[str, float], extra: Mapping[str, Any], asynchronous: bool
@@ -512,9 +508,9 @@ class CheckpointManager:
         self._opened = True
 
     def _meeting(self) -> Path:
-        """Where several processes meet: beside the directory, which may be deleted meanwhile."""
+        """Where several processes meet: beside the directory, which may be deleted meanwhile, if they share that."""
         real = Path(os.path.realpath(self.directory))
-        return real.with_name(f".{real.name}.processes")
+        return real / ".processes" if os.path.ismount(real) else real.with_name(f".{real.name}.processes")
 
     def _take(self) -> None:
         with _durable.directories(self.directory / _LOCK, durable=self.durable):

@@ -344,6 +344,8 @@ def unseeded(dataset: Any) -> str | None:
     """Why a `tf.data.Dataset` gives other data after a restart, as far as can be seen."""
     import tensorflow as tf
 
+    if dataset.options().deterministic is False:
+        return "it may give its elements in any order (its options say `deterministic = False`)"
     seen, queue = set(), [dataset]
     while queue:
         inner = queue.pop()
@@ -353,7 +355,7 @@ def unseeded(dataset: Any) -> str | None:
         seeds = (getattr(inner, "_seed", None), getattr(inner, "_seed2", None))
         if all(seed is not None and int(seed) == 0 for seed in seeds):
             return "it shuffles without a seed; pass `seed=` to `shuffle`"
-        if getattr(inner, "_deterministic", None) == "false" or inner.options().deterministic is False:
+        if getattr(inner, "_deterministic", None) == "false":
             return "it may give its elements in any order (`deterministic=False`)"
         queue.extend(inner._inputs() if hasattr(inner, "_inputs") else [])
     try:
