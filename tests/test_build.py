@@ -267,7 +267,13 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
 def test_the_walk_joins_paths_as_keras_does(path: Any) -> None:
     from keras.src.utils import file_utils
 
-    assert _keras._FileUtils(file_utils).join(path, "b") == file_utils.join(path, "b")
+    def outcome(join: Any) -> Any:
+        try:
+            return join(path, "b")
+        except ValueError as error:  # remote paths need TensorFlow
+            return str(error)
+
+    assert outcome(_keras._FileUtils(file_utils).join) == outcome(file_utils.join)
 
 
 class Injected(BaseException):

@@ -664,6 +664,7 @@ def test_an_error_of_the_writer_ends_training(epochs: int, tmp_path: Path) -> No
     _async.wait()
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="there is room for one copy: the second save waits for the first")
 def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     callback = ModelCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, asynchronous=True)
     callback.set_model(model())
