@@ -132,11 +132,11 @@ def test_a_directory_is_used_again_and_again(how: str, tmp_path: Path, monkeypat
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
     done = [0, 0]
 
-    def slow(path: Any, *args: Any, **kwargs: Any) -> None:
+    def watched(path: Any, *args: Any, **kwargs: Any) -> None:
         assert min(done) == max(done), "the other one did not wait"
         original(path, *args, **kwargs)
 
-    monkeypatch.setattr(shutil, "rmtree", slow)
+    monkeypatch.setattr(shutil, "rmtree", watched)
 
     def work(rank: int) -> None:
         local.rank = rank

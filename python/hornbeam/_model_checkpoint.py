@@ -347,7 +347,9 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     def _claim(self, rivals: list[ModelCheckpoint]) -> None:
         """Keeps other processes from the checkpoints; from a `fit` of this one that was interrupted, takes them."""
         if rivals:
-            raise CheckpointError(f"Two ModelCheckpoints of one `fit` would write over each other: '{self.filepath}'.")
+            raise CheckpointError(
+                f"Two ModelCheckpoints of one `fit` would write over each other: '{self.filepath}'. Give each its own."
+            )
         if (self._held is not None and self._held.held) or not _processes.is_chief():
             return
         path = self._account().lock

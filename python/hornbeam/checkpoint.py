@@ -377,11 +377,9 @@ class CheckpointManager:
                 optimizer.build(model.trainable_variables)
             if self._group is not None:
                 _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
-        if self._place.rank == 0:
-            with self.together():
-                return self._save(step, model, numbers, extra or {}, self.asynchronous and self._group is None)
         with self.together():
-            pass
+            if self._place.rank == 0:
+                return self._save(step, model, numbers, extra or {}, self.asynchronous and self._group is None)
         return next((c for c in self.all() if c.step == step), None)
 
     def together(self) -> contextlib.AbstractContextManager[None]:
