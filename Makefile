@@ -17,8 +17,8 @@ RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs ru
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
 MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py
-BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_checkpoint.py \
-  tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_keras_suite.py::test_our_model_checkpoint
+BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_rescue.py \
+  tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_keras_suite.py::test_our_model_checkpoint
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build

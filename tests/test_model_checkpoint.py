@@ -1,4 +1,4 @@
-"""`hornbeam.callbacks.ModelCheckpoint`: Keras' behaviour, retention, memory, signals and exceptions."""
+"""`hornbeam.callbacks.ModelCheckpoint`: Keras' behaviour, retention, memory, errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import logging
 import os
 import pickle
-import signal
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +18,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from keras import layers
 
 import hornbeam
 from helpers import saved, script
@@ -32,55 +29,11 @@ from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoi
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.saving import load_model
 from test_async import held
-from zoo import TRAINABLE_BACKEND, chain, floats
+from training import At, Scores, fit, hidden, model, names
+from zoo import TRAINABLE_BACKEND, floats
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
-
-
-class Scores(keras.callbacks.Callback):
-    """Says what `val_loss` was, and notes the state of the model, at the end of every epoch."""
-
-    def __init__(self, scores: list[float]) -> None:
-        super().__init__()
-        self.scores = scores
-        self.states: dict[int, Any] = {}
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs["val_loss"] = self.scores[epoch]
-        self.states[epoch + 1] = saved(self.model)
-
-
-class At(keras.callbacks.Callback):
-    """Does something after one batch, counted through all epochs."""
-
-    def __init__(self, batch: int, action: Callable[[], Any]) -> None:
-        super().__init__()
-        self.left, self.action = batch, action
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self.left == 0:
-            self.state = saved(self.model)
-            self.action()
-        self.left -= 1
-
-
-def model(**arguments: Any) -> Any:
-    made = chain(layers.Dense(8), layers.Dense(1))
-    made.compile("adam", "mse", **arguments)
-    return made
-
-
-def fit(made: Any, *callbacks: Any, epochs: int = 1) -> Any:
-    return made.fit(floats(32, 6), floats(32, 1), batch_size=8, epochs=epochs, verbose=0, callbacks=list(callbacks))
-
-
-def names(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-
-
-def hidden(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.name.startswith("."))
 
 
 def test_without_our_arguments_nothing_but_the_files_is_there(tmp_path: Path) -> None:
@@ -370,269 +323,6 @@ def test_the_best_of_a_directory(tmp_path: Path) -> None:
         best_checkpoint(tmp_path)
     assert best_checkpoint(tmp_path / "a-{epoch}.keras") == str(tmp_path / "a-1.keras")
     assert latest_checkpoint(tmp_path) == str(tmp_path / "c-1.keras")
-
-
-# ---- signals and exceptions ----
-
-
-class Stopped(BaseException):
-    """What a signal's handler ends training with."""
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("best_only", [False, True])
-def test_a_signal_saves_and_goes_its_way(asynchronous: bool, best_only: bool, tmp_path: Path) -> None:
-    def handler(number: int, frame: Any) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    try:
-        path = tmp_path / "m.keras"
-        at = At(5, lambda: signal.raise_signal(signal.SIGUSR1))
-        callback = ModelCheckpoint(
-            path,
-            save_best_only=best_only,
-            asynchronous=asynchronous,
-            save_on_signal=[signal.SIGUSR1],
-            save_on_exception=True,
-        )
-        scores = Scores([0.5, 0.4])
-        with pytest.raises(Stopped):
-            fit(model(), at, scores, callback, epochs=2)
-        assert signal.getsignal(signal.SIGUSR1) is handler
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    rescued = tmp_path / ("m-interrupted.keras" if best_only else "m.keras")
-    assert saved(load_model(rescued)) == at.state
-    assert callback.history[-1]["reason"] == "signal"
-    assert latest_checkpoint(path) == str(rescued)
-    if best_only:
-        assert saved(load_model(path)) == scores.states[1]
-        assert best_checkpoint(path) == str(path)
-    assert names(tmp_path) == sorted({"m.keras", rescued.name})
-
-
-TERMINATED = r"""
-import os, signal, sys
-import keras, numpy as np
-from hornbeam.callbacks import ModelCheckpoint
-
-path, best_only, asynchronous = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
-inputs = keras.Input((6,))
-model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(8)(inputs)))
-model.compile("adam", "mse")
-
-class Terminate(keras.callbacks.Callback):  # as a cluster does, in the middle of the second epoch
-    def on_train_batch_end(self, batch, logs=None):
-        if int(self.model.optimizer.iterations) == 6:  # self.model: JAX holds the state elsewhere meanwhile
-            np.savez(path + ".npz", *self.model.get_weights())
-            os.kill(os.getpid(), signal.SIGTERM)
-
-checkpoint = ModelCheckpoint(
-    path, "loss", save_best_only=best_only, asynchronous=asynchronous, save_on_signal=[signal.SIGTERM]
-)
-x, y = np.random.rand(32, 6), np.random.rand(32, 1)
-model.fit(x, y, batch_size=8, epochs=50, verbose=0, callbacks=[Terminate(), checkpoint])
-"""
-
-
-@pytest.mark.parametrize(("asynchronous", "best_only"), [(False, True), (True, False)])
-def test_a_terminated_training_leaves_its_last_step(asynchronous: bool, best_only: bool, tmp_path: Path) -> None:
-    path = tmp_path / "m.keras"
-    done = script(TERMINATED, path, best_only, asynchronous)
-    assert done.returncode == -signal.SIGTERM, done.stderr[-3000:]
-    rescued = latest_checkpoint(path)
-    assert rescued == str(tmp_path / ("m-interrupted.keras" if best_only else "m.keras"))
-    loaded = load_model(rescued)
-    with np.load(f"{path}.npz") as expected:
-        for ours, theirs in zip(loaded.get_weights(), expected.values(), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-    assert int(loaded.optimizer.iterations) == 6
-
-
-def test_a_signal_that_is_survived(tmp_path: Path) -> None:
-    seen: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-    try:
-        callback = ModelCheckpoint(tmp_path / "{epoch}-{val_loss}.keras", save_on_signal=[signal.SIGUSR1])
-        actions = [At(n, lambda: signal.raise_signal(signal.SIGUSR1)) for n in (1, 6)]
-        fit(model(), *actions, Scores([0.5, 0.4]), callback, epochs=2)
-        assert seen == [signal.SIGUSR1] * 2
-        signal.raise_signal(signal.SIGUSR1)
-        assert len(seen) == 3
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    # The pattern has a metric that there is not after a batch.
-    assert names(tmp_path) == ["1-0.5.keras", "2-0.4.keras", "interrupted.keras"]
-
-
-def test_no_signal_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    numbers = [signal.SIGUSR1, signal.SIGUSR2]
-    before = [signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers]
-
-    def both() -> None:
-        for number in numbers:
-            signal.raise_signal(number)
-
-    def fail() -> None:
-        both()
-        raise RuntimeError("as if")
-
-    try:
-        callback = ModelCheckpoint(tmp_path / "m.keras", save_on_signal=numbers, asynchronous=True)
-        fit(model(), At(1, both), callback)  # before the next batch's end
-        assert seen == numbers
-        assert [r["reason"] for r in callback.history] == ["signal", "epoch"]
-        with pytest.raises(RuntimeError, match="as if"):
-            fit(model(), At(1, fail), callback)
-        assert seen == numbers * 2
-        original = _async.wait
-        monkeypatch.setattr(_async, "wait", lambda: (original(), both()))  # when training waits for its last save
-        fit(model(), callback)
-        monkeypatch.undo()
-        assert seen == numbers * 3
-        fit(model(), callback)
-        assert seen == numbers * 3
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def test_two_callbacks_give_a_signal_back(tmp_path: Path) -> None:
-    seen: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    callbacks = [ModelCheckpoint(tmp_path / f"{i}.keras", save_on_signal=[signal.SIGUSR1]) for i in range(2)]
-
-    def fail() -> None:
-        signal.raise_signal(signal.SIGUSR1)
-        raise RuntimeError("as if")
-
-    try:
-        fit(model(), *callbacks)
-        assert signal.getsignal(signal.SIGUSR1) is handler
-        with pytest.raises(KeyboardInterrupt):  # the signal's answer, after both have let go
-            fit(model(), At(1, fail), *callbacks)
-        assert signal.getsignal(signal.SIGUSR1) is handler
-        assert seen == [signal.SIGUSR1]
-        for i in range(2):
-            FileLock(tmp_path / f".{i}.keras.lock").release()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-def test_a_save_that_fails_before_a_signal_ends_training_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def handler(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    def full(self: Any, *args: Any) -> None:
-        raise OSError("the disk is full")
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    at = At(1, lambda: signal.raise_signal(signal.SIGUSR1))
-    callback = ModelCheckpoint(tmp_path / "m.keras", save_on_signal=[signal.SIGUSR1], save_on_exception=True)
-    monkeypatch.setattr(ModelCheckpoint, "_write", full)
-    try:
-        with pytest.raises(KeyboardInterrupt) as raised:
-            fit(model(), at, callback)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert "nothing could be saved after a signal: OSError: the disk is full" in caplog.text
-    assert "m-interrupted.keras" in raised.value.__notes__[0]  # it tried once more, elsewhere
-    assert saved(load_model(tmp_path / "m-interrupted.keras")) == at.state
-
-
-@pytest.mark.parametrize("how", ["exception", "signal"])
-def test_an_earlier_failure_keeps_nobody_from_saving_once_more(how: str, tmp_path: Path) -> None:
-    seen: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-    release = held()
-
-    def act() -> None:
-        for path in tmp_path.glob(".m-1.keras.*.hornbeam-tmp"):
-            path.unlink()
-        release.__exit__(None, None, None)
-        if how == "exception":
-            raise RuntimeError("as if")
-        signal.raise_signal(signal.SIGUSR1)
-
-    at = At(4, act)  # the first batch after the save of the first epoch
-    callback = ModelCheckpoint(
-        tmp_path / "m-{epoch}.keras", asynchronous=True, save_on_exception=True, save_on_signal=[signal.SIGUSR1]
-    )
-    release.__enter__()
-    try:
-        with pytest.raises(RuntimeError if how == "exception" else OSError) as raised:
-            fit(model(), at, callback, epochs=3)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    rescued = tmp_path / ("m-interrupted.keras" if how == "exception" else "m-2.keras")
-    assert saved(load_model(rescued)) == at.state
-    if how == "exception":
-        assert "A save before this had failed: StorageFileNotFoundError" in raised.value.__notes__[0]
-        assert f"was saved to '{rescued}'" in raised.value.__notes__[1]
-    else:
-        assert seen == [signal.SIGUSR1]
-
-
-def test_ctrl_c_after_a_survived_signal_saves(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    interrupted = At(2, interrupt)
-    callback = ModelCheckpoint(tmp_path / "m.keras", save_on_exception=True, save_on_signal=[signal.SIGUSR1])
-    try:
-        with pytest.raises(KeyboardInterrupt) as raised:
-            fit(model(), At(0, lambda: signal.raise_signal(signal.SIGUSR1)), interrupted, callback)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert "m-interrupted.keras" in raised.value.__notes__[0]
-    assert saved(load_model(tmp_path / "m-interrupted.keras")) == interrupted.state
-
-
-def test_an_exception_saves_beside_the_others(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise RuntimeError("as if")
-
-    at, scores = At(6, fail), Scores([0.5, 0.4])
-    callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, save_on_exception=True)
-    with pytest.raises(RuntimeError, match="as if") as raised:
-        fit(model(), at, scores, callback, epochs=2)
-    assert (
-        raised.value.__notes__[-1] == f"The state of the model at this point was saved to '{callback._ledger.rescue}'."
-    )
-    assert names(tmp_path) == ["m-interrupted.keras", "m.keras"]
-    assert saved(load_model(tmp_path / "m.keras")) == scores.states[1]
-    assert saved(load_model(tmp_path / "m-interrupted.keras")) == at.state
-
-
-def test_an_exception_whose_state_cannot_be_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = model()
-
-    def fail() -> None:
-        made.layers[-1].get_config = lambda: 1 / 0
-        raise RuntimeError("as if")
-
-    with pytest.raises(RuntimeError, match="as if") as raised:
-        fit(
-            made,
-            At(6, fail),
-            Scores([0.5] * 2),
-            ModelCheckpoint(tmp_path / "m.keras", save_on_exception=True),
-            epochs=2,
-        )
-    assert "Nothing could be saved after this: ZeroDivisionError" in raised.value.__notes__[-1]
-    assert "Nothing could be saved" in caplog.text
-    assert names(tmp_path) == ["m.keras"]
 
 
 # ---- errors ----
