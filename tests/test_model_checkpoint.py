@@ -255,7 +255,7 @@ def test_what_others_saved_meanwhile_counts(tmp_path: Path) -> None:
     fit(model(), Scores([0.4]), first)
     assert first.best == other.best == 0.1
     assert len(first.history) == 1
-    with pytest.raises(CheckpointError, match="Two ModelCheckpoints of one `fit`"):
+    with pytest.raises(CheckpointError, match="of this process that is running"):
         fit(model(), Scores([0.5]), first, other)
 
 

@@ -79,6 +79,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._input: _fit.Input | None = None
         self._resumed: dict[str, Any] | None = None  # the backup, until its epoch begins
         self._postponed = False
+        self._held_back: dict[str, Any] | None = None
         self._warned = False
 
     def set_model(self, model: Any) -> None:
@@ -102,7 +103,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._claim()
         self._input = _fit.Input(self.model, self.seed)
         self._postponed = False
-        self._resumed = None
+        self._resumed = self._held_back = None
         backups = self._manager.all()
         self._number = max((c.step for c in backups), default=-1) + 1
         if not backups:
@@ -219,24 +220,35 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if self._input.resumable is not None and length is not None and batch + 1 >= length:
             self._postponed = True  # until the epoch's end has happened, which must not happen twice
             return
-        self._save(self._current_epoch, batch + 1, logs)
+        state = self._state(self._current_epoch, batch + 1, logs)
+        if self._input.looks_ahead:
+            self._held_back = state  # until it is known that this batch was not the last
+        else:
+            self._save(state)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves what was held back until there is another batch."""
+        held_back, self._held_back = self._held_back, None
+        if held_back is not None:
+            self._save(held_back)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves, with `save_freq="epoch"`."""
         self._current_epoch = epoch + 1
         self._last_batch_seen = 0
-        if self.save_freq == "epoch" or self._postponed:
-            self._postponed = False
-            self._save(epoch + 1, 0)
+        if self.save_freq == "epoch" or self._postponed or self._held_back is not None:
+            self._postponed, self._held_back = False, None
+            self._save(self._state(epoch + 1, 0))
 
-    def _save(self, epoch: int, step: int, logs: dict[str, Any] | None = None) -> None:
+    def _state(self, epoch: int, step: int, logs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a backup has beyond the model, after that batch."""
         assert self._input is not None
         model = self.model
         middle = step > 0 and self._input.resumable is not None
         data = self._input.state(epoch, step) if step == 0 or middle else None
         optimizer = model.optimizer
         rate = getattr(optimizer, "_learning_rate", None)
-        state = {
+        return {
             "epoch": epoch,
             "step": step if middle else 0,
             "last": self._last_batch_seen,
@@ -248,10 +260,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             "learning_rate": float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None,
             "callbacks": [(type(c).__name__, _callback_state(c)) for c in self._others],
         }
+
+    def _save(self, state: dict[str, Any]) -> None:
         if not self._manager.asynchronous and any(getattr(c, "asynchronous", False) for c in self._others):
             with self._manager.together():
                 _async.finish()  # a backup must not be newer than the best model that it is of
-        self._manager.save(self._number, model, extra={"fit": state})
+        self._manager.save(self._number, self.model, extra={"fit": state})
         self._number += 1
         self._note_paths()
 

@@ -7,6 +7,7 @@ made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
@@ -85,12 +86,19 @@ class Input:
         """Batches of an epoch, if they are known."""
         return None if self._epochs is None else self._epochs.steps_per_epoch or self._epochs._num_batches
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether batches begin only when there is one: see `_looks_ahead`."""
+        return self.resumable is not None and _looks_ahead(self._epochs, self.resumable)
+
     def begin(self, epoch: int, seed: int | None) -> None:
         """Called when an epoch begins that is not resumed in its middle."""
         if self.resumable is not None:
             self.resumable.epoch, self.resumable.step = epoch, 0
         if self._shuffle is not None and seed is not None:
             self._shuffle.assign(_random.derive(seed, epoch))
+        if self.inexact is None and isinstance(self._adapter, ArrayDataAdapter | PyDatasetAdapter):
+            # With `steps_per_epoch` Keras makes an epoch's iterator when the one before ends, which a restart cannot.
             self._epochs._current_iterator = None
 
     def state(self, epoch: int, step: int) -> Any:
@@ -151,12 +159,23 @@ def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
     with _random.kept() if data.step > 0 else contextlib.nullcontext():
         iterator = data.open(lambda: iter(_begin(epochs, data)), goes_on=goes_on)
     length, size = epochs.steps_per_epoch or epochs._num_batches, epochs.steps_per_execution
-    step = data.step
+    step, looks_ahead = data.step, _looks_ahead(epochs, data)
     while length is None or step < length:
+        batches = iterator
+        if looks_ahead:
+            first = list(itertools.islice(iterator, 1))
+            if not first:
+                break
+            batches = itertools.chain(first, iterator)
         epochs._steps_seen = step + size
-        yield step, step + size - 1, iterator
+        yield step, step + size - 1, batches
         step += size
     data.on_epoch_end()
+
+
+def _looks_ahead(epochs: Any, data: Resumable) -> bool:
+    """Whether only the data know which batch is an epoch's last, and `fit` fails where none is left, as on JAX."""
+    return keras.backend.backend() == "jax" and data.num_batches is None and not epochs.steps_per_epoch
 
 
 def _begin(epochs: Any, data: Resumable) -> Any:

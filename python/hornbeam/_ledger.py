@@ -94,13 +94,22 @@ class Ledger:
         """Of those that are complete or being written."""
         return [*(e.metric for e in self.entries), *(p["entry"][2] for p in self._pending)]
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return bool(self._pending)
+
     def begin(self, path: str, step: int, metric: float | None, *, durable: bool) -> dict[str, Any]:
         """Notes a save before its file takes its place; gives what `confirm` and `abandon` want."""
         name = os.path.relpath(path, self.directory or ".")
         atomic = _state.current().atomic
         pending = {"entry": [name, step, metric, time.time()], "before": self._identity(name), "atomic": atomic}
         self._pending.append(pending)
-        self.write(durable=durable)
+        try:
+            self.write(durable=durable)
+        except BaseException:
+            self._pending = [p for p in self._pending if p is not pending]
+            raise
         return pending
 
     def abandon(self, pending: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from hornbeam._state import logger
@@ -47,11 +48,11 @@ class FileLock:
         """Whether this process holds it."""
         return self._descriptor >= 0
 
-    def release(self) -> None:
+    def release(self, *, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the process ends
         """Gives it back."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            _close(descriptor)
 
     def __del__(self) -> None:
         self.release()  # closing the descriptor, which nothing else would

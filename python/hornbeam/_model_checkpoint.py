@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import keras.callbacks as _stock
@@ -131,8 +131,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         self._handlers: dict[int, Any] = {}
         self._saved_at = time.monotonic()
         self._held: FileLock | None = None
-        if self._extended:
-            _keras.watch_fit()
+        self._trained = False  # a batch, so that there is something to save when training is interrupted
 
     # ---- what Keras calls ----
 
@@ -141,22 +140,23 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_begin(logs)
         if not self._extended:
             return
+        self._trained = False
         watchers = _keras.fit_watchers()
-        rivals = [w for w in watchers or () if isinstance(w, ModelCheckpoint) and w.filepath == self.filepath]
-        self._watched = watchers is not None
-        if watchers is not None:
-            watchers.append(self)
-        elif self.save_on_exception or self.save_on_signal:
+        if watchers is None and (self.save_on_exception or self.save_on_signal):
             logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
         self._group = _processes.assemble(Path(self._account().meeting), self.timeout)
         with self._together(True):  # before the chief can save anything
-            self._claim(rivals)
+            self._claim()
+            self._watched = watchers is not None
+            if watchers is not None:
+                watchers.append(self)
             self._recall()
         self._saved_at = time.monotonic()
         self._catch_signals()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves if it is time."""
+        self._trained = True
         super().on_train_batch_end(batch, logs)
         if not self._extended:
             return
@@ -177,7 +177,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if not self._extended:
             return
         if self._signals:
-            self._answer(self._current_epoch, None, logs)
+            self._answer(getattr(self, "_current_epoch", 0), None, logs)
         with self._together(self.asynchronous):
             if self.asynchronous:
                 _async.wait()
@@ -249,17 +249,16 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         model = self.model
         record: dict[str, Any] = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
         record["step"] = epoch + 1 if batch is None else self._steps(batch)
-        ledger = self._account()
-        with _durable.directories(path, durable=self.durable):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with self._lock:
-            if self.monitor_op is not None:
-                ledger.mode = "max" if self.monitor_op is keras.ops.greater else "min"
-            pending = ledger.begin(path, record["step"], metric, durable=self.durable)
-            if self.save_best_only and metric is not None:  # an earlier save may have failed since it was compared
-                self.best = self._better(self.best, metric)
-        since = time.perf_counter()
+        ledger, pending = self._account(), None
         try:
+            with _durable.directories(path, durable=self.durable):
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with self._lock:
+                ledger.mode = self._mode() or ledger.mode
+                pending = ledger.begin(path, record["step"], metric, durable=self.durable)
+                if self.save_best_only and metric is not None:  # an earlier save may have failed since it was compared
+                    self.best = self._better(self.best, metric)
+            since = time.perf_counter()
             # A save after a signal has to be complete before the signal goes its way.
             asynchronous = self.asynchronous and reason != "signal"
             with _keras.scope(), options(durable=self.durable), _async.asked(asynchronous, False) as request:
@@ -287,17 +286,24 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
 
         handle.add_done_callback(ended)
 
-    def _abandon(self, pending: dict[str, Any]) -> None:
+    def _abandon(self, pending: dict[str, Any] | None) -> None:
         """A save came to nothing: the best is what is there, or still being written."""
         with self._lock:
             ledger = self._account()
-            ledger.abandon(pending)
+            if pending is not None:
+                ledger.abandon(pending)
             if self.save_best_only:
                 self.best = self._better(self._threshold, *ledger.scores())
             try:
                 ledger.write(durable=self.durable)
             except OSError as error:  # the next save writes it; what the save raised is told already
                 logger.warning("cannot write '%s': %s", ledger.path, error)
+
+    def _mode(self) -> str | None:
+        """Which scores are better; `None` as long as Keras has not decided."""
+        if self.monitor_op is None:
+            return self.mode if self.mode in ("min", "max") else None
+        return "max" if self.monitor_op is keras.ops.greater else "min"
 
     def _better(self, *scores: float | None) -> float | None:
         """The best of those that are scores."""
@@ -313,6 +319,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
                 deleted = ledger.confirm(pending, durable=self.durable, **self._rules)
                 kept = [e.name for e in ledger.entries]
         except Exception as error:  # in the writer's thread nobody would see it
+            logger.error("'%s' was saved, but what is noted of it was not: %s", record["path"], error)
             self._failure = error
             return
         record.update(bytes=size, written=written, kept=kept, deleted=deleted)
@@ -344,29 +351,31 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._ledger.monitor = self.monitor
         return self._ledger
 
-    def _claim(self, rivals: list[ModelCheckpoint]) -> None:
-        """Keeps other processes from the checkpoints; from a `fit` of this one that was interrupted, takes them."""
-        if rivals:
-            raise CheckpointError(
-                f"Two ModelCheckpoints of one `fit` would write over each other: '{self.filepath}'. Give each its own."
-            )
-        if (self._held is not None and self._held.held) or not _processes.is_chief():
+    def _claim(self) -> None:
+        """Keeps others from the checkpoints; takes them from a `fit` of this process that did not tell how it ended."""
+        if not _processes.is_chief():
             return
         path = self._account().lock
         owner = _owners.get(path)
-        if owner is not None and owner._held is not None:
+        if owner is not None and owner._held is not None and owner._held.held:
+            if owner._watched:
+                self._refuse("a `fit` of this process that is running has a ModelCheckpoint of it")
+            if owner._account().busy:
+                _async.finish()
             owner._held.release()
-            owner._held = None
         with _durable.directories(path, durable=self.durable):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             self._held = FileLock(Path(path))
         except BlockingIOError:
-            raise CheckpointError(
-                f"'{self.filepath}' is in use: another process trains with a ModelCheckpoint of it, and each would "
-                "write over the other's best model. Wait for that one, or give another `filepath`."
-            ) from None
+            self._refuse("another process trains with a ModelCheckpoint of it")
         _owners[path] = self
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise CheckpointError(
+            f"'{self.filepath}' is in use: {why}, and each would write over the other's checkpoints. Wait for that "
+            "one, or give another `filepath`."
+        ) from None
 
     def _recall(self) -> None:
         """Goes on where an earlier training was, of this process or another."""
@@ -378,7 +387,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             text = "the scores in '%s' are of %s, not of %s: they do not count"
             logger.warning(text, ledger.path, ledger.monitor, self.monitor)
             ledger.entries = [e._replace(metric=None) for e in ledger.entries]
-        ledger.monitor = self.monitor
+        ledger.monitor, ledger.mode = self.monitor, self._mode() or ledger.mode
         best = ledger.best()
         if best is None or best.metric is None or not self.save_best_only:
             return
@@ -398,18 +407,23 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if threading.current_thread() is not threading.main_thread():
             logger.warning("signals reach only the main thread: `save_on_signal` does nothing in this one")
             return
+        self._process = os.getpid()
         for number in self.save_on_signal:
             self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if number not in self._signals:
+        if os.getpid() != self._process:  # a forked child, which does not train: as if it had no handler of ours
+            signal.signal(number, self._handlers[number] or signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif number not in self._signals:
             self._signals.append(number)
 
     def _answer(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         """Saves after signals, and lets each go its way."""
         failed = self._settle()
         try:
-            self._rescue(epoch, batch, logs, "signal")
+            if self._trained:
+                self._rescue(epoch, batch, logs, "signal")
             self._answering = True
         except BaseException as error:  # the signal may leave no chance to tell
             logger.error("nothing could be saved after a signal: %s: %s", type(error).__name__, error)
@@ -418,21 +432,23 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             while self._signals:
                 number = self._signals.pop(0)
                 handler = self._handlers[number]
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+                ours = signal.signal(number, handler if handler is not None else signal.SIG_DFL)
                 signal.raise_signal(number)
-                signal.signal(number, self._note)  # it was survived
+                signal.signal(number, ours or self._note)  # it was survived: this callback's, or that of a later one
             self._answering = False
         if failed is not None:
             raise failed
 
-    def _settle(self) -> Exception | None:
+    def _settle(self) -> BaseException | None:
         """Waits for pending saves; what went wrong with them keeps nobody from saving once more."""
+        failed: BaseException | None = None
         if self.asynchronous:
             try:
                 _async.wait()
             except Exception as error:
-                return error
-        return None
+                failed = error
+        failure, self._failure = self._failure, None
+        return failed if failed is not None else failure
 
     def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
         """Saves out of turn: as usual where that harms nothing, else beside the others."""
@@ -471,13 +487,16 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
 
     def fit_failed(self, error: BaseException) -> None:
         """Saves after an exception, never over the best or an ordinary checkpoint; says so if it cannot."""
-        if not self.save_on_exception:
+        failed = self._settle()  # also for who trains next, who shall not go on from less than there is
+        if failed is not None and failed is not error:
+            error.add_note(f"A save before this had failed: {type(failed).__name__}: {failed}")
+        if not self.save_on_exception or not _processes.is_chief():
+            return
+        if not self._trained:
+            error.add_note("No batch had been trained: there was nothing to save.")
             return
         if self._answering and not isinstance(error, Exception):
             return  # a signal's handler ended training, and what is worth saving was saved
-        failed = self._settle()
-        if failed is not None and failed is not error:
-            error.add_note(f"A save before this had failed: {type(failed).__name__}: {failed}")
         try:
             path = self._rescue(getattr(self, "_current_epoch", 0), self._last_batch_seen or 0, None, "exception")
         except Exception as failure:
@@ -492,8 +511,8 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}
-        self._answering = False
-        if self._held is not None:
+        self._answering = self._watched = False
+        if self._held is not None and not self._account().busy:  # else somebody does not want to wait: `_claim` does
             self._held.release()
             self._held = None
         with contextlib.ExitStack() as stack:
@@ -507,3 +526,6 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+_keras.watch_fit()  # now: where a callback is made inside the call of `fit`, that was looked up before
