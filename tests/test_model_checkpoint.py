@@ -257,6 +257,44 @@ def test_what_others_saved_meanwhile_counts(tmp_path: Path) -> None:
     assert len(first.history) == 1
     with pytest.raises(CheckpointError, match="of this process that is running"):
         fit(model(), Scores([0.5]), first, other)
+    nested = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: fit(model(), first))
+    with pytest.raises(CheckpointError, match="of this process that is running"):
+        fit(model(), first, nested)
+    FileLock(tmp_path / ".m.keras.lock").release()
+
+
+@pytest.mark.parametrize("full", ["account", "directory"])
+def test_the_best_is_what_is_there_after_a_save_that_did_not_begin(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = ModelCheckpoint(tmp_path / "m.keras", mode="min", save_best_only=True, remember=True)
+    fit(model(), Scores([0.9]), callback)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if full == "account":
+            patch.setattr(Ledger, "write", fail)
+        else:
+            patch.setattr(callback, "_claim", lambda: None)  # it makes the directory, too
+            patch.setattr(_model_checkpoint._durable, "directories", fail)
+        with pytest.raises(OSError, match="No space left"):
+            fit(model(), Scores([0.1]), callback)
+    assert callback.best == 0.9
+    fit(model(), Scores([0.5]), callback)
+    assert [record["metric"] for record in callback.history] == [0.9, 0.5]
+
+
+def test_the_best_the_other_way_round(tmp_path: Path) -> None:
+    def make(mode: str, **arguments: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "{epoch}.keras", mode=mode, remember=True, **arguments)
+
+    fit(model(), Scores([0.3, 0.9, 0.5]), make("min"), epochs=3)
+    callback = make("max", save_best_only=True)
+    fit(model(), Scores([0.4]), callback)
+    assert callback.best == 0.9
+    assert callback.history == []
 
 
 def test_the_account_knows_the_direction_from_the_first_score_on(tmp_path: Path) -> None:

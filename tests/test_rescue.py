@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 from helpers import saved, script
 from hornbeam import _async
+from hornbeam._ledger import Ledger
 from hornbeam._lock import FileLock
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
+from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model
 from test_async import held
 from training import At, Scores, fit, model, names
 from zoo import TRAINABLE_BACKEND
 
+BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
 
 
@@ -172,6 +179,78 @@ def test_two_callbacks_give_a_signal_back(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_two_callbacks_answer_every_signal(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    callbacks = [
+        ModelCheckpoint(tmp_path / f"{i}.keras", save_freq=1000, save_on_signal=[signal.SIGUSR1]) for i in range(2)
+    ]
+    twice = [At(i, lambda: signal.raise_signal(signal.SIGUSR1)) for i in (1, 6)]
+    try:
+        fit(model(), *twice, *callbacks, epochs=3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(seen) == 2
+    for callback in callbacks:
+        assert [record["reason"] for record in callback.history] == ["signal"] * 2
+
+
+def test_a_signal_before_the_first_batch_goes_its_way(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    callback = ModelCheckpoint(tmp_path / "m.keras", save_on_signal=[signal.SIGUSR1])
+    early = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: signal.raise_signal(signal.SIGUSR1))
+    try:
+        fit(model(), callback, early, epochs=0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+    assert callback.history == []
+    assert names(tmp_path) == []
+
+
+#: What only the first `fit` of a process shows: Python looks `model.fit` up before the callback is made.
+FIRST = r"""
+import multiprocessing, signal, sys, time
+from pathlib import Path
+import keras, numpy as np
+from hornbeam._lock import FileLock
+from hornbeam.callbacks import ModelCheckpoint
+
+path = Path(sys.argv[1])
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+
+class Fail(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        # A worker that is forked meanwhile ends as its owner wants.
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(60)
+        assert child.exitcode == -signal.SIGTERM, child.exitcode
+        raise RuntimeError("as if")
+
+x = np.ones((8, 3))
+try:
+    model.fit(x, x[:, :1], verbose=0, callbacks=[
+        ModelCheckpoint(path, "loss", save_on_exception=True, save_on_signal=[signal.SIGTERM], save_freq=1000), Fail()
+    ])
+except RuntimeError as error:
+    assert "was saved to" in error.__notes__[-1]
+assert path.with_name("m-interrupted.keras").exists()
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+FileLock(path.with_name(".m.keras.lock")).release()
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_callback_made_inside_the_call_of_fit(tmp_path: Path) -> None:
+    done = script(FIRST, tmp_path / "m.keras")
+    assert done.stdout.split() == ["fine"], done.stderr[-3000:]
+
+
 def test_a_save_that_fails_before_a_signal_ends_training_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -279,3 +358,96 @@ def test_an_exception_whose_state_cannot_be_had(tmp_path: Path, caplog: pytest.L
     assert "Nothing could be saved after this: ZeroDivisionError" in raised.value.__notes__[-1]
     assert "Nothing could be saved" in caplog.text
     assert names(tmp_path) == ["m.keras"]
+
+
+@pytest.mark.parametrize("why", ["another process", "another callback", "a damaged account", "the same callback"])
+def test_a_start_that_fails_changes_nothing(why: str, tmp_path: Path) -> None:
+    def make(name: str = "m.keras") -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, mode="min", save_best_only=True, save_on_exception=True)
+
+    def fail() -> None:
+        raise RuntimeError("as if")
+
+    with pytest.raises(RuntimeError, match="as if"):
+        fit(model(), Scores([0.1, 0.5]), At(5, fail), make(), epochs=2)
+    account = tmp_path / ".m.keras.checkpoints.json"
+    if why == "a damaged account":
+        account.write_text(account.read_text()[:-3])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"m.keras", "m-interrupted.keras", account.name} <= before.keys()
+
+    failing = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: fail())
+    with contextlib.ExitStack() as stack:
+        callbacks = [make()]
+        if why == "another process":
+            lock = FileLock(tmp_path / ".m.keras.lock")
+            stack.callback(lock.release)
+        elif why == "another callback":
+            callbacks.append(failing)
+        elif why == "the same callback":
+            (tmp_path / "a").mkdir()
+            callbacks.append(make("a/../m.keras"))
+        with pytest.raises((CheckpointError, RuntimeError, ValueError)) as raised:
+            fit(model(), Scores([0.5]), *callbacks)
+    assert getattr(raised.value, "__notes__", ["No batch"])[-1].startswith("No batch")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    if why != "a damaged account":
+        again = make()
+        fit(model(), Scores([0.5]), again)
+        assert again.best == 0.1
+        assert again.history == []
+
+
+def test_an_exception_waits_for_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who trains next goes on from it."""
+
+    def make() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "m.keras", mode="min", save_best_only=True, asynchronous=True)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    busy = held()
+    busy.__enter__()
+    wait = _async.wait
+    monkeypatch.setattr(_async, "wait", lambda: (busy.__exit__(None, None, None), wait()))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), Scores([0.1, 0.1]), make(), At(5, stop), epochs=2)
+    FileLock(tmp_path / ".m.keras.lock").release()
+    again = make()
+    fit(model(), Scores([0.5]), again)
+    assert again.best == 0.1
+    assert again.history == []
+
+
+def test_an_account_that_cannot_be_written_is_told_with_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("as if")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    callback = ModelCheckpoint(tmp_path / "m.keras", asynchronous=True, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "confirm", full)
+        with pytest.raises(RuntimeError, match="as if") as raised:
+            fit(model(), callback, At(5, fail), epochs=2)
+    assert "No space left" in raised.value.__notes__[-1]
+    assert "what is noted of it was not" in caplog.text
+    fit(model(), callback)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others say themselves how many processes there are")
+def test_only_the_chief_says_that_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("as if")
+
+    made = model()
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(RuntimeError, match="as if") as raised:
+        fit(made, ModelCheckpoint(tmp_path / "m.keras", save_on_exception=True, timeout=None), At(1, fail))
+    assert not hasattr(raised.value, "__notes__")
+    assert names(tmp_path) == []
