@@ -224,8 +224,11 @@ model.compile("sgd", "mse")
 class Fail(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         # A worker that is forked meanwhile ends as its owner wants.
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        child = fork.Process(target=lambda: (ready.set(), time.sleep(600)), daemon=True)
         child.start()
+        assert ready.wait(60)
         child.terminate()
         child.join(60)
         assert child.exitcode == -signal.SIGTERM, child.exitcode
