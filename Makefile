@@ -65,10 +65,11 @@ soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2)
 	  tests/test_faults.py $(PYTEST_ARGS)
 	$(MAKE) soak-resume
 
-soak-resume: setup ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
+soak-resume: setup .venv-torch/.wheel ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
 	for backend in tensorflow jax; do \
 	  HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest -o faulthandler_timeout=3600 $(SOAK_TESTS) || exit 1; \
 	done
+	HORNBEAM_SOAK=1 KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -o faulthandler_timeout=3600 tests/test_backup.py
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"
