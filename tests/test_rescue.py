@@ -331,6 +331,11 @@ def test_an_exception_saves_beside_the_others(tmp_path: Path) -> None:
     def fail() -> None:
         raise RuntimeError("as if")
 
+    with pytest.raises(RuntimeError, match="as if") as raised:  # one batch was trained: another callback fails after it
+        fit(model(), At(0, fail), ModelCheckpoint(tmp_path / "first.keras", save_on_exception=True))
+    assert "was saved to" in raised.value.__notes__[-1]
+    (tmp_path / "first-interrupted.keras").unlink()
+
     at, scores = At(6, fail), Scores([0.5, 0.4])
     callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, save_on_exception=True)
     with pytest.raises(RuntimeError, match="as if") as raised:

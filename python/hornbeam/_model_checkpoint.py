@@ -132,6 +132,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         self._saved_at = time.monotonic()
         self._held: FileLock | None = None
         self._trained = False  # a batch, so that there is something to save when training is interrupted
+        self._begun_at: int | None = None
 
     # ---- what Keras calls ----
 
@@ -140,7 +141,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         super().on_train_begin(logs)
         if not self._extended:
             return
-        self._trained = False
+        self._trained, self._begun_at = False, self._iterations()
         watchers = _keras.fit_watchers()
         if watchers is None and (self.save_on_exception or self.save_on_signal):
             logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
@@ -341,9 +342,13 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._told.add(text)
             logger.warning("ModelCheckpoint('%s'): %s", self.filepath, text)
 
-    def _steps(self, batch: int) -> int:
+    def _iterations(self) -> int | None:
         optimizer = getattr(self.model, "optimizer", None)
-        return batch + 1 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer.iterations))
+        return None if optimizer is None else int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+    def _steps(self, batch: int) -> int:
+        iterations = self._iterations()
+        return batch + 1 if iterations is None else iterations
 
     def _account(self) -> Ledger:
         if self._ledger is None:
@@ -492,12 +497,12 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             error.add_note(f"A save before this had failed: {type(failed).__name__}: {failed}")
         if not self.save_on_exception or not _processes.is_chief():
             return
-        if not self._trained:
-            error.add_note("No batch had been trained: there was nothing to save.")
-            return
         if self._answering and not isinstance(error, Exception):
             return  # a signal's handler ended training, and what is worth saving was saved
         try:
+            if not self._trained and self._iterations() == self._begun_at:  # what an earlier crash left is worth more
+                error.add_note("No batch had been trained: there was nothing to save.")
+                return
             path = self._rescue(getattr(self, "_current_epoch", 0), self._last_batch_seen or 0, None, "exception")
         except Exception as failure:
             text = f"Nothing could be saved after this: {type(failure).__name__}: {failure}"
