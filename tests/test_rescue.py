@@ -443,7 +443,7 @@ def test_an_account_that_cannot_be_written_is_told_with_an_exception(
         with pytest.raises(RuntimeError, match="as if") as raised:
             fit(model(), callback, At(5, fail), epochs=2)
     assert "No space left" in raised.value.__notes__[-1]
-    assert "what is noted of it was not" in caplog.text
+    assert f"its account '{tmp_path / '.m.keras.checkpoints.json'}' was not: [Errno 28]" in caplog.text
     fit(model(), callback)
 
 

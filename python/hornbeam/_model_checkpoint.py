@@ -123,7 +123,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         # The writer's thread confirms. Keras' own callback can be pickled.
         self._lock: Any = threading.RLock() if self._extended else None
         self._watched = False  # `fit` tells how it ends
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._threshold = initial_value_threshold
         self._told: set[str] = set()
         self._signals: list[int] = []  # not answered yet
@@ -320,7 +320,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
                 deleted = ledger.confirm(pending, durable=self.durable, **self._rules)
                 kept = [e.name for e in ledger.entries]
         except Exception as error:  # in the writer's thread nobody would see it
-            logger.error("'%s' was saved, but what is noted of it was not: %s", record["path"], error)
+            logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], ledger.path, error)
             self._failure = error
             return
         record.update(bytes=size, written=written, kept=kept, deleted=deleted)
@@ -444,9 +444,9 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         if failed is not None:
             raise failed
 
-    def _settle(self) -> BaseException | None:
+    def _settle(self) -> Exception | None:
         """Waits for pending saves; what went wrong with them keeps nobody from saving once more."""
-        failed: BaseException | None = None
+        failed: Exception | None = None
         if self.asynchronous:
             try:
                 _async.wait()
