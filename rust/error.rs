@@ -29,6 +29,8 @@ pub enum Kind {
     Invalid,
     /// The operation was cancelled by the caller.
     Cancelled,
+    /// The system has no memory for what a file or a model asks for.
+    Memory,
     /// The caller's own code failed, with this; it is handed back as it is.
     Caller(Box<dyn std::error::Error + Send + Sync>),
 }
@@ -171,6 +173,23 @@ impl std::error::Error for Error {
             _ => None,
         }
     }
+}
+
+/// An empty vector with room for `capacity` elements: for every size that a file or a model decides.
+///
+/// # Errors
+/// `Memory`.
+pub fn try_with_capacity<T>(capacity: usize) -> Result<Vec<T>> {
+    let mut vector = Vec::new();
+    vector.try_reserve_exact(capacity).map_err(|_| out_of_memory(capacity.saturating_mul(size_of::<T>())))?;
+    Ok(vector)
+}
+
+/// The error for `bytes` that could not be had.
+#[cold]
+pub fn out_of_memory(bytes: usize) -> Error {
+    Error::new(Kind::Memory, format!("not enough memory: {bytes} bytes could not be allocated"))
+        .with_advice("Free memory, or raise the limit of this process.")
 }
 
 /// Adds a place to the error of a `Result`; the outer layers know the path, the inner ones the entry.

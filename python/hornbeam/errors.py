@@ -68,6 +68,10 @@ class CancelledError(HornbeamError, RuntimeError):
     """The operation was cancelled."""
 
 
+class OutOfMemoryError(HornbeamError, MemoryError):
+    """There is no memory for what a file or a model asks for."""
+
+
 class IncompleteLoadError(HornbeamError, ValueError):
     """A load that had to fit, or to be complete, did not.
 
@@ -96,6 +100,7 @@ _KINDS: dict[str, type[HornbeamError]] = {
     "unsupported": UnsupportedError,
     "invalid": InvalidError,
     "cancelled": CancelledError,
+    "memory": OutOfMemoryError,
 }
 _storage_errors: dict[type[OSError], type[StorageError]] = {OSError: StorageError}
 

@@ -32,6 +32,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Kind::Unsupported => "unsupported",
         Kind::Invalid | Kind::Caller(_) => "invalid",
         Kind::Cancelled => "cancelled",
+        Kind::Memory => "memory",
     };
     let place = PyDict::new(py);
     place.set_item("path", error.path().map(|p| p.to_string_lossy()))?;
