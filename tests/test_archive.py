@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 import hornbeam
 from helpers import saved, state, tree
+from hornbeam import _core
 from hornbeam._store import AssetStore
 from hornbeam.errors import ArchiveError, HornbeamError, UnsupportedError
 from zoo import ZOO, chain
@@ -300,16 +302,68 @@ def with_duplicate(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def with_tail(data: bytes) -> bytes:
-    return data + b"\0"
-
-
 def with_second(data: bytes) -> bytes:
     return data + data
 
 
-def with_gap(data: bytes) -> bytes:
-    return b"#!/bin/sh\n" + data
+def with_comment_that_is_an_end(data: bytes) -> bytes:
+    """One reader takes the first end record, another the one in its comment."""
+    return put(data, len(data) - 2, b"\x16\0") + data[-22:]
+
+
+def with_prefix_that_is_read(data: bytes) -> bytes:
+    """A reader that adds nothing to the offsets finds a directory, too."""
+    start = struct.unpack("<I", data[-6:-2])[0]
+    return b"#!/bin/sh\n".ljust(start, b"#") + data[start:-22] + data
+
+
+def with_outer_directory_cut(data: bytes) -> bytes:
+    """A whole archive as an asset of one that was cut short: what is left must not be taken for a model."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("assets/inner.keras", data)
+        archive.writestr("config.json", b"{}")
+    return buffer.getvalue()[:-30]
+
+
+def with_other_end64_sizes(data: bytes) -> bytes:
+    """The zip64 end record lists other members than the plain one."""
+    count, size, start = struct.unpack("<HII", data[-12:-2])
+    record = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size - 1, start + 1)
+    locator = struct.pack("<IIQI", 0x07064B50, 0, start + size, 1)
+    return data[:-22] + record + locator + data[-22:]
+
+
+def with_utf8_and_no_flag(data: bytes) -> bytes:
+    return renamed(data, "assets/ä.txt".encode())
+
+
+def with_flag_and_no_utf8(data: bytes) -> bytes:
+    return renamed(data, b"assets/\x84.txt", flags=0x800)
+
+
+def with_flag_in_one_header(data: bytes) -> bytes:
+    data = renamed(data, "assets/ä.txt".encode(), flags=0x800)
+    return put(data, data.index(b"PK\3\4", data.rindex(b"PK\3\4")) + 6, b"\0\0")
+
+
+def with_unicode_name(data: bytes) -> bytes:
+    name = b"assets/a.txt"
+    field = struct.pack("<HHBI", 0x7075, 5 + 12, 1, zlib.crc32(name)) + b"assets/b.txt"
+    return renamed(data, name, extra=field)
+
+
+def renamed(data: bytes, name: bytes, *, flags: int = 0, extra: bytes = b"", local_extra: bytes = b"") -> bytes:
+    """With a member of this name at the end, byte for byte as given."""
+    count, size, start = struct.unpack("<HII", data[-12:-2])
+    text = b"text"
+    numbers = (0, 0, 0x21, zlib.crc32(text), len(text), len(text), len(name))
+    local = struct.pack("<IHHHHHIIIHH", 0x04034B50, 20, flags, *numbers, len(local_extra)) + name + local_extra + text
+    fixed = struct.pack("<IHHHHHHIIIHH", 0x02014B50, 20, 20, flags, *numbers, len(extra))
+    central = fixed + struct.pack("<HHHII", 0, 0, 0, 0, start) + name + extra
+    size += len(central)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count + 1, count + 1, size, start + len(local), 0)
+    return data[:start] + local + data[start:-22] + central + end
 
 
 def with_encryption(data: bytes) -> bytes:
@@ -330,9 +384,15 @@ REFUSED = {
     with_overlap: "disagrees with the directory",
     with_reach: "share bytes",
     with_duplicate: "two members of the same name",
-    with_tail: "no end record",
     with_second: "not where the end record says",
-    with_gap: "not where the end record says",
+    with_comment_that_is_an_end: "two end records",
+    with_prefix_that_is_read: "not where the end record says",
+    with_outer_directory_cut: "not where the end record says",
+    with_other_end64_sizes: "two end records disagree",
+    with_utf8_and_no_flag: "its flag says that it is not",
+    with_flag_and_no_utf8: "its flag says that it is",
+    with_flag_in_one_header: "disagrees with the directory",
+    with_unicode_name: "two names",
     with_encryption: "encrypted",
     with_other_end64: "not where its locator says",
 }
@@ -355,3 +415,48 @@ def test_ambiguous_archives_are_refused(damage: Any, tmp_path: Path) -> None:
     assert state(model) == before
     assert not hornbeam.stats().handovers
     assert hornbeam.stats().loads == 0
+
+
+# ---- archives that every reader reads alike ----
+
+
+def repacked(data: bytes, **options: Any) -> bytes:
+    """Written again by `zipfile`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", **options) as new:
+        new.comment = b"a comment"
+        for name in old.namelist():
+            with new.open(name, "w", force_zip64=True) as member:
+                member.write(old.read(name))
+    return buffer.getvalue()
+
+
+READ = {
+    "bytes behind the end": lambda data: data + b"\n",
+    "a page of zeros behind the end": lambda data: data + bytes(4096),
+    "bytes before the archive": lambda data: b"#!/bin/sh\n" + data,
+    "both": lambda data: b"MZ" + bytes(1000) + data + b"\0",
+    "a comment, and zip64 sizes that are not needed": repacked,
+    "the same, deflated": lambda data: repacked(data, compression=zipfile.ZIP_DEFLATED),
+    "bytes before a deflated archive": lambda data: b"#" * 77 + repacked(data, compression=zipfile.ZIP_DEFLATED),
+    "one byte of padding": lambda data: renamed(data, b"assets/a", extra=b"\0", local_extra=b"\0"),
+    "three bytes of padding": lambda data: renamed(data, b"assets/a", extra=b"\0\0\0", local_extra=b"\0\0\0"),
+    "padding behind a field": lambda data: renamed(data, b"assets/a", extra=b"\x99\x99\2\0xy\0\0"),
+    "a local extra field that is none": lambda data: renamed(data, b"assets/a", local_extra=b"\1\0\xff\xff\0"),
+    "a name of code page 437": lambda data: renamed(data, b"assets/\x84\xe1.txt"),
+    "a name in UTF-8": lambda data: renamed(data, "assets/ä☃.txt".encode(), flags=0x800),
+    "another archive as an asset": lambda data: renamed(data, b"assets/PK\5\6" + bytes(b"x" * 30)),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_what_zipfile_reads_without_doubt_is_read(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    model = model_and_archive(path)
+    data = READ[how](path.read_bytes())
+    path.write_bytes(data)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        wanted = {info.filename: archive.read(info) for info in archive.infolist()}
+    file = _core.open(str(path), archive=True)
+    assert {name: file.read(name) for name, *_ in file.members()} == wanted
+    assert saved(ours(path)) == saved(keras.models.load_model(path)) == saved(model)

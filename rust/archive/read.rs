@@ -1,12 +1,19 @@
 //! Archive → members: where each lies, and what it must look like. Nothing is extracted.
 //!
-//! Strict where readers could disagree: local and central headers must agree, names must be unique and plain, members
-//! must not overlap. STORED and DEFLATE only; no encryption, no archives in several parts.
+//! What Python's `zipfile` reads is read. Where readers could disagree (which member, which bytes, which name) the
+//! archive is refused: local and central headers must agree, names must be unique, members must not overlap. STORED and
+//! DEFLATE only; no encryption, no archives in several parts.
 
 use std::collections::HashMap;
 
-use super::{CENTRAL_HEADER, END, END_64, END_64_LOCATOR, LOCAL_HEADER, ZIP64_EXTRA, ZIP64_LIMIT};
-use crate::error::{Error, Kind, Result};
+use super::end::directory;
+use super::fields::{bad, read, u16_at, u32_at, u64_at};
+use super::name;
+use super::{
+    CENTRAL_HEADER, ENCRYPTED_FLAGS, LOCAL_HEADER, STREAMED_FLAG, UNICODE_NAME_EXTRA, UTF8_FLAG, ZIP64_EXTRA,
+    ZIP64_LIMIT,
+};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::io::ReadAt;
 use crate::limits;
 
@@ -43,88 +50,6 @@ pub struct Members {
     by_name: HashMap<String, usize>,
 }
 
-#[cold]
-fn bad(what: &str) -> Error {
-    Error::new(Kind::Archive, format!("not a valid archive: {what}"))
-        .with_advice("The file is damaged, cut short or no archive; use another copy.")
-}
-
-fn u16_at(b: &[u8], at: usize) -> Result<u16> {
-    let b = b.get(at..at + 2).ok_or_else(|| bad("a record is cut short"))?;
-    Ok(u16::from_le_bytes(b.try_into().expect("two bytes")))
-}
-
-fn u32_at(b: &[u8], at: usize) -> Result<u32> {
-    let b = b.get(at..at + 4).ok_or_else(|| bad("a record is cut short"))?;
-    Ok(u32::from_le_bytes(b.try_into().expect("four bytes")))
-}
-
-fn u64_at(b: &[u8], at: usize) -> Result<u64> {
-    let b = b.get(at..at + 8).ok_or_else(|| bad("a record is cut short"))?;
-    Ok(u64::from_le_bytes(b.try_into().expect("eight bytes")))
-}
-
-fn read(file: &dyn ReadAt, at: u64, n: u64) -> Result<Vec<u8>> {
-    if at.checked_add(n).is_none_or(|end| end > file.len()) {
-        return Err(bad("a record lies outside the file"));
-    }
-    let mut out = vec![0; n as usize];
-    file.read_at(&mut out, at)?;
-    Ok(out)
-}
-
-/// What the end records say (§4.3.14 to §4.3.16).
-struct Directory {
-    start: u64,
-    size: u64,
-    count: u64,
-}
-
-fn directory(file: &dyn ReadAt) -> Result<Directory> {
-    const RECORD: u64 = 22;
-    let tail = file.len().min(RECORD + u64::from(u16::MAX));
-    let bytes = read(file, file.len() - tail, tail)?;
-    let is_end = |&at: &usize| {
-        let comment = u16_at(&bytes, at + 20);
-        bytes[at..].starts_with(&END.to_le_bytes()) && comment.is_ok_and(|n| at + 22 + usize::from(n) == bytes.len())
-    };
-    let at = (0..=bytes.len().saturating_sub(RECORD as usize)).rev().find(is_end);
-    let at = at.filter(|_| tail >= RECORD).ok_or_else(|| bad("it has no end record"))?;
-    let record = &bytes[at..];
-    if (u16_at(record, 4)?, u16_at(record, 6)?) != (0, 0) {
-        return Err(bad("it is one of several parts"));
-    }
-    let mut found = Directory {
-        count: u64::from(u16_at(record, 10)?),
-        size: u64::from(u32_at(record, 12)?),
-        start: u64::from(u32_at(record, 16)?),
-    };
-    let mut end = file.len() - tail + at as u64;
-    if end >= 20 {
-        let locator = read(file, end - 20, 20)?;
-        if locator.starts_with(&END_64_LOCATOR.to_le_bytes()) {
-            let at = u64_at(&locator, 8)?;
-            if at.checked_add(56) != Some(end - 20) {
-                return Err(bad("the zip64 end record is not where its locator says"));
-            }
-            let record = read(file, at, 56)?;
-            if !record.starts_with(&END_64.to_le_bytes()) {
-                return Err(bad("the zip64 end record has the wrong signature"));
-            }
-            found = Directory { count: u64_at(&record, 32)?, size: u64_at(&record, 40)?, start: u64_at(&record, 48)? };
-            end = at;
-        }
-    }
-    if found.start.checked_add(found.size) != Some(end) {
-        return Err(bad("its directory is not where the end record says"));
-    }
-    if found.count > limits::MAX_MEMBERS || found.size > limits::MAX_DIRECTORY_BYTES {
-        return Err(Error::new(Kind::Limit, "the archive has too many members")
-            .with_found(format_args!("at most {}", limits::MAX_MEMBERS), found.count));
-    }
-    Ok(found)
-}
-
 impl Members {
     /// Reads the directory of the archive that is all of `file`, and checks every member's header against it.
     ///
@@ -138,12 +63,15 @@ impl Members {
         let mut extents = Vec::new();
         let mut rest = &bytes[..];
         for _ in 0..directory.count {
-            let (member, header, used) = central(rest)?;
+            let (member, at, used) = central(rest)?;
             rest = &rest[used..];
+            let Some(header) = at.offset.checked_add(directory.prefix) else {
+                return Err(bad("a member is not where the directory says").with_member(&member.name));
+            };
             if by_name.insert(member.name.clone(), members.len()).is_some() {
                 return Err(bad("it has two members of the same name").with_member(&member.name));
             }
-            let member = local(file, member, header, directory.start)?;
+            let member = local(file, member, &Header { offset: header, ..at }, directory.start)?;
             extents.push((header, member.offset + member.stored));
             members.push(member);
         }
@@ -177,8 +105,15 @@ impl Members {
     }
 }
 
-/// One central directory header (§4.3.12): the member without its offset, its local header's offset, bytes used.
-fn central(b: &[u8]) -> Result<(Member, u64, usize)> {
+/// What the directory says of a member's local header.
+struct Header<'a> {
+    offset: u64,
+    name: &'a [u8],
+    flags: u16,
+}
+
+/// One central directory header (§4.3.12): the member without its offset, its local header, bytes used.
+fn central(b: &[u8]) -> Result<(Member, Header<'_>, usize)> {
     if u32_at(b, 0)? != CENTRAL_HEADER {
         return Err(bad("a directory record has the wrong signature"));
     }
@@ -186,18 +121,19 @@ fn central(b: &[u8]) -> Result<(Member, u64, usize)> {
     let lengths = [u16_at(b, 28)?, u16_at(b, 30)?, u16_at(b, 32)?].map(usize::from);
     let used = 46 + lengths.iter().sum::<usize>();
     let variable = b.get(46..used).ok_or_else(|| bad("a record is cut short"))?;
-    let (name, extra) = (&variable[..lengths[0]], &variable[lengths[0]..lengths[0] + lengths[1]]);
-    let name = std::str::from_utf8(name).map_err(|_| bad("a name is not UTF-8"))?.to_owned();
+    let (raw, extra) = (&variable[..lengths[0]], &variable[lengths[0]..lengths[0] + lengths[1]]);
+    let name = name::decode(raw, flags)?;
     let error = |e: Error| e.with_member(&name);
-    if flags & 1 != 0 {
+    if flags & ENCRYPTED_FLAGS != 0 {
         return Err(error(Error::new(Kind::Unsupported, "the archive is encrypted")));
-    }
-    if name.is_empty() || name.contains('\0') {
-        return Err(error(bad("a name is empty or holds a NUL")));
     }
     let mut large = [u32_at(b, 24)?, u32_at(b, 20)?, u32_at(b, 42)?].map(u64::from); // size, stored, offset
     zip64(extra, &mut large).map_err(error)?;
-    let [size, stored, header] = large;
+    let other = extra_field(extra, UNICODE_NAME_EXTRA).map_err(error)?;
+    if other.is_some_and(|data| data.get(5..) != Some(name.as_bytes())) {
+        return Err(error(bad("a member has two names")));
+    }
+    let [size, stored, offset] = large;
     let method = match method {
         0 if size == stored => Method::Stored,
         0 => return Err(error(bad("a stored member has two sizes"))),
@@ -209,47 +145,59 @@ fn central(b: &[u8]) -> Result<(Member, u64, usize)> {
             ));
         }
     };
+    let header = Header { offset, name: raw, flags };
     Ok((Member { name, offset: 0, size, stored, crc: u32_at(b, 16)?, method }, header, used))
 }
 
-/// Replaces the values that did not fit 32 bits by those of the zip64 extra field (§4.5.3).
-fn zip64(mut extra: &[u8], values: &mut [u64]) -> Result<()> {
-    while !extra.is_empty() {
-        let (id, n) = (u16_at(extra, 0)?, usize::from(u16_at(extra, 2)?));
+/// The data of the extra field `id` (§4.5). Up to three bytes behind the last field are padding.
+fn extra_field(mut extra: &[u8], id: u16) -> Result<Option<&[u8]>> {
+    let mut found = None;
+    while extra.len() >= 4 {
+        let n = usize::from(u16_at(extra, 2)?);
         let data = extra.get(4..4 + n).ok_or_else(|| bad("an extra field is cut short"))?;
-        if id == ZIP64_EXTRA {
-            let mut at = 0;
-            for v in values.iter_mut().filter(|v| **v == ZIP64_LIMIT) {
-                *v = u64_at(data, at)?;
-                at += 8;
-            }
+        if u16_at(extra, 0)? == id && found.replace(data).is_some() {
+            return Err(bad("an extra field is there twice"));
         }
         extra = &extra[4 + n..];
+    }
+    Ok(found)
+}
+
+/// Replaces the values that did not fit 32 bits by those of the zip64 extra field (§4.5.3).
+fn zip64(extra: &[u8], values: &mut [u64]) -> Result<()> {
+    let Some(data) = extra_field(extra, ZIP64_EXTRA)? else { return Ok(()) };
+    for (i, value) in values.iter_mut().filter(|v| **v == ZIP64_LIMIT).enumerate() {
+        *value = u64_at(data, 8 * i)?;
     }
     Ok(())
 }
 
 /// Checks the local header (§4.3.7) against the directory, and finds the data behind it.
-fn local(file: &dyn ReadAt, mut member: Member, header: u64, end: u64) -> Result<Member> {
+fn local(file: &dyn ReadAt, mut member: Member, header: &Header<'_>, end: u64) -> Result<Member> {
     let error = |e: Error| e.with_member(&member.name);
-    let fixed = read(file, header, 30).map_err(error)?;
+    let fixed = read(file, header.offset, 30).map_err(error)?;
     if u32_at(&fixed, 0)? != LOCAL_HEADER {
         return Err(error(bad("a member is not where the directory says")));
     }
+    let flags = u16_at(&fixed, 6)?;
     let (name_length, extra_length) = (u16_at(&fixed, 26)?, u16_at(&fixed, 28)?);
-    let variable = read(file, header + 30, u64::from(name_length) + u64::from(extra_length)).map_err(error)?;
+    let variable = read(file, header.offset + 30, u64::from(name_length) + u64::from(extra_length)).map_err(error)?;
     let (name, extra) = variable.split_at(usize::from(name_length));
     let method = if member.method == Method::Stored { 0 } else { 8 };
-    if name != member.name.as_bytes() || u16_at(&fixed, 8)? != method {
+    let other_name = name != header.name || !name.is_ascii() && (flags ^ header.flags) & UTF8_FLAG != 0;
+    if other_name || u16_at(&fixed, 8)? != method {
         return Err(error(bad("a member's header disagrees with the directory")));
     }
-    let streamed = u16_at(&fixed, 6)? & 8 != 0; // CRC and sizes stand behind the data
-    let mut sizes = [u32_at(&fixed, 22)?, u32_at(&fixed, 18)?].map(u64::from);
-    zip64(extra, &mut sizes).map_err(error)?;
-    if !streamed && (sizes != [member.size, member.stored] || u32_at(&fixed, 14)? != member.crc) {
-        return Err(error(bad("a member's header disagrees with the directory")));
+    if flags & STREAMED_FLAG == 0 {
+        let mut sizes = [u32_at(&fixed, 22)?, u32_at(&fixed, 18)?].map(u64::from);
+        if sizes.contains(&ZIP64_LIMIT) {
+            zip64(extra, &mut sizes).map_err(error)?; // whatever else stands there, nobody reads
+        }
+        if sizes != [member.size, member.stored] || u32_at(&fixed, 14)? != member.crc {
+            return Err(error(bad("a member's header disagrees with the directory")));
+        }
     }
-    member.offset = header + 30 + variable.len() as u64;
+    member.offset = header.offset + 30 + variable.len() as u64;
     if member.offset.checked_add(member.stored).is_none_or(|stop| stop > end) {
         return Err(bad("a member reaches past the end of the data").with_member(&member.name));
     }
@@ -270,8 +218,7 @@ impl Member {
     /// # Errors
     /// `Crc` when they do not match, `Archive` for a broken stream, `Io`.
     pub fn read(&self, file: &dyn ReadAt) -> Result<Vec<u8>> {
-        let mut stored = vec![0; self.stored as usize];
-        file.read_at(&mut stored, self.offset).map_err(|e| e.with_member(&self.name))?;
+        let stored = read(file, self.offset, self.stored).map_err(|e| e.with_member(&self.name))?;
         let bytes = match self.method {
             Method::Stored => stored,
             Method::Deflated => self.inflate(&stored)?,
@@ -299,14 +246,15 @@ impl Member {
 
     /// Memory grows with what the stream really holds, never with what the header claims.
     fn inflate(&self, stored: &[u8]) -> Result<Vec<u8>> {
-        let mut out = Vec::new();
+        let mut out: Vec<u8> = Vec::new();
         let mut stream = flate2::Decompress::new(false);
         let error = |what: &str| bad(what).with_member(&self.name);
         loop {
             if out.len() as u64 > self.size {
                 return Err(error("a compressed member is larger than the directory says"));
             }
-            out.reserve((64 << 10).max(out.len() / 2));
+            let more = (64 << 10).max(out.len() / 2);
+            out.try_reserve(more).map_err(|_| out_of_memory(out.len() + more).with_member(&self.name))?;
             let input = &stored[stream.total_in() as usize..];
             let before = (stream.total_in(), out.len());
             let status = stream.decompress_vec(input, &mut out, flate2::FlushDecompress::Finish);
