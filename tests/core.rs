@@ -459,7 +459,7 @@ fn deflated(bytes: &[u8]) -> Vec<u8> {
         assert_eq!(done, flate2::Status::StreamEnd);
         let offset = out.len() as u32;
         let mut common = Vec::new(); // what both headers share: flags to extra length
-        for n in [0u16, 8, 0, 0x21] {
+        for n in [0x800u16, 8, 0, 0x21] {
             common.extend(n.to_le_bytes());
         }
         for n in [m.crc, packed.len() as u32, data.len() as u32] {
