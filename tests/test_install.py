@@ -19,7 +19,7 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 import hornbeam.callbacks
-from hornbeam import UnsupportedError, _hook, _keras
+from hornbeam import UnsupportedError, _hook, _patch
 from zoo import ZOO, chain
 
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
@@ -215,19 +215,19 @@ def test_a_wrapper_that_somebody_else_put_around_a_dispatcher_stays(tmp_path: Pa
 
 
 def test_a_patch_leaves_what_was_put_over_it() -> None:
-    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _keras._Patch()
+    def make(original: Any) -> Any:
+        return lambda: f"ours {original()}"
 
-    def ours() -> str:
-        return f"ours {patch.original()}"
-
-    with patch(owner, "f", ours):
+    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _patch.Patch(make)
+    with patch(owner, "f"):
+        ours = owner.f
         owner.f = functools.wraps(ours)(lambda: f"theirs {ours()}")
     for _ in range(2):
         assert owner.f() == "theirs ours stock"
-        with patch(owner, "f", ours):
+        with patch(owner, "f"):
             assert owner.f() == "theirs ours stock"
     owner.f = ours
-    with patch(owner, "f", ours):
+    with patch(owner, "f"):
         pass
     assert owner.f() == "stock"
 
