@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 import hornbeam
 from helpers import values
@@ -89,6 +90,7 @@ def test_killed_and_restarted(case: str, resumes: dict[str, Any]) -> None:
         assert result["left"] == found["reference"]["left"]
 
 
+COUNTED = "_epoch" in vars(ArrayDataAdapter(np.zeros((2, 1))))
 X = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
 Y = X[:, :1] * 2
 
@@ -252,7 +254,8 @@ def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureF
     assert said([X, Y], {"seed": 1}) == []
     assert said([X, Y], shuffle=False) == []
     assert said([resumable((X, Y))], {"save_freq": 2}) == []
-    assert (said([X, Y]) == []) == (BACKEND != "tensorflow")
+    # TensorFlow's order has a state of its own, but where the adapter counts the epochs, as from Keras 3.16 on.
+    assert (said([X, Y]) == []) == (BACKEND != "tensorflow" or COUNTED)
     if importlib.util.find_spec("tensorflow") is not None:
         import tensorflow as tf
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from hornbeam import _async, _hook, _names, _state
 from hornbeam._patch import Patch, Users, reaches
+from hornbeam._patch import collector_rests as collector_rests
 from hornbeam.errors import UnsupportedError
 
 #: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.
@@ -512,6 +513,8 @@ def _start_anew() -> None:
     global _lock
     _lock = threading.RLock()
     _users.keep_own()
+    if not _hook.is_installed():
+        restore_aliases()
     for name in _REPLACED:
         if name in sys.modules:
             unpatch(sys.modules[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 #: Operation → the modules of hornbeam that do it, and the functions of Keras that they replace.
 OPERATIONS: dict[str, tuple[str, str]] = {
     "formats": (
-        "_formats _keras",
+        "_formats",
         (
             "saving.saving_api.save_model saving.saving_api.load_model saving.saving_api.save_weights "
             "saving.saving_api.load_weights"
@@ -41,7 +41,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
         "models.model.Model.to_json models.model.model_from_json",
     ),
     "export": (
-        "_explain _export _formats _keras",
+        "_explain _export _formats",
         (
             "export.saved_model.get_input_signature archive:track archive:add_endpoint "
             "archive:add_variable_collection archive:write_out"
@@ -55,7 +55,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
         "",
     ),
     "savedmodel": (
-        "_explain _export _formats _keras _savedmodel",
+        "_explain _export _formats _savedmodel",
         "",
     ),
     "training": (
