@@ -62,6 +62,7 @@ _KNOWN_ATTRIBUTES = frozenset(
         "_size",
         "_steps_seen",
         "_within_epoch",
+        "class_weight",
         "data_adapter",
         "enqueuer",
         "py_dataset",
@@ -284,16 +285,20 @@ def _is_recognised(item: Any) -> bool:
 
 @functools.cache
 def _fingerprint(cls: type) -> str:
-    """A digest of all names that the code of a class uses: other sources of state or order have other names."""
-    members = [part for member in vars(cls).values() for part in (member, getattr(member, "fget", None))]
-    todo = [getattr(inspect.unwrap(m), "__code__", None) for m in members if callable(m)]
-    found: set[str] = set()
-    while todo:
-        code = todo.pop()
-        if code is not None:
-            found.update(name for name in code.co_names if not name.startswith("__"))
-            todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:12]
+    """A digest of all names that each method of a class uses: other sources of state or order have other names."""
+    uses = []
+    for name, member in vars(cls).items():
+        function = inspect.unwrap(member) if callable(member) else getattr(member, "fget", None)
+        todo = [getattr(function, "__code__", None)]
+        found: set[str] = set()
+        while todo:
+            code = todo.pop()
+            if code is not None:
+                found.update(used for used in code.co_names if not used.startswith("__"))
+                todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        if function is not None and (not name.startswith("__") or name == "__init__"):
+            uses.append(f"{name}: {' '.join(sorted(found))}")
+    return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
 
 
 _local = threading.local()

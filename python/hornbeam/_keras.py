@@ -255,7 +255,8 @@ def restore_aliases() -> None:
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "keras" and module_name != but and vars(module).get(name) is old:
+        names = getattr(module, "__dict__", {})  # `None` stands for what cannot be imported
+        if module_name.partition(".")[0] == "keras" and module_name != but and names.get(name) is old:
             setattr(module, name, new)
 
 

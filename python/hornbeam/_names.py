@@ -75,10 +75,10 @@ def _tell(operation: str, reason: str) -> None:
         "newer hornbeam may know this Keras; `hornbeam.options(strict=True)` makes this an error."
     )
     _state.logger.warning("%s", text)
-    level, frame = 2, inspect.currentframe()
+    level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hornbeam", "keras"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, UnknownKerasWarning, stacklevel=max(1, level - 2))
+    warnings.warn(text, UnknownKerasWarning, stacklevel=level)
 
 
 def archive_class() -> Any:
