@@ -246,7 +246,7 @@ def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:
     (tmp_path / "scripts" / "helper.py").write_text("NAME = 'beside'\n")
     script = os.path.join("scripts", "train.py")
     out = python("-m", "hornbeam", script, "m.keras", "--flag", cwd=tmp_path, KERAS_BACKEND="numpy")
-    assert out.splitlines()[-2:] == [f"beside ['m.keras', '--flag'] {script}", "1 1 {}"]
+    assert out.splitlines()[-2:] == [f"beside ['m.keras', '--flag'] {tmp_path / script}", "1 1 {}"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.keras", "scripts"]
 
 

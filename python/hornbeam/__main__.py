@@ -45,18 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not os.path.exists(options.script):
         parser.error(f"no such script: '{options.script}'")
     sys.argv = [options.script, *options.args]
-    importer: Any = pkgutil.get_importer(options.script)
+    place = os.path.join(os.getcwd(), options.script)
+    importer: Any = pkgutil.get_importer(place)
     if importer is None:
-        _put_first(os.path.dirname(os.path.realpath(options.script)))
-        _run(_file(options.script), options.script, None)
+        _put_first(os.path.dirname(os.path.realpath(place)))
+        _run(_file(place), place, None)
         return 0
     found = importer.find_spec("__main__")
     if found is None:
         parser.error(f"no `__main__.py` in '{options.script}'")
     if sys.flags.safe_path:  # as Python: there is nothing to replace
-        sys.path.insert(0, options.script)
+        sys.path.insert(0, place)
     else:
-        _put_first(options.script)
+        _put_first(place)
     _run(found.loader.get_code("__main__"), found.origin, found)
     return 0
 
@@ -83,10 +84,10 @@ def _module(name: str) -> tuple[ModuleSpec, CodeType]:
 
 def _file(path: str) -> CodeType:
     """The code of a script, compiled or not."""
-    with io.open_code(os.path.abspath(path)) as file:
+    with io.open_code(path) as file:
         code = pkgutil.read_code(file)
     if code is None:
-        with io.open_code(os.path.abspath(path)) as file:
+        with io.open_code(path) as file:
             code = compile(file.read(), path, "exec")
     return code
 

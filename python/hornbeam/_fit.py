@@ -33,13 +33,13 @@ from hornbeam.data import Resumable, load_iterator, save_iterator, unseeded
 _EPOCH = "epoch of the adapter"
 #: `_fingerprint` of the classes in Keras 3.12 to 3.16.
 _KNOWN_CODE: dict[str, frozenset[str]] = {
-    "ArrayDataAdapter": frozenset(["496a208009b1", "8dd45b9a74c6"]),
-    "EpochIterator": frozenset(["eaaf1808382a"]),
-    "JAXEpochIterator": frozenset(["3f136d52e151", "42c883abaf79", "544210fcd7cb", "c44b0a17b316"]),
-    "PyDatasetAdapter": frozenset(["cd897e5e0eba", "f83af9ecf5fc"]),
-    "TFDatasetAdapter": frozenset(["3c43f119be14", "c495fedcaa75"]),
-    "TFEpochIterator": frozenset(["680166c2b7ae"]),
-    "TorchEpochIterator": frozenset(["103405f1a9e0", "9e12efbb2944"]),
+    "ArrayDataAdapter": frozenset(["8db8e0dabe85", "e929be563aa3"]),
+    "EpochIterator": frozenset(["50c9e52baf59", "e6617a9b7102"]),
+    "JAXEpochIterator": frozenset(["10b480d10607", "5a30beaf8c47", "a0718f0a8b13", "f8a5dd8c471b"]),
+    "PyDatasetAdapter": frozenset(["1401a287d651", "e5195dc1a8e1"]),
+    "TFDatasetAdapter": frozenset(["3a61b904efd9", "d14d19ceaa7d", "d3cc8dffba77"]),
+    "TFEpochIterator": frozenset(["e854099377b9"]),
+    "TorchEpochIterator": frozenset(["2abf1d2d3646", "ea021502b731"]),
 }
 #: What their instances have.
 _KNOWN_ATTRIBUTES = frozenset(
