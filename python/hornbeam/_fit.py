@@ -155,6 +155,10 @@ class Input:
         if self.inexact is None and isinstance(self._adapter, ArrayDataAdapter | PyDatasetAdapter):
             # With `steps_per_epoch` Keras makes an epoch's iterator when the one before ends, which a restart cannot.
             self._epochs._current_iterator = None
+            # Workers leave batches of an epoch that was not finished (Keras builds a model from its first) to the next.
+            enqueuer = getattr(self._adapter, "enqueuer", None)
+            while enqueuer is not None and not enqueuer.is_running() and not enqueuer.ready_queue.empty():
+                enqueuer.ready_queue.get()
 
     def state(self, epoch: int, step: int) -> Any:
         """What is needed to go on at this batch, or, for data that are not resumable, with this epoch."""
