@@ -16,9 +16,11 @@ CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbeam/*.pyi)
 # What is worth running again on another backend or Keras.
-MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py
+MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py tests/test_names.py
 BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_rescue.py \
   tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_keras_suite.py::test_our_model_checkpoint
+NIGHTLY_TESTS ?= $(MATRIX_TESTS) tests/test_install.py tests/test_patch.py tests/test_checkpoint.py \
+  tests/test_backup.py tests/test_data.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
@@ -126,14 +128,18 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 	  KERAS_BACKEND=jax .venv-dist/$(BIN)/python -c "$$SMOKE"; \
 	done; rm -rf .venv-dist
 
-test-matrix: .venv-torch/.wheel .venv-keras312/.wheel ## The tests of backends on torch, and on the oldest Keras supported
+test-matrix: .venv-torch/.wheel .venv-keras312/.wheel .venv-nightly/.wheel ## The tests of backends on torch, on the oldest Keras supported, and on the next
 	@echo "==> Python tests, torch backend"
 	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras 3.12.4"
 	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
+	@echo "==> Python tests, Keras' nightly build, TensorFlow and JAX"
+	for backend in tensorflow jax; do \
+	  KERAS_BACKEND=$$backend .venv-nightly/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(NIGHTLY_TESTS) $(PYTEST_ARGS) || exit 1; \
+	done
 
 clean: ## Remove everything these targets made
-	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .venv-nightly .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f python/hornbeam/_core.*.so python/hornbeam/_core.*.pyd
 
 # --- how the environments are made: a stamp file says what was done ---
@@ -171,6 +177,14 @@ target/wheels/.built: $(WHEEL) | $(VENV)/.group-build
 .venv-%/.group: pyproject.toml | .venv-%/.python
 	@echo "==> .venv-$*: installing the 'matrix-$*' group"
 	.venv-$*/$(BIN)/python -m pip install --group matrix-$*
+	@touch $@
+
+# TensorFlow asks for a released Keras, which is the same package: it goes, and the nightly is put in its place.
+.venv-nightly/.group: pyproject.toml | .venv-nightly/.python
+	@echo "==> .venv-nightly: installing the 'matrix-nightly' group"
+	.venv-nightly/$(BIN)/python -m pip install --group matrix-nightly
+	.venv-nightly/$(BIN)/python -m pip uninstall --yes keras
+	.venv-nightly/$(BIN)/python -m pip install --no-deps --force-reinstall --group keras-nightly
 	@touch $@
 
 .venv-%/.wheel: target/wheels/.built .venv-%/.group

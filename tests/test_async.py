@@ -553,7 +553,7 @@ def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
 def test_a_save_that_nobody_made_asynchronous_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hornbeam._keras, "_is_known", lambda *_: False)  # a Keras that we do not know
+    monkeypatch.setattr(hornbeam._keras, "_active", lambda: False)  # somebody else's `save_model`, say
     save_model(small(), tmp_path / "m.keras", asynchronous=True)
     assert "`asynchronous=True` did nothing" in caplog.text
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from keras.src.random.seed_generator import global_seed_generator
 
 import hornbeam
 from helpers import saved, state, value, values
-from hornbeam import _build, _journal, _keras, _legacy_save, _shortcuts, _state, _tried
+from hornbeam import _build, _journal, _keras, _legacy_save, _patch, _shortcuts, _state, _tried
 from zoo import AWKWARD, ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
@@ -191,24 +192,24 @@ def _patch_points() -> list[tuple[Any, str, Any, str]]:
     from keras.src.saving import saving_lib
 
     points: list[tuple[Any, str, Any, str]] = [
-        (keras.layers.Layer, "__setattr__", _shortcuts, "_set_attribute"),
+        (keras.layers.Layer, "__setattr__", _shortcuts._attribute_patch, "_make"),
         (layer, "inspect", _shortcuts._Inspect, "signature"),
         (operation, "inspect", _shortcuts._Inspect, "getfullargspec"),
-        (Variable, "assign", _journal, "_dispatch_assign"),
-        (saving_lib, "_load_state", _journal, "_dispatch_load"),
-        (saving_lib, "_walk_saveable", _keras, "_dispatch_walk"),
+        (Variable, "assign", _journal._assign_patch, "_make"),
+        (saving_lib, "_load_state", _journal._load_patch, "_make"),
+        (saving_lib, "_walk_saveable", _keras._walk_patch, "_make"),
         (saving_lib, "naming", _keras._Naming, "to_snake_case"),
         (saving_lib, "file_utils", _keras._FileUtils, "join"),
-        (keras.Variable, "_initialize_with_initializer", _build, "_dispatch_initialize"),
+        (keras.Variable, "_initialize_with_initializer", _build._variable_patch, "_make"),
     ]
     if BACKEND == "tensorflow":
         import tensorflow as tf
         from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
         points += [
-            (tf, "is_tensor", _shortcuts, "_is_tensor"),
-            (TFOptimizer, "add_variable_from_reference", _build, "_dispatch_slot"),
-            (TFOptimizer, "_var_key", _build, "_dispatch_key"),
+            (tf, "is_tensor", _shortcuts._tensor_patch, "_make"),
+            (TFOptimizer, "add_variable_from_reference", _build._slot_patch, "_make"),
+            (TFOptimizer, "_var_key", _build._key_patch, "_make"),
         ]
     return points
 
@@ -222,18 +223,18 @@ def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
 
     walked = ("m.keras", "m.weights.h5")
     points: list[tuple[Any, str, Any, str, tuple[str, ...]]] = [
-        (saving_lib, "_walk_saveable", _keras, "_dispatch_walk", walked),
+        (saving_lib, "_walk_saveable", _keras._walk_patch, "_make", walked),
         (saving_lib, "naming", _keras._Naming, "to_snake_case", walked),
         (saving_lib, "file_utils", _keras._FileUtils, "join", walked),
-        (BaseOptimizer, "save_own_variables", _keras, "_dispatch_optimizer", walked),
-        (serialization, "serialize_keras_object", _legacy_save, "_dispatch_serialize", ("m.h5",)),
+        (BaseOptimizer, "save_own_variables", _keras._optimizer_patch, "_make", walked),
+        (serialization, "serialize_keras_object", _legacy_save._serialize_patch, "_make", ("m.h5",)),
         (functional, "copy", _shortcuts._Copy, "deepcopy", ("m.keras",)),
         (sequential, "copy", _shortcuts._Copy, "deepcopy", ()),  # the same
     ]
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        points.append((tf, "is_tensor", _shortcuts, "_is_tensor", ("m.keras",)))
+        points.append((tf, "is_tensor", _shortcuts._tensor_patch, "_make", ("m.keras",)))
     return points
 
 
@@ -247,13 +248,13 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
     model.save(tmp_path / "m.keras")
     hornbeam.saving.load_model(tmp_path / "m.keras")  # tries the shortcuts
     patched: set[tuple[Any, str]] = set()
-    original = _keras._Patch.__call__
+    original = _patch.Patch.__call__
 
-    def noted(self: Any, owner: Any, name: str, replacement: Any) -> Any:
+    def noted(self: Any, owner: Any, name: str) -> Any:
         patched.add((owner, name))
-        return original(self, owner, name, replacement)
+        return original(self, owner, name)
 
-    monkeypatch.setattr(_keras._Patch, "__call__", noted)
+    monkeypatch.setattr(_patch.Patch, "__call__", noted)
     with hornbeam.installed(), hornbeam.options(strict=True):
         for name in ("m.keras", "m.weights.h5", "m.h5"):
             _save(model, tmp_path / name)
@@ -280,6 +281,20 @@ class Injected(BaseException):
     """Passes what catches errors."""
 
 
+def _before_each_call(ours: Any, name: str, check: Callable[[], None]) -> Callable[..., Any]:
+    """What is there, with a check before each call; of a patch, before each call of what it makes."""
+    original = getattr(ours, name)
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check()
+            return function(*args, **kwargs)
+
+        return call
+
+    return (lambda found: checked(original(found))) if name == "_make" else checked(original)
+
+
 @lazy
 @pytest.mark.parametrize("point", range(len(_patch_points())), ids=lambda i: _patch_points()[i][1])
 @pytest.mark.parametrize("after", [0, 1])
@@ -290,14 +305,13 @@ def test_an_error_at_any_patch_point_leaves_nothing_patched(
     model.save(tmp_path / "m.keras")
     hornbeam.saving.load_model(tmp_path / "m.keras")  # tries the shortcuts
     _, _, ours, name = _patch_points()[point]
-    original, calls = getattr(ours, name), 0
+    calls = 0
 
-    def fails(*args: Any, **kwargs: Any) -> Any:
+    def may_fail() -> None:
         nonlocal calls
         calls += 1
         if calls > after:
             raise Injected
-        return original(*args, **kwargs)
 
     before = [getattr(owner, n) for owner, n, *_ in _patch_points()]
     values_before = values(model)
@@ -307,7 +321,7 @@ def test_an_error_at_any_patch_point_leaves_nothing_patched(
         model.load_weights(tmp_path / "m.keras")
 
     with monkeypatch.context() as patch, hornbeam.installed():
-        patch.setattr(ours, name, fails)
+        patch.setattr(ours, name, _before_each_call(ours, name, may_fail))
         with pytest.raises(Injected):
             load_both()
     assert [getattr(owner, n) for owner, n, *_ in _patch_points()] == before
@@ -328,16 +342,14 @@ def test_an_error_at_any_patch_point_of_a_save_leaves_the_old_file(
     hornbeam.saving.save_model(model, tmp_path / "m.keras")  # tries the shortcuts
     (tmp_path / "m.keras").unlink()
     _, _, ours, name, files = _saving_points()[point]
-    original = getattr(ours, name)
     calls = wanted = 0
     error: type[BaseException] = Injected
 
-    def fails(*args: Any, **kwargs: Any) -> Any:
+    def may_fail() -> None:
         nonlocal calls
         calls += 1
         if calls > wanted:
             raise error("injected")
-        return original(*args, **kwargs)
 
     before = [getattr(owner, n) for owner, n, *_ in _saving_points()]
     for file in files:
@@ -345,10 +357,10 @@ def test_an_error_at_any_patch_point_of_a_save_leaves_the_old_file(
         _save(model, path)
         old, expected = path.read_bytes(), state(model)
         for error in (Injected, RuntimeError):
-            for wanted in (0, 1) if name not in ("_dispatch_optimizer", "deepcopy") else (0,):
+            for wanted in (0, 1) if ours is not _keras._optimizer_patch and name != "deepcopy" else (0,):
                 calls = 0
                 with monkeypatch.context() as patch, hornbeam.installed():
-                    patch.setattr(ours, name, fails)
+                    patch.setattr(ours, name, _before_each_call(ours, name, may_fail))
                     with pytest.raises(error, match="injected"):
                         _save(model, path)
                 assert calls > wanted
@@ -480,14 +492,14 @@ def test_a_class_that_computes_attributes_goes_the_stock_way(tmp_path: Path) -> 
 def test_what_is_done_to_the_collector_during_a_load_stays(enabled: bool, tmp_path: Path) -> None:
     before = gc.get_threshold()
     try:
-        with _keras.collector_rests():
+        with _patch.collector_rests():
             assert gc.get_threshold()[0] == 0
-            with _keras.collector_rests():
+            with _patch.collector_rests():
                 (gc.enable if enabled else gc.disable)()
             assert gc.get_threshold()[0] == 0
         assert gc.isenabled() is enabled
         assert gc.get_threshold() == before
-        with _keras.collector_rests():
+        with _patch.collector_rests():
             gc.set_threshold(123, 4, 5)
         assert gc.get_threshold() == (123, 4, 5)
     finally:
@@ -501,7 +513,7 @@ def test_a_child_collects_what_other_threads_of_its_parent_had_resting() -> None
     before, inside, done = gc.get_threshold(), threading.Event(), threading.Event()
 
     def rests() -> None:
-        with _keras.collector_rests(), _keras._collector_lock:
+        with _patch.collector_rests(), _patch._collector_lock:
             inside.set()
             done.wait()
 
@@ -511,7 +523,7 @@ def test_a_child_collects_what_other_threads_of_its_parent_had_resting() -> None
     child = os.fork()
     if child == 0:
         found = gc.get_threshold()
-        with _keras.collector_rests():
+        with _patch.collector_rests():
             resting = gc.get_threshold()[0] == 0
         os._exit(0 if resting and found == gc.get_threshold() == before else 1)
     done.set()

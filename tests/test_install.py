@@ -19,7 +19,7 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 import hornbeam.callbacks
-from hornbeam import UnsupportedError, _hook, _keras
+from hornbeam import UnsupportedError, _hook, _keras, _patch
 from zoo import ZOO, chain
 
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
@@ -215,19 +215,19 @@ def test_a_wrapper_that_somebody_else_put_around_a_dispatcher_stays(tmp_path: Pa
 
 
 def test_a_patch_leaves_what_was_put_over_it() -> None:
-    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _keras._Patch()
+    def make(original: Any) -> Any:
+        return lambda: f"ours {original()}"
 
-    def ours() -> str:
-        return f"ours {patch.original()}"
-
-    with patch(owner, "f", ours):
+    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _patch.Patch(make)
+    with patch(owner, "f"):
+        ours = owner.f
         owner.f = functools.wraps(ours)(lambda: f"theirs {ours()}")
     for _ in range(2):
         assert owner.f() == "theirs ours stock"
-        with patch(owner, "f", ours):
+        with patch(owner, "f"):
             assert owner.f() == "theirs ours stock"
     owner.f = ours
-    with patch(owner, "f", ours):
+    with patch(owner, "f"):
         pass
     assert owner.f() == "stock"
 
@@ -246,8 +246,147 @@ def test_the_command_runs_an_unchanged_script(tmp_path: Path) -> None:
     (tmp_path / "scripts" / "helper.py").write_text("NAME = 'beside'\n")
     script = os.path.join("scripts", "train.py")
     out = python("-m", "hornbeam", script, "m.keras", "--flag", cwd=tmp_path, KERAS_BACKEND="numpy")
-    assert out.splitlines()[-2:] == [f"beside ['m.keras', '--flag'] {script}", "1 1 {}"]
+    assert out.splitlines()[-2:] == [f"beside ['m.keras', '--flag'] {tmp_path / script}", "1 1 {}"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.keras", "scripts"]
+
+
+LATE = """
+import atexit, pickle, sys, threading
+
+class Kept:
+    pass
+
+def late(where):
+    threading.main_thread().join() if where == "thread" else None
+    assert sys.modules["__main__"].Kept is Kept and __name__ == "__main__"
+    print(where, type(pickle.loads(pickle.dumps(Kept()))).__name__, flush=True)
+
+atexit.register(late, "atexit")
+threading.Thread(target=late, args=["thread"]).start()
+"""
+
+
+def test_a_script_stays_main_until_threads_and_exit_handlers_are_done(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(LATE)
+    (tmp_path / "package" / "__init__.py").write_text("")
+    for args in (["late.py"], ["-m", "late"], ["-m", "package"], ["package"]):
+        assert python("-m", "hornbeam", *args, cwd=tmp_path) == "thread Kept\natexit Kept\n", args
+
+
+LOOK = """
+import sys
+names = ["__name__", "__file__", "__package__", "__cached__", "__doc__"]
+print([globals().get(name) for name in names], __spec__ and __spec__.name, sys.argv)
+print(__builtins__ is sys.modules["builtins"], vars(sys.modules["__main__"]) is globals(), type(__loader__).__name__)
+print(sys.path[:2])
+"""
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("args", [["look.py"], ["./look.py"], ["-m", "look"], ["folder"], ["-m", "folder"], ["z.zip"]])
+def test_a_script_sees_what_python_itself_shows_it(args: list[str], safe: bool, tmp_path: Path) -> None:
+    """Also under `-P`, where no directory comes before `PYTHONPATH`."""
+    import zipfile
+
+    (tmp_path / "look.py").write_text(LOOK)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text(LOOK)
+    (tmp_path / "folder" / "__init__.py").write_text("")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as file:
+        file.writestr("__main__.py", LOOK)
+    paths = {"PYTHONPATH": os.pathsep.join([_PACKAGE, str(tmp_path)]), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**paths, **({"PYTHONSAFEPATH": "1"} if safe else {})}
+    found = python("-m", "hornbeam", *args, "-x", "1", cwd=tmp_path, **env)
+    expected = python(*args, "-x", "1", cwd=tmp_path, **env)
+    if not args[0].startswith("-m") and args[0].endswith(".py"):  # of Python's own way to run a file
+        expected = expected.replace("SourceFileLoader", "NoneType")
+    assert found == expected
+
+
+def test_what_is_no_module_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "__init__.py").write_text("")
+    for args, text in (
+        (["-m", "nowhere_at_all"], "no module to run is named 'nowhere_at_all'"),
+        (["-m", "empty"], "is a package without `__main__.py`"),
+        (["empty"], "no `__main__.py` in 'empty'"),
+    ):
+        command = [sys.executable, "-m", "hornbeam", *args]
+        env = {**os.environ, "PYTHONPATH": _PACKAGE}
+        run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        assert text in run.stderr
+
+
+FINDERS = """
+import importlib.abc, importlib.util, os, sys
+root = importlib.util.find_spec("keras").submodule_search_locations[0]
+asked = []
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        asked.append(name)
+
+class Own(importlib.abc.MetaPathFinder):
+    "Serves keras from where Python's own finder cannot see it."
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] != "keras":
+            return None
+        place = os.path.join(root, *name.split(".")[1:])
+        if os.path.isdir(place):
+            init = os.path.join(place, "__init__.py")
+            return importlib.util.spec_from_file_location(name, init, submodule_search_locations=["<bundle>"])
+        return importlib.util.spec_from_file_location(name, place + ".py") if os.path.exists(place + ".py") else None
+
+class AsksAll(importlib.abc.MetaPathFinder):
+    "Wraps what all together find, as tools that instrument imports do."
+    busy = set()
+    def find_spec(self, name, path, target=None):
+        if name in self.busy:
+            return None
+        self.busy.add(name)
+        try:
+            asked.append(name)
+            return importlib.util.find_spec(name)
+        finally:
+            self.busy.discard(name)
+
+import hornbeam
+from hornbeam import _hook
+kind, order = sys.argv[1:]
+finder = {"watch": Watch, "own": Own, "asks_all": AsksAll}[kind]()
+if order == "before":
+    sys.meta_path.insert(0, finder)
+hornbeam.install()
+if order == "after":
+    sys.meta_path.insert(0, finder)
+import keras
+for name in _hook.MODULES:
+    assert kind == "own" or name in asked, name
+    from hornbeam import _keras
+    assert _keras.is_patched(sys.modules[name]), name
+assert hasattr(keras.models.load_model, "__hornbeam__")
+hornbeam.uninstall()
+assert not hasattr(keras.models.load_model, "__hornbeam__")
+assert not hasattr(sys.modules[_hook.SAVING_LIB].save_model, "__hornbeam__")
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("kind", ["watch", "own", "asks_all"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_whoever_finds_keras_it_is_patched(kind: str, order: str) -> None:
+    assert python("-c", FINDERS, kind, order, KERAS_BACKEND="numpy") == "fine\n"
+
+
+def test_a_module_that_cannot_be_patched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hornbeam.errors import UnknownKerasWarning
+
+    monkeypatch.setattr(_keras, "patch", lambda _: None)
+    with pytest.warns(UnknownKerasWarning, match="cannot be patched"), hornbeam.installed():
+        pass
 
 
 def test_the_command_reports_a_missing_script_and_passes_on_exit_codes(tmp_path: Path) -> None:

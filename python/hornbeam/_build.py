@@ -15,29 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
-from keras.src import backend
+from keras.src.backend import config
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from keras.src.initializers.initializer import Initializer
 
-from hornbeam import _journal, _keras, _shortcuts, _tensors
+from hornbeam import _journal, _patch, _shortcuts, _tensors
 
 _local = threading.local()
-_variable_patch = _keras._Patch()
-_slot_patch = _keras._Patch()
-_key_patch = _keras._Patch()
 
 
 class _Lazy:
     """Mixed into the class of a variable while it has no value."""
 
-    _pending: tuple[Any, Any]  # initialiser, and what `_tensors.note_creation` noted
+    _pending: tuple[Any, Any, Any]  # initialiser, what `_tensors.note_creation` noted, and what runs the initialiser
 
     @property
     def _value(self) -> Any:
@@ -97,16 +93,16 @@ def _lazy_class(cls: type) -> type:
     return _classes[cls]
 
 
-def _settle(variable: Any) -> tuple[Any, Any]:
+def _settle(variable: Any) -> tuple[Any, Any, Any]:
     """Makes the variable an ordinary one, still without a value."""
-    pending: tuple[Any, Any] = variable.__dict__.pop("_pending")
+    pending: tuple[Any, Any, Any] = variable.__dict__.pop("_pending")
     variable.__class__ = variable.__dict__.pop("_plain_class")
     return pending
 
 
 def _give(variable: Any, value: Any) -> None:
     """The variable's first value."""
-    _, creation = _settle(variable)
+    _, creation, _ = _settle(variable)
     made = _shortcuts.make_variable(variable, value, creation)
     if made is None:
         _tensors.create(creation, variable, lambda: variable._initialize(value))
@@ -116,14 +112,14 @@ def _give(variable: Any, value: Any) -> None:
 
 def _initialize(variable: Any) -> None:
     """What stock Keras does at once."""
-    initializer, creation = _settle(variable)
-    _tensors.create(creation, variable, lambda: _variable_patch.original(variable, initializer))
+    initializer, creation, initialize = _settle(variable)
+    _tensors.create(creation, variable, lambda: initialize(variable, initializer))
 
 
 def _can_wait(variable: Any, initializer: Any) -> bool:
     return (
-        type(variable) is backend.Variable
-        and isinstance(initializer, Initializer)
+        type(variable) is keras.Variable
+        and isinstance(initializer, keras.initializers.Initializer)
         and type(initializer).__module__.startswith("keras.")
         and not any(isinstance(v, keras.random.SeedGenerator) for v in vars(initializer).values())
         and getattr(variable, "_layout", None) is None  # Keras 3.12 has it on JAX only
@@ -135,39 +131,55 @@ def _can_wait(variable: Any, initializer: Any) -> bool:
 
 def _nnx() -> bool:
     """Whether variables are Flax objects, which keep their value elsewhere."""
-    return bool(getattr(backend.config, "is_nnx_enabled", lambda: False)())
+    return bool(getattr(config, "is_nnx_enabled", lambda: False)())
 
 
-def _dispatch_initialize(variable: Any, initializer: Any) -> None:
-    pending = getattr(_local, "pending", None)
-    if pending is None or not _can_wait(variable, initializer):
-        _variable_patch.original(variable, initializer)
-        return
-    creation = _tensors.note_creation(variable)
-    if creation is None:
-        _variable_patch.original(variable, initializer)
-        return
-    variable.__dict__.pop("_value", None)
-    variable._pending = (initializer, creation)
-    variable._plain_class = type(variable)
-    variable.__class__ = _lazy_class(type(variable))
-    pending.append(variable)
+def _initialize_later(original: Callable[..., None]) -> Callable[..., None]:
+    """`Variable._initialize_with_initializer`, for later."""
+
+    def initialize(variable: Any, initializer: Any) -> None:
+        pending = getattr(_local, "pending", None)
+        if pending is None or not _can_wait(variable, initializer):
+            original(variable, initializer)
+            return
+        creation = _tensors.note_creation(variable)
+        if creation is None:
+            original(variable, initializer)
+            return
+        variable.__dict__.pop("_value", None)
+        variable._pending = (initializer, creation, original)
+        variable._plain_class = type(variable)
+        variable.__class__ = _lazy_class(type(variable))
+        pending.append(variable)
+
+    return initialize
 
 
-def _dispatch_slot(self: Any, reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+def _slot(original: Callable[..., Any]) -> Callable[..., Any]:
     """`TFOptimizer.add_variable_from_reference` without placing the slot beside a variable that is nowhere yet."""
-    if isinstance(reference_variable, _Lazy):
-        from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-        return BaseOptimizer.add_variable_from_reference(self, reference_variable, *args, **kwargs)
-    return _slot_patch.original(self, reference_variable, *args, **kwargs)
+    def add(self: Any, reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(reference_variable, _Lazy):
+            from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+            return BaseOptimizer.add_variable_from_reference(self, reference_variable, *args, **kwargs)
+        return original(self, reference_variable, *args, **kwargs)
+
+    return add
 
 
-def _dispatch_key(self: Any, variable: Any) -> Any:
+def _key(original: Callable[..., Any]) -> Callable[..., Any]:
     """`TFOptimizer._var_key`: the key that the variable will have."""
-    if isinstance(variable, _Lazy):
-        return variable._pending[1].key
-    return _key_patch.original(self, variable)
+
+    def key(self: Any, variable: Any) -> Any:
+        return variable._pending[1].key if isinstance(variable, _Lazy) else original(self, variable)
+
+    return key
+
+
+_variable_patch = _patch.Patch(_initialize_later)
+_slot_patch = _patch.Patch(_slot)
+_key_patch = _patch.Patch(_key)
 
 
 @contextlib.contextmanager
@@ -179,18 +191,18 @@ def scope(variables: int = _shortcuts.WORTH_TRYING) -> Iterator[None]:
     Args:
         variables: How many there will be; if nobody knows, enough for every shortcut.
     """
-    if getattr(_local, "pending", None) is not None or backend.backend() not in ("tensorflow", "jax"):
+    if getattr(_local, "pending", None) is not None or keras.backend.backend() not in ("tensorflow", "jax"):
         yield
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_variable_patch(backend.Variable, "_initialize_with_initializer", _dispatch_initialize))
-        if backend.backend() == "tensorflow":
+        stack.enter_context(_variable_patch(keras.Variable, "_initialize_with_initializer"))
+        if keras.backend.backend() == "tensorflow":
             from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
-            stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference", _dispatch_slot))
-            stack.enter_context(_key_patch(TFOptimizer, "_var_key", _dispatch_key))
+            stack.enter_context(_slot_patch(TFOptimizer, "add_variable_from_reference"))
+            stack.enter_context(_key_patch(TFOptimizer, "_var_key"))
         stack.enter_context(_shortcuts.scope(_shortcuts.BUILDING, variables))
-        stack.enter_context(_keras.collector_rests())
+        stack.enter_context(_patch.collector_rests())
         pending: list[Any] = []
         _local.pending = pending
         try:

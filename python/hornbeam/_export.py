@@ -19,12 +19,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src import backend
 from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _core, _durable, _keras, _state
+from hornbeam import _core, _durable, _names, _state
 from hornbeam._explain import describe, explain, unbuilt
 from hornbeam._formats import GRAPHS
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
@@ -261,7 +260,7 @@ def _others(target: str) -> list[str]:
 
 def _announce(archive: Any, filepath: Any, report: ExportReport, verbose: bool) -> None:
     """What Keras prints."""
-    show = sys.modules[_keras.archive_class().__module__]._print_signature
+    show = sys.modules[_names.archive_class().__module__]._print_signature
     shown = [show(getattr(archive._tf_trackable, name), name, verbose=verbose) for name in report.endpoints]
     text = "\n\n".join(shown)
     io_utils.print_msg(f"Saved artifact at '{filepath}'. The following endpoints are available:\n\n{text}")
@@ -320,7 +319,7 @@ def _compare(archive: Any, name: str, artifact: Any, tolerance: float | None, re
 
 def _kept_values(archive: Any, concrete: Any) -> list[tuple[Any, Any]]:
     """Values that asking the model may change. On JAX a stateless scope keeps them."""
-    if backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow":
         return []
     function = concrete if hasattr(concrete, "variables") else concrete.get_concrete_function()
     return [(v, v.numpy()) for v in function.variables if not v.trainable]
@@ -331,7 +330,7 @@ def _ask(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
     for size in _SIZES:
         inputs = _structure(signature, functools.partial(_example, size, np.random.default_rng(0)))
         try:
-            if backend.backend() == "tensorflow":
+            if keras.backend.backend() == "tensorflow":
                 return inputs, function(*_structure(inputs, tf.constant))
             with keras.StatelessScope():
                 return inputs, function(*_structure(inputs, keras.ops.convert_to_tensor))

@@ -7,29 +7,76 @@ made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays o
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import keras
-from keras.src.callbacks.callback_list import CallbackList
+from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from hornbeam import _random
-from hornbeam._keras import _Patch
+from hornbeam._patch import Patch
 from hornbeam.data import Resumable, load_iterator, save_iterator, unseeded
 
+#: In the state of data: the adapter's count of epochs; beside it, what the data themselves gave.
+_EPOCH = "epoch of the adapter"
+#: `_fingerprint` of the classes in Keras 3.12 to 3.16.
+_KNOWN_CODE: dict[str, frozenset[str]] = {
+    "ArrayDataAdapter": frozenset(["8db8e0dabe85", "e929be563aa3"]),
+    "EpochIterator": frozenset(["50c9e52baf59", "e6617a9b7102"]),
+    "JAXEpochIterator": frozenset(["10b480d10607", "5a30beaf8c47", "a0718f0a8b13", "f8a5dd8c471b"]),
+    "PyDatasetAdapter": frozenset(["1401a287d651", "e5195dc1a8e1"]),
+    "TFDatasetAdapter": frozenset(["3a61b904efd9", "d14d19ceaa7d", "d3cc8dffba77"]),
+    "TFEpochIterator": frozenset(["e854099377b9"]),
+    "TorchEpochIterator": frozenset(["2abf1d2d3646", "ea021502b731"]),
+}
+#: What their instances have.
+_KNOWN_ATTRIBUTES = frozenset(
+    [
+        "_batch_size",
+        "_current_iterator",
+        "_data_shard_id",
+        "_dataset",
+        "_distribute_strategy",
+        "_distributed_dataset",
+        "_epoch",
+        "_epoch_iterator",
+        "_inputs",
+        "_num_batches",
+        "_num_data_shards",
+        "_num_samples",
+        "_output_signature",
+        "_partial_batch_size",
+        "_shuffle",
+        "_size",
+        "_steps_seen",
+        "_within_epoch",
+        "class_weight",
+        "data_adapter",
+        "enqueuer",
+        "py_dataset",
+        "shuffle",
+        "steps_per_epoch",
+        "steps_per_execution",
+    ]
+)
 
-def callback_list() -> CallbackList | None:
+
+def callback_list() -> keras.callbacks.CallbackList | None:
     """The list whose `set_model` is calling."""
     for frame in _frames():
-        if isinstance(found := frame.f_locals.get("self"), CallbackList):
+        if isinstance(found := frame.f_locals.get("self"), keras.callbacks.CallbackList):
             return found
     return None
 
@@ -46,6 +93,7 @@ class Input:
         self._epochs = _epoch_iterator(model)
         self._adapter: Any = getattr(self._epochs, "data_adapter", None)
         self._shuffle: Any = None
+        self._seeded = seed is not None
         self.resumable = self._adapter if isinstance(self._adapter, Resumable) else None
         self.inexact = self._why_inexact(seed)
         if self._epochs is None:
@@ -53,17 +101,21 @@ class Input:
         if self.resumable is not None:
             epochs, data = self._epochs, self.resumable
             epochs._enumerate_iterator = lambda: _enumerate(epochs, data)
-        elif seed is not None and _shuffles_in_tensorflow(self._adapter):
+        elif seed is not None and _shuffles_in_tensorflow(self._adapter) and _is_recognised(self._adapter):
             self._shuffle = _seed_shuffle(self._epochs, self._adapter)
 
     def _why_inexact(self, seed: int | None) -> str | None:
         epochs, adapter = self._epochs, self._adapter
         if epochs is None:
             return "the data of a `fit` that is not Keras' own are unknown"
+        if not _is_recognised(epochs):
+            return f"hornbeam does not know how this Keras' {type(epochs).__name__} goes through the data"
         if isinstance(adapter, Resumable):
             if _is_distributed(epochs) and not hasattr(adapter, "_length"):
                 return "a distributed tf.data.Dataset does not give away its iterators"
             return None
+        if isinstance(adapter, TFDatasetAdapter | ArrayDataAdapter | PyDatasetAdapter) and not _is_recognised(adapter):
+            return f"hornbeam does not know this Keras' {type(adapter).__name__}"
         if isinstance(adapter, TFDatasetAdapter):
             if _is_distributed(epochs):
                 return "a distributed tf.data.Dataset does not give away its iterators"
@@ -76,7 +128,7 @@ class Input:
                 return "with `steps_per_epoch` one pass over the data lasts for several epochs"
             if isinstance(adapter, PyDatasetAdapter):
                 return "the PyDataset is infinite" if adapter.num_batches is None else None
-            if seed is None and _shuffles_in_tensorflow(adapter):
+            if seed is None and _shuffles_in_tensorflow(adapter) and not _counts_epochs(adapter):
                 return "TensorFlow's state of shuffling cannot be saved; pass `seed=`"
             return None
         return f"the position in a {type(adapter).__name__.removesuffix('Adapter')} cannot be saved"
@@ -95,11 +147,18 @@ class Input:
         """Called when an epoch begins that is not resumed in its middle."""
         if self.resumable is not None:
             self.resumable.epoch, self.resumable.step = epoch, 0
-        if self._shuffle is not None and seed is not None:
-            self._shuffle.assign(_random.derive(seed, epoch))
+        if seed is not None:
+            if self._shuffle is not None:
+                self._shuffle.assign(_random.derive(seed, epoch))
+            elif _counts_epochs(self._adapter) and _is_recognised(self._adapter):
+                self._adapter._epoch = _random.derive(seed, epoch)
         if self.inexact is None and isinstance(self._adapter, ArrayDataAdapter | PyDatasetAdapter):
             # With `steps_per_epoch` Keras makes an epoch's iterator when the one before ends, which a restart cannot.
             self._epochs._current_iterator = None
+            # Workers leave batches of an epoch that was not finished (Keras builds a model from its first) to the next.
+            enqueuer = getattr(self._adapter, "enqueuer", None)
+            while enqueuer is not None and not enqueuer.is_running() and not enqueuer.ready_queue.empty():
+                enqueuer.ready_queue.get()
 
     def state(self, epoch: int, step: int) -> Any:
         """What is needed to go on at this batch, or, for data that are not resumable, with this epoch."""
@@ -114,7 +173,8 @@ class Input:
             live = live if hasattr(live, "_iterator_resource") else iter(self._adapter._dataset)
             return {"iterator": save_iterator(live), "seen": self._epochs._steps_seen}
         dataset = getattr(self._adapter, "py_dataset", None)
-        return dataset.get_state() if dataset is not None and hasattr(dataset, "get_state") else None
+        state = dataset.get_state() if dataset is not None and hasattr(dataset, "get_state") else None
+        return {_EPOCH: int(self._adapter._epoch), "dataset": state} if _counts_epochs(self._adapter) else state
 
     def restore(self, state: Any) -> None:
         """Goes to where `state` was called."""
@@ -128,7 +188,12 @@ class Input:
             if self._epochs.steps_per_epoch:  # it goes on; otherwise the dataset has its count of iterators back
                 self._epochs._current_iterator, self._epochs._steps_seen = iterator, state["seen"]
         else:
-            self._adapter.py_dataset.set_state(state)
+            if isinstance(state, dict) and _EPOCH in state:
+                if _counts_epochs(self._adapter) and not self._seeded:
+                    self._adapter._epoch = state[_EPOCH]
+                state = state["dataset"]
+            if state is not None:
+                self._adapter.py_dataset.set_state(state)
 
     def example(self) -> Any:
         """A batch of resumable data, or what looks like one."""
@@ -184,7 +249,15 @@ def _begin(epochs: Any, data: Resumable) -> Any:
     A distribution has an iterator of its own, which does not read ahead.
     """
     reads_ahead = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
-    return data.get_jax_iterator() if reads_ahead and not data.counts else epochs._get_iterator()
+    if not reads_ahead or data.counts:
+        return epochs._get_iterator()
+    together = _takes_steps_together(epochs)
+    return data.get_jax_iterator(epochs.steps_per_execution) if together else data.get_jax_iterator()
+
+
+def _takes_steps_together(epochs: Any) -> bool:
+    """Whether `fit` wants the batches of several steps as one, as on JAX from Keras 3.16 on."""
+    return epochs.steps_per_execution > 1 and hasattr(data_adapter_utils, "super_batch_iterator")
 
 
 def _is_distributed(epochs: Any) -> bool:
@@ -199,20 +272,59 @@ def _shuffles_in_tensorflow(adapter: Any) -> bool:
     return bool(adapter._shuffle)
 
 
-_shuffle_patch = _Patch()
+def _counts_epochs(adapter: Any) -> bool:
+    """Whether the order of an epoch is a function of the adapter's own count of epochs, as from Keras 3.16 on."""
+    return isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter) and "_epoch" in vars(adapter)
+
+
+def _is_recognised(item: Any) -> bool:
+    """Whether an adapter or epoch iterator is one whose state is known, by its class, its code and its attributes."""
+    cls: Any = type(item)
+    while cls is not object and cls is not DataAdapter:
+        if _fingerprint(cls) not in _KNOWN_CODE.get(cls.__name__, ()):
+            return False
+        (cls,) = cls.__bases__[:1]
+    return vars(item).keys() <= _KNOWN_ATTRIBUTES
+
+
+@functools.cache
+def _fingerprint(cls: type) -> str:
+    """A digest of all names that each method of a class uses: other sources of state or order have other names."""
+    uses = []
+    for name, member in vars(cls).items():
+        function = inspect.unwrap(member) if callable(member) else getattr(member, "fget", None)
+        todo = [getattr(function, "__code__", None)]
+        found: set[str] = set()
+        while todo:
+            code = todo.pop()
+            if code is not None:
+                found.update(used for used in code.co_names if not used.startswith("__"))
+                todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        if function is not None and (not name.startswith("__") or name == "__init__"):
+            uses.append(f"{name}: {' '.join(sorted(found))}")
+    return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
+
+
 _local = threading.local()
 
 
-def _dispatch_shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
+def _shuffle(original: Callable[..., Any]) -> Callable[..., Any]:
     """`tf.random.shuffle`, by a variable seed where an adapter builds its pipeline for us."""
-    import tensorflow as tf
 
-    seed = getattr(_local, "seed", None)
-    if seed is None:
-        return _shuffle_patch.original(value, *args, **kwargs)
-    # The first element tells the batches of `shuffle="batch"` apart.
-    both = tf.stack([seed, tf.cast(value[0], tf.int64)])
-    return tf.random.experimental.stateless_shuffle(value, seed=both)
+    def shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
+        import tensorflow as tf
+
+        seed = getattr(_local, "seed", None)
+        if seed is None:
+            return original(value, *args, **kwargs)
+        # The first element tells the batches of `shuffle="batch"` apart.
+        both = tf.stack([seed, tf.cast(value[0], tf.int64)])
+        return tf.random.experimental.stateless_shuffle(value, seed=both)
+
+    return shuffle
+
+
+_shuffle_patch = Patch(_shuffle)
 
 
 def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
@@ -221,12 +333,19 @@ def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
 
     with tf.device("CPU:0"):
         seed = tf.Variable(0, dtype=tf.int64, trainable=False)
-    with _shuffle_patch(tf.random, "shuffle", _dispatch_shuffle):
-        _local.seed = seed
+    if _counts_epochs(adapter):  # what the pipeline takes its order from; stock Keras' has the number of now for ever
+        count, adapter._epoch = adapter._epoch, seed
         try:
             dataset = adapter.get_tf_dataset()
         finally:
-            _local.seed = None
+            adapter._epoch = count
+    else:
+        with _shuffle_patch(tf.random, "shuffle"):
+            _local.seed = seed
+            try:
+                dataset = adapter.get_tf_dataset()
+            finally:
+                _local.seed = None
     strategy = epochs._distribute_strategy
     epochs._distributed_dataset = strategy.experimental_distribute_dataset(dataset)
     return seed

@@ -6,6 +6,7 @@ What handles a format is imported when one of its files comes: a first load of a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from hornbeam import _async
+from hornbeam import _async, _keras, _names
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
@@ -26,20 +27,28 @@ def save_model(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_model`."""
-    from hornbeam import _cast
-
     if not overwrite:
         _async.settle(filepath)  # whoever is asked shall see the file
     if _is_savedmodel_asked_for(filepath, zipped, kwargs.get("save_format")):
+        _names.require("savedmodel")
         from hornbeam import _savedmodel
 
         kwargs.pop("save_format", None)
         return _savedmodel.save_model(model, filepath, overwrite, **kwargs)
     as_h5 = kwargs.get("save_format") in ("h5", "hdf5") and not str(filepath).endswith((".h5", ".hdf5", ".keras"))
-    with _cast.asked(kwargs, "include_optimizer"):
+    with _asked(kwargs, "include_optimizer"):
         if as_h5:
             return _save_as_h5(stock, model, filepath, overwrite, **kwargs)
         return stock(model, filepath, overwrite, zipped, **kwargs)
+
+
+def _asked(kwargs: dict[str, Any], *keep: str) -> contextlib.AbstractContextManager[None]:
+    """`_cast.asked`, which is imported only for who asks for something."""
+    if kwargs.keys().isdisjoint(("include_optimizer", "dtype", "allow_overflow")):
+        return contextlib.nullcontext()
+    from hornbeam import _cast
+
+    return _cast.asked(kwargs, *keep)
 
 
 def _save_as_h5(stock: Stock, model: Any, filepath: Any, overwrite: bool, **kwargs: Any) -> Any:
@@ -56,6 +65,7 @@ def load_model(
     """`saving_api.load_model`."""
     _async.settle(filepath, loads=True)  # before stock Keras looks whether there is a file
     if _is_savedmodel(filepath):
+        _names.require("savedmodel")
         from hornbeam import _savedmodel
 
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
@@ -68,12 +78,11 @@ def save_weights(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
 ) -> Any:
     """`saving_api.save_weights`."""
-    from hornbeam import _cast
-
     if not overwrite:
         _async.settle(filepath)
-    with _cast.asked(kwargs):
+    with _asked(kwargs):
         if _is_safetensors(filepath):
+            _names.require("safetensors")
             from hornbeam import _safetensors
 
             return _safetensors.save_weights(model, filepath, overwrite, max_shard_size, **kwargs)
@@ -84,10 +93,14 @@ def load_weights(stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = 
     """`saving_api.load_weights`."""
     _async.settle(filepath, loads=True)
     if _is_safetensors(filepath):
+        _names.require("safetensors")
         from hornbeam import _safetensors
 
         return _safetensors.load_weights(model, filepath, skip_mismatch, **kwargs)
     if _is_legacy(filepath):
+        reason = _names.unknown("legacy load")
+        if reason is not None:
+            return _keras.stock_only(reason, stock, model, filepath, skip_mismatch, **kwargs)
         from hornbeam import _legacy
 
         return _legacy.load_weights(stock, model, filepath, skip_mismatch, **kwargs)

@@ -9,10 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
+
+from hornbeam._patch import Users
+from hornbeam._state import logger
+from hornbeam.errors import UnknownKerasWarning
 
 SAVING_LIB = "keras.src.saving.saving_lib"
 SAVING_API = "keras.src.saving.saving_api"
@@ -23,7 +30,9 @@ MODULES = (SAVING_LIB, SAVING_API, LEGACY_H5, MODEL, EXPORTS)
 
 _lock = threading.RLock()
 _forever = False  # between install() and uninstall()
-_blocks = 0  # `with installed()` blocks in force, in all threads
+_blocks = Users()  # `with installed()` blocks in force
+_asking = threading.local()
+_seen: set[str] = set()  # modules that were there when the dispatchers were last put in place
 
 
 class _Loader(importlib.abc.Loader):
@@ -44,19 +53,45 @@ class _Loader(importlib.abc.Loader):
             if is_installed():
                 _patch(module)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Watches for the import of Keras' saving modules."""
+    """Watches for the import of Keras' saving modules, which those behind it in `sys.meta_path` find.
+
+    What one before it has found is not seen by it; that is patched when the next module is imported.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in MODULES:
+            _catch_up()
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
+        names: set[str] = _asking.__dict__.setdefault("names", set())
+        if fullname in names:  # by one that asks everybody, too
+            return None
+        names.add(fullname)
+        try:
+            spec = self._ask(fullname, path, target)
+        finally:
+            names.discard(fullname)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)
         return spec
+
+    def _ask(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        finders = list(sys.meta_path)
+        behind = finders[finders.index(self) + 1 :] if self in finders else finders
+        for finder in behind:
+            find = getattr(finder, "find_spec", None)
+            spec = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                return spec
+        return None
 
 
 _finder = _Finder()
@@ -66,6 +101,32 @@ def _patch(module: ModuleType) -> None:
     from hornbeam import _keras
 
     _keras.patch(module)
+    if not _keras.is_patched(module):
+        text = f"hornbeam is installed, but {module.__name__} cannot be patched: its saves and loads are stock Keras'."
+        logger.warning("%s", text)
+        warnings.warn(text, UnknownKerasWarning, stacklevel=2)
+
+
+def _catch_up() -> None:
+    """Patches modules that were imported by what comes before the hook."""
+    if not _is_behind() or not _lock.acquire(blocking=False):  # one that is held may wait for this import
+        return
+    try:
+        if is_installed() and _is_behind():
+            _update()
+    finally:
+        _lock.release()
+
+
+def _is_behind() -> bool:
+    """Whether modules are there that were not looked at, and nobody is looking at them."""
+    return not _seen.issuperset(_loaded()) and not getattr(_asking, "updating", False)
+
+
+def _loaded() -> list[str]:
+    """Those of the modules that are there and complete."""
+    found = [(name, sys.modules.get(name)) for name in MODULES]
+    return [n for n, m in found if m is not None and not getattr(m.__spec__, "_initializing", False)]
 
 
 def install() -> None:
@@ -100,7 +161,17 @@ def _await_import() -> None:
 
 def _update() -> None:
     """Puts the dispatchers, and the hook that will, in place or away."""
+    _asking.updating = True
+    try:
+        _update_all()
+    finally:
+        _asking.updating = False
+
+
+def _update_all() -> None:
     loaded = [sys.modules[name] for name in MODULES if name in sys.modules]
+    _seen.clear()
+    _seen.update(_loaded())
     if is_installed():
         for module in loaded:
             _patch(module)
@@ -121,20 +192,34 @@ def _update() -> None:
 
 def is_installed() -> bool:
     """Whether `install()` or an `installed()` block is in force."""
-    return _forever or _blocks > 0
+    return _forever or bool(_blocks)
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """`install()` for the length of a `with` block; what others installed stays installed."""
-    global _blocks
     _await_import()
-    with _lock:
-        _blocks += 1
-        _update()
+    token = object()
     try:
+        with _lock:
+            _blocks.add(token)
+            _update()
         yield
     finally:
         with _lock:
-            _blocks -= 1
+            _blocks.discard(token)
             _update()
+
+
+def _start_anew() -> None:
+    """In a forked child: other threads are not there, and neither are their locks and blocks."""
+    global _lock
+    _lock = threading.RLock()
+    _asking.__dict__.clear()
+    _blocks.keep_own()
+    if not is_installed() and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -15,11 +15,10 @@ from keras.src.backend.common.variables import Variable as KerasVariable
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 
-from hornbeam import _keras, _tensors
+from hornbeam import _tensors
+from hornbeam._patch import Patch
 
 _local = threading.local()
-_assign_patch = _keras._Patch()
-_load_patch = _keras._Patch()
 
 
 class Journal:
@@ -53,7 +52,9 @@ class Journal:
         """Notes that `variable` has got `value`."""
         self.assigned[id(variable)] = variable
         if isinstance(value, np.ndarray) and _tensors.name_of(value.dtype) != variable._dtype:
-            self.cast.append((variable.path, value.dtype.name, variable._dtype))
+            noted = (variable.path, value.dtype.name, variable._dtype)
+            if self.cast[-1:] != [noted]:  # twice where somebody's code stands between two of our own
+                self.cast.append(noted)
 
     def visit(self, saveable: Any, path: str) -> None:
         """Notes an object before it loads its state; keeps its attributes, if they may be needed again."""
@@ -169,41 +170,53 @@ def current() -> Journal | None:
     return getattr(_local, "journal", None)
 
 
-def _dispatch_assign(self: Any, value: Any) -> Any:
+def _assign(original: Callable[..., Any]) -> Callable[..., Any]:
     """`KerasVariable.assign`; a tensor of ours becomes the variable's memory where that is safe."""
-    journal = current()
-    if journal is None or in_stateless_scope():
-        return _assign_patch.original(self, value)
-    if value is self:  # what is not loaded keeps its value
-        return value
-    journal.before(self)
-    adopted = (
-        isinstance(value, np.ndarray)
-        and _tensors.is_given_away(value)
-        and _tensors.name_of(value.dtype) == self._dtype
-        and value.shape == tuple(self._shape)
-        and _tensors.adopt(self, value)
-    )
-    result = self.value if adopted else _assign_patch.original(self, value)
-    journal.after(self, value)
-    return result
+
+    def assign(self: Any, value: Any) -> Any:
+        journal = current()
+        if journal is None or in_stateless_scope():
+            return original(self, value)
+        if value is self:  # what is not loaded keeps its value
+            return value
+        journal.before(self)
+        adopted = (
+            isinstance(value, np.ndarray)
+            and _tensors.is_given_away(value)
+            and _tensors.name_of(value.dtype) == self._dtype
+            and value.shape == tuple(self._shape)
+            and _tensors.adopt(self, value)
+        )
+        result = self.value if adopted else original(self, value)
+        journal.after(self, value)
+        return result
+
+    return assign
 
 
-def _dispatch_load(saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kw: Any) -> Any:
+def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """`saving_lib._load_state`, which calls itself through its module."""
-    journal = current()
-    if journal is None:
-        return _load_patch.original(saveable, weights_store, assets_store, inner_path, *args, **kw)
-    journal.visit(saveable, inner_path)
-    kept: list[Callable[[], None]] = []
-    if journal.part is not None:
-        weights_store.passes = not journal.part.has(inner_path)
-        kept = [_tensors.hold(variable) for variable in journal.part.keeps(inner_path, saveable)]
-    try:
-        return _load_patch.original(saveable, weights_store, assets_store, inner_path, *args, **kw)
-    finally:
-        for restore in kept:
-            restore()
+
+    def load(saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kwargs: Any) -> Any:
+        journal = current()
+        if journal is None:
+            return original(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
+        journal.visit(saveable, inner_path)
+        kept: list[Callable[[], None]] = []
+        if journal.part is not None:
+            weights_store.passes = not journal.part.has(inner_path)
+            kept = [_tensors.hold(variable) for variable in journal.part.keeps(inner_path, saveable)]
+        try:
+            return original(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
+        finally:
+            for restore in kept:
+                restore()
+
+    return load
+
+
+_assign_patch = Patch(_assign)
+_load_patch = Patch(_load_state)
 
 
 @contextlib.contextmanager
@@ -212,8 +225,8 @@ def journal(*, undoable: bool, part: Part | None = None) -> Iterator[Journal]:
     outer = current()
     made = Journal(undoable=undoable or (outer is not None and outer.undoable), part=part)
     with (
-        _assign_patch(KerasVariable, "assign", _dispatch_assign),
-        _load_patch(saving_lib, "_load_state", _dispatch_load),
+        _assign_patch(KerasVariable, "assign"),
+        _load_patch(saving_lib, "_load_state"),
     ):
         _local.journal = made
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import gc
 import importlib
 import inspect
 import os
@@ -19,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
-from hornbeam import _hook
-from hornbeam._state import logger
+from hornbeam import _async, _hook, _names, _state
+from hornbeam._patch import Patch, Users, reaches
+from hornbeam._patch import collector_rests as collector_rests
+from hornbeam.errors import UnsupportedError
 
-#: Module of Keras → function → parameters it is known to have, in order.
-_SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
+#: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.
+_REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
     _hook.SAVING_LIB: {
         "save_model": ("model", "filepath", "weights_format", "zipped"),
         "_save_model_to_fileobj": ("model", "fileobj", "weights_format"),
@@ -63,17 +64,19 @@ _OURS = {
     _hook.MODEL: ("hornbeam._json",),
     _hook.EXPORTS: ("hornbeam._export",),
 }
-assert tuple(_SIGNATURES) == _hook.MODULES
+assert tuple(_REPLACED) == _hook.MODULES
 
 _lock = threading.RLock()
 #: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
 _placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
-_users = 0  # scopes in force, in all threads
+_users = Users()  # scopes in force
 _local = threading.local()
 
 
 def _active() -> bool:
-    return _hook.is_installed() or getattr(_local, "depth", 0) > 0
+    if getattr(_local, "stock", False):  # inside of what stock Keras does as a whole
+        return False
+    return _hook.is_installed() or bool(getattr(_local, "scopes", None))
 
 
 @functools.cache
@@ -86,30 +89,101 @@ def _ours(module: str, name: str) -> Callable[..., Any]:
     raise AttributeError(name)
 
 
+def _operation(module: str, name: str) -> str:
+    """The operation that a function belongs to, as `_names` calls it."""
+    if module in (_hook.SAVING_LIB, _hook.LEGACY_H5):
+        kind = "load" if "load" in name else "save"
+        return kind if module == _hook.SAVING_LIB else f"legacy {kind}"
+    return {_hook.SAVING_API: "formats", _hook.MODEL: "json", _hook.EXPORTS: "export"}[module]
+
+
 def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    operation, wanted = _operation(module, name), _REPLACED[module][name]
+
+    @functools.cache
+    def translated() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Hornbeam's function and Keras', as each calls the other."""
+        ours = _ours(module, name)
+        if tuple(inspect.signature(original).parameters) == wanted:
+            return ours, original
+        return _translated(ours, original, wanted)
+
     @functools.wraps(original)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         if not _active():
             return original(*args, **kwargs)
-        return _ours(module, name)(original, *args, **kwargs)
+        reason = _names.unknown(operation)
+        if reason is not None:
+            return stock_only(reason, original, *args, **kwargs)
+        ours, stock = translated()
+        return ours(stock, *args, **kwargs)
 
     dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
     return dispatch
 
 
-@functools.cache
-def _is_known(module: str, name: str, function: Callable[..., Any] | None) -> bool:
-    known = function is not None and tuple(inspect.signature(function).parameters) == _SIGNATURES[module][name]
-    if not known:
-        logger.warning("this Keras is unknown to hornbeam and stays stock: see %s.%s", module, name)
-    return known
+def _translated(
+    ours: Callable[..., Any], original: Callable[..., Any], wanted: tuple[str, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions with the parameters of the other, where a Keras has fewer than hornbeam's knows."""
+    theirs = inspect.signature(original)
+    _, *parameters = inspect.signature(ours).parameters.values()
+    mine = inspect.Signature([p for p in parameters if p.name in wanted])
+
+    def call(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            given = theirs.bind(*args, **kwargs)
+        except TypeError:
+            return original(*args, **kwargs)  # raises, in Keras' words
+        return ours(stock, **_named(given))
+
+    def stock(*args: Any, **kwargs: Any) -> Any:
+        given = _named(mine.bind(*args, **kwargs))
+        return original(**{name: value for name, value in given.items() if name in theirs.parameters or name in kwargs})
+
+    return call, stock
 
 
-def archive_class() -> Any:
-    """The class of Keras' that writes archives of endpoints, or `None`."""
-    module: Any = sys.modules[_hook.EXPORTS]
-    made = getattr(module, "BackendSavedModelExportArchive", module.ExportArchive)  # Keras 3.12 has one for all
-    return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
+def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by name."""
+    named = dict(given.arguments)
+    for parameter in given.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def stock_only(reason: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stock Keras does all of it: nothing that it calls comes back to hornbeam.
+
+    Raises:
+        UnsupportedError: Under `options(strict=True)`, and where more was asked for than stock Keras does.
+    """
+    _refuse_requests(reason)
+    before = getattr(_local, "stock", False)
+    _local.stock = True
+    try:
+        return _state.hand_over(reason, stock, *args, **kwargs)
+    finally:
+        _local.stock = before
+
+
+def _refuse_requests(reason: str) -> None:
+    """What is asked of this thread's next save or load beyond Keras' arguments; who asks has imported the module."""
+    options, more = _state.current(), []
+    if _async.claim() is not None:
+        more.append("does not save asynchronously")
+    cast, load = sys.modules.get("hornbeam._cast"), sys.modules.get("hornbeam._load")
+    if cast is not None and cast.take_request() != cast.Smaller():
+        more.append("neither casts weights nor leaves the optimizer's state out")
+    if load is not None and load.take_request() != load.Request():
+        more.append("does not load strictly or in part")
+    if options.compression is not None:
+        more.append("does not compress")
+    if options.durable:
+        more.append("does not wait for stable storage")
+    if more:
+        raise UnsupportedError(f"Stock Keras would have to do this ({reason}), and {', and '.join(more)}.")
 
 
 def _place(where: str, name: str) -> tuple[Any, str]:
@@ -117,33 +191,32 @@ def _place(where: str, name: str) -> tuple[Any, str]:
     module = sys.modules[where]
     owner, _, attribute = name.rpartition(".")
     if where == _hook.EXPORTS and not hasattr(module, name):
-        return archive_class(), name
+        return _names.archive_class(), name
     return (getattr(module, owner) if owner else module), attribute
 
 
-def _reaches(function: Any, ours: Any) -> bool:
-    """Whether a function is ours, or one that somebody put around it by `functools.wraps`."""
-    while function is not None and function is not ours:
-        function = getattr(function, "__wrapped__", None)
-    return function is ours
-
-
 def patch(module: ModuleType) -> None:
-    """Puts the dispatchers of a module in place; one with an unknown signature among them stays stock as a whole."""
+    """Puts the dispatchers of a module in place, over whatever is there of what they replace."""
     where = module.__name__
-    if where == _hook.EXPORTS and archive_class() is None:
+    if where == _hook.EXPORTS and _names.archive_class() is None:
         return  # a backend that exports nothing
     with _lock:
-        found = {name: getattr(*_place(where, name), None) for name in _SIGNATURES[where]}
-        placed = {name: _placed[where, name][1] for name in found if (where, name) in _placed}
-        wanted = {name: original for name, original in found.items() if not _reaches(original, placed.get(name, ()))}
-        if not all(_is_known(where, name, original) for name, original in wanted.items()):
-            return
-        for name, original in wanted.items():
-            if original is not None:
-                dispatcher = _dispatcher(where, name, original)
-                _placed[where, name] = original, dispatcher
-                setattr(*_place(where, name), dispatcher)
+        for name in _REPLACED[where]:
+            original = getattr(*_place(where, name), None)
+            if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
+                continue
+            dispatcher = _dispatcher(where, name, original)
+            _placed[where, name] = original, dispatcher
+            setattr(*_place(where, name), dispatcher)
+
+
+def is_patched(module: ModuleType) -> bool:
+    """Whether what is there of what `patch` replaces is replaced."""
+    where = module.__name__
+    if where == _hook.EXPORTS and _names.archive_class() is None:
+        return True
+    found = {name: getattr(*_place(where, name), None) for name in _REPLACED[where]}
+    return all(f is None or reaches(f, _placed.get((where, name), ((), ()))[1]) for name, f in found.items())
 
 
 def unpatch(module: ModuleType) -> None:
@@ -155,9 +228,9 @@ def unpatch(module: ModuleType) -> None:
     with _lock:
         if _users or _hook.is_installed():
             return
-        for name in _SIGNATURES[where]:
+        for name in _REPLACED[where]:
             original, dispatcher = _placed.get((where, name), (None, None))
-            if original is not None and getattr(*_place(where, name)) is dispatcher:
+            if original is not None and getattr(*_place(where, name), None) is dispatcher:
                 setattr(*_place(where, name), original)
                 del _placed[where, name]
 
@@ -182,26 +255,28 @@ def restore_aliases() -> None:
 
 def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "keras" and module_name != but and vars(module).get(name) is old:
+        names = getattr(module, "__dict__", {})  # `None` stands for what cannot be imported
+        if module_name.partition(".")[0] == "keras" and module_name != but and names.get(name) is old:
             setattr(module, name, new)
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Routes the calling thread's saves and loads through hornbeam, whether or not it is installed."""
-    global _users
-    modules = [importlib.import_module(name) for name in _SIGNATURES]
-    with _lock:
-        _users += 1
-        for module in modules:
-            patch(module)
-    _local.depth = getattr(_local, "depth", 0) + 1
+    modules = [importlib.import_module(name) for name in _REPLACED]
+    token = object()
+    scopes: set[object] = _local.__dict__.setdefault("scopes", set())
     try:
+        with _lock:
+            _users.add(token)
+            for module in modules:
+                patch(module)
+        scopes.add(token)
         yield
     finally:
-        _local.depth -= 1
+        scopes.discard(token)
         with _lock:
-            _users -= 1
+            _users.discard(token)
             for module in modules:
                 unpatch(module)
 
@@ -227,16 +302,15 @@ class FastWalk:
     """
 
     def __init__(self, saving_lib: ModuleType) -> None:
-        self.stock = _walk_patch.original
         self.skip_names = functools.partial(_skip_names, saving_lib)
         self.name_key = saving_lib._name_key
         self.names: dict[tuple[Any, ...], list[str]] = {}  # by class and what an instance has
 
-    def __call__(self, saveable: Any) -> Iterator[tuple[str, Any]]:
+    def __call__(self, stock: Callable[[Any], Iterator[tuple[str, Any]]], saveable: Any) -> Iterator[tuple[str, Any]]:
         from keras.src.saving.keras_saveable import KerasSaveable
 
         if not isinstance(saveable, KerasSaveable):
-            yield from self.stock(saveable)  # raises
+            yield from stock(saveable)  # raises
         kind = saveable._obj_type()
         if kind in ("Sequential", "Functional"):
             yield "layers", saveable.layers
@@ -336,54 +410,36 @@ def _undistributed() -> Iterator[None]:
         keras.distribution.set_distribution(before)
 
 
-class _Patch:
-    """An attribute replaced while somebody needs it, in any thread; the replacement decides per thread."""
+def _walk(original: Callable[[Any], Iterator[tuple[str, Any]]]) -> Callable[[Any], Iterator[tuple[str, Any]]]:
+    """`saving_lib._walk_saveable`."""
 
-    def __init__(self) -> None:
-        self.users = 0
-        self.original: Any = None
-        self.replacement: Any = ()  # nothing reaches it
+    def walk(saveable: Any) -> Iterator[tuple[str, Any]]:
+        fast = getattr(_local, "walk", None)
+        return original(saveable) if fast is None else fast(original, saveable)
 
-    @contextlib.contextmanager
-    def __call__(self, owner: Any, name: str, replacement: Any) -> Iterator[None]:
-        with _lock:
-            if self.users == 0:
-                now = getattr(owner, name)
-                if not _reaches(now, self.replacement):
-                    self.original, self.replacement = now, replacement
-                    setattr(owner, name, replacement)
-            self.users += 1
-        try:
-            yield
-        finally:
-            with _lock:
-                self.users -= 1
-                if self.users == 0 and getattr(owner, name) is self.replacement:
-                    setattr(owner, name, self.original)
-                    self.replacement = ()
+    return walk
 
 
-_walk_patch = _Patch()
-_naming_patch = _Patch()
-_file_utils_patch = _Patch()
-_optimizer_patch = _Patch()
-
-
-def _dispatch_walk(saveable: Any) -> Iterator[tuple[str, Any]]:
-    walk = getattr(_local, "walk", None) or _walk_patch.original
-    return walk(saveable)
-
-
-def _dispatch_optimizer(self: Any, store: Any) -> None:
+def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
-    from hornbeam._store import RecordStore
 
-    if isinstance(store, RecordStore):
+    def save_own_variables(self: Any, store: Any) -> None:
+        from hornbeam._store import RecordStore
+
+        if not isinstance(store, RecordStore):
+            original(self, store)
+            return
         store.mark_optimizer()
         for i, variable in enumerate(self.variables):
             store[str(i)] = variable
-    else:
-        _optimizer_patch.original(self, store)
+
+    return save_own_variables
+
+
+_walk_patch = Patch(_walk)
+_naming_patch = Patch(_Naming)
+_file_utils_patch = Patch(_FileUtils)
+_optimizer_patch = Patch(_save_optimizer)
 
 
 @contextlib.contextmanager
@@ -393,10 +449,10 @@ def fast_walk() -> Iterator[None]:
     from keras.src.saving import saving_lib
 
     with (
-        _walk_patch(saving_lib, "_walk_saveable", _dispatch_walk),
-        _naming_patch(saving_lib, "naming", _Naming(saving_lib.naming)),
-        _file_utils_patch(saving_lib, "file_utils", _FileUtils(saving_lib.file_utils)),
-        _optimizer_patch(BaseOptimizer, "save_own_variables", _dispatch_optimizer),
+        _walk_patch(saving_lib, "_walk_saveable"),
+        _naming_patch(saving_lib, "naming"),
+        _file_utils_patch(saving_lib, "file_utils"),
+        _optimizer_patch(BaseOptimizer, "save_own_variables"),
     ):
         before = getattr(_local, "walk", None)
         _local.walk = FastWalk(saving_lib)
@@ -453,46 +509,16 @@ def watch_fit() -> None:
         owner.fit = fit
 
 
-_collector_lock = threading.Lock()
-_collector_users = 0
-_collector_threshold = (0, 0, 0)  # before the first of them
-
-
-@contextlib.contextmanager
-def collector_rests() -> Iterator[None]:
-    """The cyclic garbage collector does not run meanwhile, in any thread; whether it is enabled stays the caller's."""
-    global _collector_users, _collector_threshold
-    with _collector_lock:
-        if _collector_users == 0:
-            _collector_threshold = gc.get_threshold()
-            gc.set_threshold(0, *_collector_threshold[1:])
-        _collector_users += 1
-    _local.resting = getattr(_local, "resting", 0) + 1
-    try:
-        yield
-    finally:
-        _local.resting -= 1
-        with _collector_lock:
-            _collector_users -= 1
-            if _collector_users == 0:
-                _wake_collector()
-
-
-def _wake_collector() -> None:
-    if gc.isenabled() and gc.get_freeze_count() == 0:  # else they would be somebody's
-        gc.freeze()  # what was built is old now: no collection goes through it at once
-        gc.unfreeze()
-    if gc.get_threshold() == (0, *_collector_threshold[1:]):  # nobody has set another one meanwhile
-        gc.set_threshold(*_collector_threshold)
-
-
 def _start_anew() -> None:
-    """In a forked child: other threads are not there, and neither are their locks and what they had resting."""
-    global _lock, _collector_lock, _collector_users
-    _lock, _collector_lock = threading.RLock(), threading.Lock()
-    users, _collector_users = _collector_users, getattr(_local, "resting", 0)
-    if users > 0 and _collector_users == 0:
-        _wake_collector()
+    """In a forked child: other threads are not there, and neither are their locks and scopes."""
+    global _lock
+    _lock = threading.RLock()
+    _users.keep_own()
+    if not _hook.is_installed():
+        restore_aliases()
+    for name in _REPLACED:
+        if name in sys.modules:
+            unpatch(sys.modules[name])
 
 
 if hasattr(os, "register_at_fork"):

@@ -23,7 +23,19 @@ from keras.src.legacy.saving import json_utils, legacy_h5_format, saving_options
 from keras.src.models import Functional
 from keras.src.saving import object_registration, serialization_lib
 
-from hornbeam import _async, _build, _core, _journal, _keras, _load, _migrate, _progress, _report, _state, _tensors
+from hornbeam import (
+    _async,
+    _build,
+    _core,
+    _journal,
+    _load,
+    _migrate,
+    _patch,
+    _progress,
+    _report,
+    _state,
+    _tensors,
+)
 from hornbeam._legacy_save import top_level_weights, unsupported
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, _fits, _selected
@@ -117,7 +129,7 @@ def load_weights(
         report.stage("open")
         file.store.complete(drop_rest=False)
         report.stage("read")
-        stack.enter_context(_keras.collector_rests())
+        stack.enter_context(_patch.collector_rests())
         journal = stack.enter_context(_journal.journal(undoable=True))
         for step in steps:
             journal.visit(step.owner, step.group)

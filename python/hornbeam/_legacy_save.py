@@ -20,11 +20,10 @@ import numpy as np
 from keras.src import layers as _layers
 from keras.src.legacy.saving import json_utils, legacy_h5_format, saving_options, saving_utils
 from keras.src.legacy.saving import serialization as legacy_serialization
-from keras.src.ops.operation import Operation
 from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _async, _cast, _core, _durable, _keras, _progress, _save, _state, _tensors
+from hornbeam import _async, _cast, _core, _durable, _patch, _progress, _save, _state, _tensors
 from hornbeam._store import Dataset, RecordStore
 from hornbeam.errors import UnsupportedError
 
@@ -32,7 +31,6 @@ Stock = Callable[..., Any]
 #: Bytes that a row of strings may take in an object header; Keras counts the strings, HDF5 16 bytes for each.
 _HEADER = legacy_h5_format.HDF5_OBJECT_HEADER_LIMIT
 _local = threading.local()
-_serialize_patch = _keras._Patch()
 
 
 def unsupported(filepath: Any) -> str | None:
@@ -63,7 +61,7 @@ def save_model_to_hdf5(
     if not overwrite and os.path.isfile(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
     options = _state.current()
-    with _keras.collector_rests():
+    with _patch.collector_rests():
         file = record(model, include_optimizer)
         file.store.report = _cast.narrow(file.store, model, smaller)
         if not include_optimizer and getattr(model, "optimizer", None) is not None:
@@ -209,7 +207,7 @@ def _beyond_names(model: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     """This thread's legacy serialiser describes fully what the format's names do not lead to."""
-    with _serialize_patch(legacy_serialization, "serialize_keras_object", _dispatch_serialize):
+    with _serialize_patch(legacy_serialization, "serialize_keras_object"):
         _local.active = True
         try:
             yield
@@ -217,11 +215,18 @@ def _readable() -> Iterator[None]:
             _local.active = False
 
 
-def _dispatch_serialize(instance: Any) -> Any:
+def _serialize(original: Callable[..., Any]) -> Callable[..., Any]:
     """`legacy_serialization.serialize_keras_object`, which calls itself through its module."""
-    if getattr(_local, "active", False) and isinstance(instance, Operation) and not _has_name(type(instance)):
-        return serialization_lib.serialize_keras_object(instance)
-    return _serialize_patch.original(instance)
+
+    def serialize(instance: Any) -> Any:
+        if getattr(_local, "active", False) and isinstance(instance, keras.Operation) and not _has_name(type(instance)):
+            return serialization_lib.serialize_keras_object(instance)
+        return original(instance)
+
+    return serialize
+
+
+_serialize_patch = _patch.Patch(_serialize)
 
 
 def _has_name(cls: type) -> bool:

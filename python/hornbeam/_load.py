@@ -17,11 +17,24 @@ from typing import Any
 
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _build, _core, _journal, _keras, _migrate, _progress, _registry, _report, _state, _tensors
+from hornbeam import (
+    _async,
+    _build,
+    _core,
+    _journal,
+    _keras,
+    _migrate,
+    _patch,
+    _progress,
+    _registry,
+    _report,
+    _state,
+    _tensors,
+)
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
-from hornbeam.errors import IncompleteLoadError, UnsupportedError
+from hornbeam.errors import IncompleteLoadError, LimitError, UnsupportedError
 
 Stock = Callable[..., Any]
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
@@ -29,6 +42,8 @@ _READ_AHEAD = 32 << 20
 _ALL = 1 << 62
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
 _LOADED = ("weights.h5", "weights.json", ".keras", *_SAFETENSORS)
+#: Another format of weights; Keras 3.16 has it no more.
+_NPZ: str | None = getattr(saving_lib, "_VARS_FNAME_NPZ", None)
 _local = threading.local()
 
 
@@ -74,15 +89,16 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
         return _hand_over(request, reason, path, stock, *arguments)
     report = LoadReport(path)
     file = _core.open(source, archive=True)
+    _check_archive(file, path)
     sizes = {name: size for name, size, _ in file.members()}
     if saving_lib._CONFIG_FILENAME not in sizes:
         raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
     config = _read_member(file, saving_lib._CONFIG_FILENAME)
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
-        if saving_lib._VARS_FNAME_NPZ in sizes:
+        if _NPZ is not None and _NPZ in sizes:
             return _hand_over(request, "npz weights", path, stock, *arguments)
-        raise ValueError(f"Expected a {weights_name} or {saving_lib._VARS_FNAME_NPZ} file.")
+        raise ValueError(f"Expected a {weights_name}{'' if _NPZ is None else f' or {_NPZ}'} file.")
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
 
@@ -108,7 +124,7 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
     weights_path = root / saving_lib._VARS_FNAME_H5
     arguments = (dirpath, custom_objects, compile, safe_mode)
     reason = _keras.unsupported(path=dirpath)
-    if reason is None and (root / saving_lib._VARS_FNAME_NPZ).exists() and not weights_path.exists():
+    if reason is None and _NPZ is not None and (root / _NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
     if reason is not None:
         return _hand_over(request, reason, dirpath, stock, *arguments)
@@ -220,7 +236,7 @@ def load_weights_only(
         report.stage("open")
         store.complete(drop_rest=False)
         report.stage("read")
-        stack.enter_context(_keras.collector_rests())
+        stack.enter_context(_patch.collector_rests())
         journal = stack.enter_context(_journal.journal(undoable=True, part=selection))
         errors = _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
         report.stage("assign")
@@ -249,6 +265,7 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
         name = saving_lib._VARS_FNAME_H5
         if all(name != member for member, *_ in file.members()):
             raise KeyError(f"There is no item named '{name}' in the archive")
+        _check_archive(file, text)
         _check_expansion(file, name)
     return [(text, file.weights(engine=engine))]
 
@@ -417,14 +434,44 @@ def _read_member(file: _core.File, name: str) -> bytes:
 
 
 def _check_expansion(file: _core.File, name: str) -> None:
-    floor, factor = saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES, saving_lib._ZIP_MEMBER_MAX_EXPANSION
-    file.check_expansion(name, floor, factor)
+    file.check_expansion(name, *_limits())
+
+
+def _limits() -> tuple[int, int]:
+    """Bytes from which a member of an archive may not stand for so many times what it stores, and these times.
+
+    Keras 3.13 and 3.14 have no such limits; those of the others hold there, too.
+    """
+    floor = getattr(saving_lib, "_ZIP_MEMBER_BOMB_FLOOR_BYTES", 1 << 32)
+    return floor, getattr(saving_lib, "_ZIP_MEMBER_MAX_EXPANSION", 100)
+
+
+def _check_archive(file: _core.File, path: str | None) -> None:
+    """`saving_lib._reject_zip_archive_bomb` of Keras 3.16: all members together that expand suspiciously.
+
+    Raises:
+        LimitError: As Keras' `ValueError`.
+    """
+    floor = getattr(saving_lib, "_ZIP_CUMULATIVE_BOMB_FLOOR_BYTES", None)
+    expanding = [m for m in file.members() if m[1] > _limits()[1] * m[2]]
+    declared = sum(size for _, size, _ in expanding)
+    if floor is None or declared <= floor:
+        return
+    stored = sum(size for _, _, size in expanding)
+    size = saving_lib.readable_memory_size
+    error = LimitError(
+        f"Not allowed: compressed archive members declare {size(declared)} but only {size(stored)} are stored on disk; "
+        "refusing to load a potential decompression bomb. If you trust the file, store its members without compression."
+    )
+    error.path, error.expected, error.found = path, f"at most {size(floor)}", size(declared)
+    raise error
 
 
 def _check_extraction(file: _core.File) -> None:
-    floor = getattr(saving_lib, "_ZIP_EXTRACT_BOMB_FLOOR_BYTES", saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES)
+    floor, most = _limits()
+    floor = getattr(saving_lib, "_ZIP_EXTRACT_BOMB_FLOOR_BYTES", floor)
     for name in (*(name for name, *_ in file.members()), None):  # each of them, and all together
-        file.check_expansion(name, floor, saving_lib._ZIP_MEMBER_MAX_EXPANSION)
+        file.check_expansion(name, floor, most)
 
 
 def _extract(file: _core.File, root: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _cast, _core, _durable, _keras, _progress, _report, _shortcuts, _state, _tensors
+from hornbeam import _async, _cast, _core, _durable, _keras, _patch, _progress, _report, _shortcuts, _state, _tensors
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import HornbeamError, UnsupportedError
 
@@ -65,7 +65,7 @@ def _is_stream(path: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str) -> Any:
+def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str = "h5") -> Any:
     """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
     if not isinstance(fileobj, _PathTarget):
         _async.refuse("a file object")
@@ -110,7 +110,7 @@ def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> 
         return stock(model, file, weights_format)
 
 
-def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str) -> Any:
+def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str = "h5") -> Any:
     """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
     _async.refuse("a directory")
     reason = _keras.unsupported(weights_format, dirpath)
@@ -258,7 +258,7 @@ def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> I
     """
     smaller = _cast.take_request()
     store, asset_store = RecordStore(), AssetStore("w")
-    with _keras.collector_rests():
+    with _patch.collector_rests():
         try:
             with _keras.fast_walk():
                 saving_lib._save_state(

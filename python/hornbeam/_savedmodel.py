@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras.src import backend
 from keras.src.export import saved_model as stock_export
 from keras.src.saving import saving_api, serialization_lib
 from keras.src.utils import io_utils
@@ -32,9 +31,9 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
     _async.refuse("a SavedModel")
     if kwargs.get("dtype") is not None:
         raise UnsupportedError(f"A SavedModel is saved in the types of the model. Received: filepath={filepath}")
-    if backend.backend() not in ("tensorflow", "jax"):
+    if keras.backend.backend() not in ("tensorflow", "jax"):
         raise UnsupportedError(
-            f"A SavedModel can be written from the TensorFlow and JAX backends, not from {backend.backend()}. "
+            f"A SavedModel can be written from the TensorFlow and JAX backends, not from {keras.backend.backend()}. "
             f"Save to a `.keras` file instead. Received: filepath={filepath}"
         )
     if not tf.available:
@@ -74,10 +73,10 @@ def load_model(filepath: Any, custom_objects: Any, compile: bool, safe_mode: boo
             "operation, file access included, so it is not loaded by default. If you trust its source, pass "
             "`safe_mode=False` for a model that can only predict; without Keras: `tf.saved_model.load`."
         )
-    if backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow":
         raise UnsupportedError(
             f"'{filepath}' is a SavedModel without a Keras model in it ('{WHOLE}'), and such a one becomes a layer "
-            f"only with the TensorFlow backend. The backend is {backend.backend()}."
+            f"only with the TensorFlow backend. The backend is {keras.backend.backend()}."
         )
     return _inference_model(os.fsdecode(filepath))
 

@@ -61,10 +61,10 @@ class Structure(RecordStore):
     def __setitem__(self, key: str, value: Any) -> None:
         # Others may be refilled, or changed by who asks for them.
         variable = isinstance(value, keras.Variable)
-        self.values[self._path(key)] = value if variable else np.array(saving_lib.backend.convert_to_numpy(value))
+        self.values[self._path(key)] = value if variable else np.array(keras.ops.convert_to_numpy(value))
 
     def __getitem__(self, key: str) -> Any:
-        return np.array(saving_lib.backend.convert_to_numpy(self.values[self._path(key)]))
+        return np.array(keras.ops.convert_to_numpy(self.values[self._path(key)]))
 
     def names(self, path: str) -> list[str]:
         """What a pattern may call the entry at `path`: its path, and its variable's, with and without the model."""

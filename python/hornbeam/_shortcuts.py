@@ -27,7 +27,7 @@ import inspect
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -39,7 +39,8 @@ from keras.src.ops import operation as operation_module
 from keras.src.saving import serialization_lib
 from keras.src.utils import tracking
 
-from hornbeam import _keras, _state, _tensors
+from hornbeam import _state, _tensors
+from hornbeam._patch import Patch
 from hornbeam._tried import Tried
 
 
@@ -54,12 +55,6 @@ _built = 0  # variables that this process has built, and layers that it has desc
 #: Those for building a model, and for describing one.
 BUILDING = _state.SHORTCUTS - {"copies"}
 DESCRIBING = frozenset(["copies", "tensors"])
-_attribute_patch = _keras._Patch()
-_layer_inspect_patch = _keras._Patch()
-_operation_inspect_patch = _keras._Patch()
-_functional_copy_patch = _keras._Patch()
-_sequential_copy_patch = _keras._Patch()
-_tensor_patch = _keras._Patch()
 
 
 class _Scope:
@@ -87,35 +82,39 @@ _GETTERS = frozenset(["__getattr__", "__getattribute__"])
 _ATOMS = frozenset([bool, int, float, str, type(None)])
 
 
-def _set_attribute(self: Any, name: str, value: Any) -> None:
+def _set_attribute(original: Callable[..., None]) -> Callable[..., None]:
     """`Layer.__setattr__`."""
-    scope = _local.scope
-    if (
-        scope is None
-        or "attributes" not in scope.shortcuts
-        or "_tracker" not in self.__dict__
-        or not (scope.plain.get(type(self)) or _is_plain(scope, type(self)))
-    ):
-        _attribute_patch.original(self, name, value)
-        return
-    kind = type(value)
-    if kind in _WRAPPERS:
-        if not tracking.is_tracking_enabled():  # TensorFlow may have a wrapper of its own for it
-            _attribute_patch.original(self, name, value)
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        scope = _local.scope
+        if (
+            scope is None
+            or "attributes" not in scope.shortcuts
+            or "_tracker" not in self.__dict__
+            or not (scope.plain.get(type(self)) or _is_plain(scope, type(self)))
+        ):
+            original(self, name, value)
             return
-        value = _WRAPPERS[kind](value, self._tracker)
-        if scope.tensorflow and getattr(self, "_self_setattr_tracking", True) and hasattr(self, "_tracked"):
-            self._tracked.append(name)
-    elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
-        _attribute_patch.original(self, name, value)
-        return
-    elif hasattr(type(self), name):  # a property, or a default: the trackers do not set what is there already
-        try:
-            if getattr(self, name) is value:
+        kind = type(value)
+        if kind in _WRAPPERS:
+            if not tracking.is_tracking_enabled():  # TensorFlow may have a wrapper of its own for it
+                original(self, name, value)
                 return
-        except AttributeError:
-            pass
-    object.__setattr__(self, name, value)
+            value = _WRAPPERS[kind](value, self._tracker)
+            if scope.tensorflow and getattr(self, "_self_setattr_tracking", True) and hasattr(self, "_tracked"):
+                self._tracked.append(name)
+        elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
+            original(self, name, value)
+            return
+        elif hasattr(type(self), name):  # a property, or a default: the trackers do not set what is there already
+            try:
+                if getattr(self, name) is value:
+                    return
+            except AttributeError:
+                pass
+        object.__setattr__(self, name, value)
+
+    return set_attribute
 
 
 def _is_tracked(scope: _Scope, kind: type) -> bool:
@@ -193,18 +192,30 @@ class _Copy:
         return getattr(copy, name)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(original: Callable[..., Any]) -> Callable[..., bool]:
     """`tf.is_tensor`."""
-    scope = _local.scope
-    if scope is None or "tensors" not in scope.shortcuts:
-        return bool(_tensor_patch.original(value))
-    kind = type(value)
-    if kind in scope.no_tensors:
-        return False
-    found = bool(_tensor_patch.original(value))
-    if not found and kind.__module__.partition(".")[0] in ("builtins", "keras"):
-        scope.no_tensors.add(kind)
-    return found
+
+    def is_tensor(value: Any) -> bool:
+        scope = _local.scope
+        if scope is None or "tensors" not in scope.shortcuts:
+            return bool(original(value))
+        kind = type(value)
+        if kind in scope.no_tensors:
+            return False
+        found = bool(original(value))
+        if not found and kind.__module__.partition(".")[0] in ("builtins", "keras"):
+            scope.no_tensors.add(kind)
+        return found
+
+    return is_tensor
+
+
+_attribute_patch = Patch(_set_attribute)
+_layer_inspect_patch = Patch(lambda _: _Inspect())
+_operation_inspect_patch = Patch(lambda _: _Inspect())
+_functional_copy_patch = Patch(lambda _: _Copy())
+_sequential_copy_patch = Patch(lambda _: _Copy())
+_tensor_patch = Patch(_is_tensor)
 
 
 def make_variable(variable: Any, value: Any, creation: _tensors.Creation) -> Any | None:
@@ -290,14 +301,14 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
         if "attributes" in wanted:
             stack.enter_context(_attributes())
         if "signatures" in wanted:
-            stack.enter_context(_layer_inspect_patch(layer_module, "inspect", _Inspect()))
-            stack.enter_context(_operation_inspect_patch(operation_module, "inspect", _Inspect()))
+            stack.enter_context(_layer_inspect_patch(layer_module, "inspect"))
+            stack.enter_context(_operation_inspect_patch(operation_module, "inspect"))
         if "copies" in wanted:
             stack.enter_context(_copies())
         if "tensors" in wanted:
             import tensorflow as tf
 
-            stack.enter_context(_tensor_patch(tf, "is_tensor", _is_tensor))
+            stack.enter_context(_tensor_patch(tf, "is_tensor"))
         before = _local.scope
         _local.scope = _Scope(wanted)
         try:
@@ -313,16 +324,12 @@ def describing(saveable: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _attributes() -> contextlib.AbstractContextManager[None]:
-    return _attribute_patch(keras.layers.Layer, "__setattr__", _set_attribute)
+    return _attribute_patch(keras.layers.Layer, "__setattr__")
 
 
 @contextlib.contextmanager
 def _copies() -> Iterator[None]:
-    stand_in = _Copy()
-    with (
-        _functional_copy_patch(functional_module, "copy", stand_in),
-        _sequential_copy_patch(sequential_module, "copy", stand_in),
-    ):
+    with _functional_copy_patch(functional_module, "copy"), _sequential_copy_patch(sequential_module, "copy"):
         yield
 
 
@@ -397,8 +404,9 @@ def _try_tensors() -> bool:
 
     values: list[Any] = [1, 1.5, "a", None, (), [tf.constant(1)], {}, keras.Variable(1.0), keras.layers.Layer(), Any]
     values += [keras.KerasTensor((2,)), tf.constant(1), tf.Variable(1), tf.TensorSpec((2,)), tf.ragged.constant([[1]])]
-    with _taken("tensors"), _tensor_patch(tf, "is_tensor", _is_tensor):
-        return all(tf.is_tensor(value) == _tensor_patch.original(value) for value in [*values, *values])
+    real = [bool(tf.is_tensor(value)) for value in values]
+    with _taken("tensors"), _tensor_patch(tf, "is_tensor"):
+        return [bool(tf.is_tensor(value)) for value in [*values, *values]] == [*real, *real]
 
 
 def _try_variables() -> bool:

@@ -262,7 +262,7 @@ class LoadStore(saving_lib.H5IOStore):
         by_keras = _tensors.is_keras_code(sys._getframe(1))
         if self._prefix is not None and path in self.own:
             value = self.own[path]
-            return value if by_keras else np.array(saving_lib.backend.convert_to_numpy(value))
+            return value if by_keras else np.array(keras.ops.convert_to_numpy(value))
         if self._prefix is None or path not in self.where:
             if self._prefix is not None and path in self.members:
                 raise ValueError(f"Invalid H5 file, expected Dataset, received a group at '{path}'")

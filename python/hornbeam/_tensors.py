@@ -99,9 +99,9 @@ def is_addressable(value: Any) -> bool:
 
 def _copy(value: Any) -> np.ndarray:
     """As stock Keras converts it; the result shares no memory."""
-    from keras.src import backend
+    import keras
 
-    return backend.convert_to_numpy(value)
+    return keras.ops.convert_to_numpy(value)
 
 
 def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
@@ -246,9 +246,9 @@ def keras_dtype(dtype: np.dtype) -> str:
     Raises:
         ValueError: For strings and objects, as stock Keras raises it when it stores them.
     """
-    from keras.src import backend
+    import keras
 
-    return backend.standardize_dtype(dtype)
+    return keras.backend.standardize_dtype(dtype)
 
 
 _NUMBERS = frozenset(

@@ -6,6 +6,10 @@ from typing import Any
 
 import keras.callbacks as _stock
 
+from hornbeam import _names
+
+_names.require("training")  # before what it takes is imported
+
 from hornbeam._backup import BackupAndRestore
 from hornbeam._ledger import best_checkpoint, latest_checkpoint
 from hornbeam._model_checkpoint import ModelCheckpoint

@@ -150,9 +150,14 @@ class Resumable(DataAdapter):
         """As Keras' own."""
         return data_adapter_utils.get_numpy_iterator(self._batches())
 
-    def get_jax_iterator(self) -> Any:
-        """As Keras' own."""
-        return data_adapter_utils.get_jax_iterator(self._batches())
+    def get_jax_iterator(self, super_batch: int | None = None) -> Any:
+        """As Keras' own; from 3.16 on, the batches of several steps come together, where `fit` takes them together."""
+        batches = data_adapter_utils.get_jax_iterator(self._batches())
+        if not super_batch:
+            return batches
+        import jax.numpy as jnp
+
+        return data_adapter_utils.super_batch_iterator(iter(batches), super_batch, stack_fn=jnp.stack)
 
     def get_torch_dataloader(self) -> Any:
         """As Keras' own."""

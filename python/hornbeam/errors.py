@@ -86,6 +86,10 @@ class VerificationError(HornbeamError, ValueError):
     """An exported artifact does not answer as the model does."""
 
 
+class UnknownKerasWarning(UserWarning):
+    """This Keras is not one that hornbeam knows: stock Keras does an operation. Said once for each."""
+
+
 class StorageError(HornbeamError, OSError):
     """The operating system refused an operation. Raised as a subclass that also is, say, `FileNotFoundError`."""
 

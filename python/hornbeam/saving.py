@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
-from hornbeam import _async
+from hornbeam import _async, _names
 from hornbeam._async import Handle
 from hornbeam._keras import scope
-from hornbeam._load import requested
 from hornbeam._progress import Progress
 from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report, remember
-from hornbeam._select import NameMap, Request
 from hornbeam._state import options
 from hornbeam.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hornbeam._select import NameMap
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
 #: What can be loaded strictly and in part.
 _IN_PART = (".keras", ".h5", ".hdf5", ".weights.json", ".safetensors", ".safetensors.index.json")
+#: The request of a load as stock Keras does it.
+_WHOLE: dict[str, Any] = {"strict": False, "only": None, "skip": (), "name_map": None, "by_name": False}
 Progressed = Callable[[Progress], Any] | bool | None
 
 
@@ -114,7 +118,7 @@ def load_model(
         zipfile.BadZipFile: For a damaged archive.
     """
     before = last_report()
-    with scope(), options(progress=progress), requested(Request(strict=strict)):
+    with scope(), options(progress=progress), _requested(strict=strict):
         model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
@@ -222,18 +226,18 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    request = Request(
-        strict=strict,
-        only=None if only is None else _patterns(only),
-        skip=_patterns(skip),
-        name_map=name_map,
-        by_name=bool(by_name),
-    )
+    request: dict[str, Any] = {
+        "strict": strict,
+        "only": None if only is None else _patterns(only),
+        "skip": _patterns(skip),
+        "name_map": name_map,
+        "by_name": bool(by_name),
+    }
     if not str(filepath).endswith(_IN_PART):
-        if request != Request():
+        if request != _WHOLE:
             raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {filepath}")
         kwargs["by_name"] = by_name
-    with scope(), options(progress=progress), requested(request):
+    with scope(), options(progress=progress), _requested(**request):
         before = last_report()
         saving_api.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()
@@ -241,6 +245,17 @@ def load_weights(
         report = LoadReport(fspath(filepath))
         remember(report)
     return report
+
+
+def _requested(**request: Any) -> AbstractContextManager[None]:
+    """What this thread's next load does beyond Keras', by the fields of `_select.Request`."""
+    if _names.unknown("load") is None:
+        from hornbeam import _load, _select
+
+        return _load.requested(_select.Request(**request))
+    if request != {name: _WHOLE[name] for name in request}:
+        _names.require("load")
+    return nullcontext()
 
 
 def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -> dict[str, Any]:
