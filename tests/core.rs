@@ -354,24 +354,6 @@ fn trees_that_meet_again_are_refused() {
 }
 
 #[test]
-fn a_group_in_two_places_is_refused() {
-    let mut tree = Tree::new();
-    for i in 0..3000 {
-        tree.add_group(&format!("h/{i:04}"), vec![]).unwrap();
-    }
-    let (image, _) = to_memory(&tree, Values::of(&tree, 1), false, true, b"");
-    let nodes: Vec<usize> = (0..image.len() - 8).filter(|&at| image[at..].starts_with(b"SNOD\x01\0\x08")).collect();
-    assert_eq!(nodes.len(), 3000 / 8);
-    for (from, to) in [(0, 374), (374, 0), (0, 1), (100, 101)] {
-        let mut bad = image.clone();
-        bad.copy_within(nodes[from] + 16..nodes[from] + 24, nodes[to] + 16); // the address of the first entry
-        let error = Direct.index(&bad).unwrap_err();
-        assert!(error.to_string().contains("reached twice"), "{error}");
-    }
-    assert_eq!(Direct.index(&image).unwrap().groups.len(), 3001);
-}
-
-#[test]
 fn large_tensors_cross_every_block_boundary() {
     let mut tree = Tree::new();
     let block = hornbeam::io::emit::BLOCK as u64;
