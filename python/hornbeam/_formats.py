@@ -14,7 +14,7 @@ from typing import Any
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from hornbeam import _async
+from hornbeam import _async, _core
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
@@ -131,7 +131,6 @@ def _is_hdf5(filepath: Any) -> bool:
     try:
         if not os.path.isfile(filepath):
             return False
-        with open(filepath, "rb") as file:
-            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+        return _core.open(os.fspath(filepath), archive=False).is_hdf5()
     except (OSError, TypeError):
         return False

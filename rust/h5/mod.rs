@@ -315,20 +315,32 @@ fn cycle() -> Error {
         .with_advice("A model file cannot be like that; write its datasets to another file.")
 }
 
-/// Runs `f` on the HDF5 in `image`, and where it starts: behind a user block of 512, 1024, 2048, … bytes, or none (§II).
-fn behind_user_block<T>(image: &dyn ReadAt, f: impl FnOnce(&dyn ReadAt, u64) -> Result<T>) -> Result<T> {
+/// Where the HDF5 in `image` starts: behind a user block of 512, 1024, 2048, … bytes, or none (§II).
+///
+/// # Errors
+/// `Io`.
+pub fn start(image: &dyn ReadAt) -> Result<Option<u64>> {
     let mut at = 0;
-    while let Some(left) = image.len().checked_sub(at).filter(|&left| left >= 8) {
+    while image.len().checked_sub(at).is_some_and(|left| left >= 8) {
         let mut head = [0; 8];
         image.read_at(&mut head, at)?;
         if head == direct::SIGNATURE {
-            return if at == 0 { f(image, 0) } else { f(&Window::new(image, at, left), at) };
+            return Ok(Some(at));
         }
         at = if at == 0 { 512 } else { at * 2 };
     }
-    Err(Error::new(Kind::Hdf5, "not an HDF5 file")
-        .with_found("the HDF5 signature", "other bytes")
-        .with_advice("Check that this is a weights file."))
+    Ok(None)
+}
+
+/// Runs `f` on the HDF5 in `image`, and where it starts.
+fn behind_user_block<T>(image: &dyn ReadAt, f: impl FnOnce(&dyn ReadAt, u64) -> Result<T>) -> Result<T> {
+    match start(image)? {
+        Some(0) => f(image, 0),
+        Some(at) => f(&Window::new(image, at, image.len() - at), at),
+        None => Err(Error::new(Kind::Hdf5, "not an HDF5 file")
+            .with_found("the HDF5 signature", "other bytes")
+            .with_advice("Check that this is a weights file.")),
+    }
 }
 
 /// What lays images out and finds their datasets.
