@@ -16,6 +16,15 @@ pub const MAX_ATTRIBUTE_BYTES: usize = 64_512;
 pub const MAX_OBJECTS: usize = 4_000_000;
 /// Bytes of one object header chunk or local heap.
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;
+/// What the values of all attributes of an image may take in memory.
+pub const MAX_ATTRIBUTES_BYTES: u64 = 256 << 20;
+/// What an index may take in memory, as a multiple of the bytes of its image, beside `INDEX_FLOOR_BYTES`. Where everything
+/// is in the image once, rows of strings of one byte take the most: 41 times.
+pub const MAX_INDEX_EXPANSION: u64 = 48;
+/// What an index may take in memory, however small its image is.
+pub const INDEX_FLOOR_BYTES: u64 = 8 << 20;
+/// Attributes of one object, where the HDF5 library looks for each of them from the start.
+pub const MAX_ATTRIBUTES: usize = 10_000;
 /// Chunks of one object header.
 pub const MAX_CONTINUATIONS: usize = 4096;
 /// Levels of a B-tree.
@@ -63,6 +72,9 @@ pub const MAX_DEFLATE: u64 = 1032;
 
 /// Bytes of the header of a safetensors file: the reference implementation's own limit.
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 100_000_000;
+
+/// Dimensions of a tensor in a safetensors file: what NumPy and torch can hold.
+pub const MAX_SAFETENSORS_RANK: usize = 64;
 
 /// Bytes of a JSON text read from a file.
 pub const MAX_JSON_BYTES: u64 = 1 << 30;

@@ -1,5 +1,6 @@
 //! A load from file to buffers: open, index, fetch.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -99,6 +100,12 @@ pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Res
     let (decoded, stored) =
         sums.fold((0, 0), |(all, stored), (sizes, more)| (sizes.fold(all, u64::saturating_add), stored + more));
     together(decoded, stored)
+}
+
+#[cold]
+fn unreadable(reason: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("this dataset holds no numbers that can be read: {reason}"))
+        .with_advice("Everything else in the file can be read.")
 }
 
 fn together(decoded: u64, stored: u64) -> Result<()> {
@@ -213,6 +220,9 @@ impl Weights {
     pub fn read_part(&self, i: usize, start: u64, end: u64, interrupt: Interrupt<'_>) -> Result<Slot> {
         let dataset = &self.index.datasets[i];
         let read = || {
+            if let Storage::Unreadable(reason) = &dataset.storage {
+                return Err(unreadable(reason)); // whatever bytes are asked for
+            }
             if start > end || end > dataset.nbytes {
                 return Err(Error::new(Kind::Invalid, "the tensor has no such bytes")
                     .with_found(format_args!("at most {}", dataset.nbytes), format_args!("{start} to {end}")));
@@ -222,7 +232,7 @@ impl Weights {
                 Storage::Contiguous(at) => {
                     Slot::read_from(&*self.source, self.image.offset + at + start, len, interrupt)
                 }
-                Storage::Empty => Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }),
+                Storage::Empty | Storage::Unreadable(_) => Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }),
                 Storage::Compact(bytes) => Ok(Slot::copy_of(&bytes[start as usize..end as usize], Block::new(len))),
                 Storage::Engine => {
                     let mut bytes = vec![0; dataset.nbytes as usize];
@@ -244,14 +254,20 @@ impl Weights {
         let mut positions = vec![None; self.index.datasets.len()];
         let datasets = &self.index.datasets;
         let mut tensors = Vec::new();
-        for &i in wanted {
+        // What has several names is read ahead by the first that is wanted, and for the others when they are taken.
+        let mut first = HashSet::new();
+        let wanted: Vec<usize> = match self.index.shared {
+            false => wanted.to_vec(),
+            true => wanted.iter().copied().filter(|&i| first.insert(datasets[i].object)).collect(),
+        };
+        for &i in &wanted {
             if let (Storage::Contiguous(offset), None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len());
                 tensors.push(Extent { offset: *offset, len: datasets[i].nbytes });
             }
         }
         let mut chunked = Vec::new();
-        for &i in wanted {
+        for &i in &wanted {
             if let (Storage::Engine, None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len() + chunked.len());
                 chunked.push(i);
@@ -278,16 +294,14 @@ impl Weights {
         Ok(Reading { fetch: Fetch::start(request)?, positions, nbytes, weights: Arc::clone(self) })
     }
 
-    /// A dataset that takes no reading.
-    fn at_hand(&self, i: usize) -> Result<Slot> {
+    /// A dataset that was not read ahead: because that takes no reading, or because it has another name.
+    fn at_hand(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Slot> {
         let dataset = &self.index.datasets[i];
-        let block = Block::new(dataset.nbytes as usize); // zero
         match &dataset.storage {
-            Storage::Compact(bytes) => Ok(Slot::copy_of(bytes, block)),
-            Storage::Empty => Ok(Slot { start: 0, len: block.len(), block: Arc::new(block) }),
-            Storage::Contiguous(_) | Storage::Engine => {
+            Storage::Contiguous(_) | Storage::Engine if !self.index.shared => {
                 Err(Error::new(Kind::Invalid, "this dataset was not asked for"))
             }
+            _ => self.read_part(i, 0, dataset.nbytes, interrupt),
         }
     }
 }
@@ -318,7 +332,7 @@ impl Reading {
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
         match self.positions[i] {
             Some(position) => self.fetch.take(position, interrupt),
-            None => self.weights.at_hand(i).map(Some),
+            None => self.weights.at_hand(i, interrupt).map(Some),
         }
     }
 

@@ -8,7 +8,7 @@
 
 use crate::config::{self, Build, Encoder, Scalar, Text};
 use crate::dtype::DType;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, try_with_capacity};
 use crate::h5::{ALIGNMENT, Engine, Found, Index, Layout, Storage};
 use crate::io::ReadAt;
 use crate::limits;
@@ -143,7 +143,8 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
     if start > image.len() {
         return Err(truncated(start, image.len()));
     }
-    let mut text = vec![0; size as usize];
+    let mut text = try_with_capacity(size as usize)?;
+    text.resize(size as usize, 0);
     image.read_at(&mut text, 8)?;
     if !text.starts_with(b"{") {
         return Err(malformed("its header is no JSON object"));
@@ -163,7 +164,10 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
             if std::mem::replace(&mut described, true) {
                 return Err(malformed("a name comes twice").with_entry(METADATA));
             }
-            index.attributes = metadata(node).ok_or_else(|| malformed("its __metadata__ is no object of strings"))?;
+            if !matches!(node, Node::Null) {
+                index.attributes =
+                    metadata(node).ok_or_else(|| malformed("its __metadata__ is no object of strings"))?;
+            }
             continue;
         }
         let (found, end) = tensor(&name, node).map_err(|e| e.with_entry(&name))?;
@@ -228,6 +232,10 @@ fn tensor(name: &str, node: Node) -> Result<(Found, u64)> {
     let [Some(Node::Text(dtype)), Some(Node::Sizes(shape)), Some(Node::Sizes(offsets))] = dict.fields else {
         return Err(malformed("a tensor lacks its dtype, shape or data_offsets"));
     };
+    if shape.len() > limits::MAX_SAFETENSORS_RANK {
+        return Err(Error::new(Kind::Limit, "a tensor has too many dimensions")
+            .with_found(format_args!("at most {}", limits::MAX_SAFETENSORS_RANK), shape.len()));
+    }
     let (dtype, tag) = DType::from_safetensors(&dtype).ok_or_else(|| {
         Error::new(Kind::Unsupported, "a dtype that cannot be read").with_found("one of whole bytes", dtype)
     })?;
@@ -240,7 +248,7 @@ fn tensor(name: &str, node: Node) -> Result<(Found, u64)> {
     }
     let attributes = tag.map(|tag| ("dtype".to_owned(), tag.into())).into_iter().collect();
     let storage = Storage::Contiguous(begin);
-    Ok((Found { path: name.to_owned(), dtype, shape, nbytes, storage, attributes }, end))
+    Ok((Found { path: name.to_owned(), dtype, shape, nbytes, storage, attributes, object: 0 }, end))
 }
 
 fn metadata(node: Node) -> Option<Vec<Attribute>> {
@@ -257,6 +265,7 @@ enum Node {
     Size(u64),
     Sizes(Vec<u64>),
     Dict(Box<Dict>),
+    Null,
     Other,
 }
 
@@ -282,6 +291,9 @@ enum Key {
     Other(String),
 }
 
+/// Values of a list that are gathered before anybody looks at how many there are.
+const MAX_LIST: usize = 1000;
+
 /// Builds the header; memory stays in proportion to its text.
 #[derive(Default)]
 struct Header {
@@ -291,9 +303,11 @@ struct Header {
 impl Header {
     fn value(&mut self, node: Node) -> Result<Node> {
         self.pending += 1;
-        if self.pending > limits::MAX_RANK {
-            return Err(Error::new(Kind::Limit, "a list in the safetensors header is too long")
-                .with_found(format_args!("at most {} values", limits::MAX_RANK), "more"));
+        if self.pending > MAX_LIST {
+            return Err(Error::new(Kind::Limit, "a list in the safetensors header is far too long").with_found(
+                format_args!("at most {} dimensions", limits::MAX_SAFETENSORS_RANK),
+                "a thousand and more",
+            ));
         }
         Ok(node)
     }
@@ -317,7 +331,8 @@ impl Build for Header {
             Scalar::Int(n) => u64::try_from(n).map_or(Node::Other, Node::Size),
             Scalar::IntText(digits) => digits.parse().map_or(Node::Other, Node::Size),
             Scalar::Text(t) => Node::Text(text(t)?),
-            Scalar::Null | Scalar::Bool(_) | Scalar::Float(_) => Node::Other,
+            Scalar::Null => Node::Null,
+            Scalar::Bool(_) | Scalar::Float(_) => Node::Other,
         };
         self.value(node)
     }

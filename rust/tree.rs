@@ -34,6 +34,15 @@ impl Value {
         }
     }
 
+    /// How many strings are in it, and their bytes.
+    pub fn extent(&self) -> (usize, usize) {
+        match self {
+            Self::Text(text) => (1, text.len()),
+            Self::Bytes(bytes) => (1, bytes.len()),
+            Self::List(all) | Self::Fixed(_, all) => (all.len(), all.iter().map(Vec::len).sum()),
+        }
+    }
+
     /// The string, if it is one of UTF-8.
     pub fn text(&self) -> Option<&str> {
         match self {

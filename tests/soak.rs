@@ -8,6 +8,7 @@ mod checks;
 mod hostile;
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use hornbeam::archive::write::{Archive, Content};
 use hornbeam::dtype::DType;
@@ -80,8 +81,12 @@ fn damage(data: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     }
 }
 
+/// One test at a time: memory is counted for all threads.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Runs `check` on the seeds and on what is left of them.
 fn soak(name: &str, seeds: &[Vec<u8>], check: fn(&[u8])) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let number = |name: &str, otherwise| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise);
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("soak-{name}"));
     let mut random = Random(number("HORNBEAM_SEED", 1) ^ 0x9e37_79b9_7f4a_7c15);
@@ -175,6 +180,17 @@ fn weights() {
     let header = r#"{"__metadata__":{"a":"b"},"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     seeds.push([&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[7; 8]].concat());
     soak("weights", &seeds, checks::index);
+}
+
+/// Small files that ask for much: whoever opens one has an error, or an index, in memory that goes with its size.
+#[test]
+#[allow(clippy::print_stdout)] // which one it is, when it fails
+fn bombs() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (what, data) in hostile::bombs().into_iter().chain(hostile::headers()) {
+        println!("{what}: {} bytes", data.len());
+        checks::index(&data);
+    }
 }
 
 #[test]

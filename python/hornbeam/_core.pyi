@@ -210,6 +210,8 @@ class File:
 
         Without a name, all of them together.
         """
+    def is_hdf5(self) -> bool:
+        """Whether it is HDF5, perhaps behind a user block."""
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 
@@ -226,7 +228,7 @@ class Weights:
     def groups(self) -> list[tuple[str, _Attributes]]:
         """`(path, attributes)` of every group but the root."""
     def datasets(self) -> list[_Dataset]:
-        """`(path, dtype, shape, attributes)` of every dataset."""
+        """`(path, dtype, shape, attributes)` of every dataset; the dtype `object` is for what cannot be read."""
     @property
     def attributes(self) -> _Attributes:
         """Attributes of the root; the metadata of a safetensors file."""

@@ -15,7 +15,7 @@ from typing import Any
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from hornbeam import _async, _keras, _names
+from hornbeam import _async, _core, _keras, _names
 
 Stock = Callable[..., Any]
 _SAVEDMODEL = ("tf", "tensorflow")  # what Keras 2 called it
@@ -144,7 +144,6 @@ def _is_hdf5(filepath: Any) -> bool:
     try:
         if not os.path.isfile(filepath):
             return False
-        with open(filepath, "rb") as file:
-            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+        return _core.open(os.fspath(filepath), archive=False).is_hdf5()
     except (OSError, TypeError):
         return False

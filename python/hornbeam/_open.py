@@ -67,7 +67,8 @@ class Tensor:
 
     Attributes:
         name: Its name in the file.
-        dtype: Of its values, as NumPy or `ml_dtypes` have it; `V1` for what HDF5 stores without a type.
+        dtype: Of its values, as NumPy or `ml_dtypes` have it; `V1` for what HDF5 stores without a type, `object` for
+            what is listed and cannot be read: strings, structures, no values at all.
         shape: Its dimensions; `()` for a scalar.
         nbytes: Bytes of its values.
         attributes: Its string attributes, by name.
@@ -108,6 +109,7 @@ class Tensor:
 
         Raises:
             ValueError: The file was closed.
+            UnsupportedError: It holds no numbers.
             HornbeamError: The file is damaged, or shorter than it was.
         """
         if self.mapped:
@@ -163,7 +165,7 @@ class Tensor:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         weights = self._file._opened()[self._part]
-        if start == stop:
+        if start == stop and not self.dtype.hasobject:  # there the core says why it cannot be read
             return np.empty(0, self.dtype)
         block: Any = weights.read(self._i, start, stop)
         return np.frombuffer(block, np.uint8).view(self.dtype)
@@ -506,12 +508,12 @@ def _identity(stat: os.stat_result) -> tuple[int, ...]:
 
 def _kind(path: str) -> Format:
     """What a file is: by its first bytes; where those say nothing, its name decides whose error is raised."""
-    _core.open(path, archive=False)  # errors of the file system are our own
+    file = _core.open(path, archive=False)  # errors of the file system are our own
     with builtins.open(path, "rb") as f:
         head = f.read(16)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "keras"
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+    if file.is_hdf5():
         return "h5"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:
         return "safetensors"

@@ -13,6 +13,7 @@ use super::errors::to_py;
 use super::run::{interrupt, run};
 use crate::archive::read::{Member, Members};
 use crate::error::{Error, Kind, Result};
+use crate::h5::{self, Found, Storage};
 use crate::io::ReadAt;
 use crate::load::{self, Choice};
 use crate::tree::Attribute;
@@ -67,6 +68,14 @@ fn nowhere() -> PyErr {
     PyValueError::new_err("no dataset has this position")
 }
 
+/// The NumPy name; `object` for what holds no numbers, as h5py has it.
+fn dtype(found: &Found) -> Cow<'static, str> {
+    match found.storage {
+        Storage::Unreadable(_) => "object".into(),
+        _ => found.dtype.name(),
+    }
+}
+
 impl File {
     fn member(&self, name: &str) -> Result<&Member> {
         let missing = || Error::new(Kind::Archive, format!("There is no item named '{name}' in the archive"));
@@ -97,6 +106,11 @@ impl File {
             (Some(name), _) => self.member(name).and_then(|m| m.check_expansion(floor, max_expansion)),
         };
         placed(checked, self.path.as_ref()).map_err(to_py)
+    }
+
+    /// Whether it is HDF5, perhaps behind a user block.
+    fn is_hdf5(&self, py: Python<'_>) -> PyResult<bool> {
+        run(py, || placed(h5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
     }
 
     /// Indexes the weights.
@@ -139,8 +153,7 @@ impl Weights {
     /// `(path, dtype, shape, attributes)` of every dataset.
     #[allow(clippy::type_complexity)] // one row of a table
     fn datasets(&self) -> Vec<(String, String, Vec<u64>, Vec<Attribute>)> {
-        let row =
-            |d: &crate::h5::Found| (d.path.clone(), d.dtype.name().into_owned(), d.shape.clone(), d.attributes.clone());
+        let row = |d: &Found| (d.path.clone(), dtype(d).into_owned(), d.shape.clone(), d.attributes.clone());
         self.weights.index().datasets.iter().map(row).collect()
     }
 
@@ -159,7 +172,7 @@ impl Weights {
     #[allow(clippy::type_complexity)] // one row of a table
     fn dataset(&self, i: usize) -> PyResult<(Cow<'static, str>, &[u64], u64, &[Attribute], Option<u64>)> {
         let d = self.weights.index().datasets.get(i).ok_or_else(nowhere)?;
-        Ok((d.dtype.name(), &d.shape, d.nbytes, &d.attributes, self.weights.offset(i)))
+        Ok((dtype(d), &d.shape, d.nbytes, &d.attributes, self.weights.offset(i)))
     }
 
     /// Some bytes of a dataset.

@@ -8,10 +8,13 @@ use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 
-use super::{SIGNATURE, UNDEFINED, message};
+use super::{UNDEFINED, message};
 use crate::dtype::{Class, DType};
-use crate::error::{Error, Kind, Result};
-use crate::h5::{Found, Index, Storage, unpadded};
+use crate::error::{Error, Kind, Result, try_with_capacity};
+use crate::h5::{
+    ALLOCATION, Budget, Found, Index, Storage, Subtree, behind_user_block, check_names, check_path, cycle, link_name,
+    push, too_deep, unpadded,
+};
 use crate::io::ReadAt;
 use crate::io::fetch::Slot;
 use crate::limits;
@@ -21,21 +24,25 @@ use crate::tree::{Attribute, Value};
 const PAGE: u64 = 2048;
 /// Pages kept while a file is indexed: 1 MiB.
 const CACHED_PAGES: usize = 512;
+/// What one object of a global heap takes in a table that is half empty.
+const HEAP_OBJECT: usize = 64;
 /// Bytes of metadata read in one go where it comes first, as in ours.
 const MAX_PREFIX: u64 = 64 << 20;
 
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
-    let (root, pages) = open(image)?;
-    let mut reader = Reader::new(&pages);
-    reader.object(root)?;
-    Ok(reader.found)
+    behind_user_block(image, |image, base| {
+        let (root, pages) = open(image)?;
+        let mut reader = Reader::new(&pages);
+        reader.object(root)?;
+        reader.found.finish(base)
+    })
 }
 
-/// The attributes in the object header at `address`, for an engine that cannot read them within `room` bytes.
+/// The attributes in the object header at `address`, for an engine that cannot read them within a budget.
 #[cfg(feature = "libhdf5")]
-pub(in crate::h5) fn attributes(image: &dyn ReadAt, address: u64, room: u64) -> Result<Vec<Attribute>> {
+pub(in crate::h5) fn attributes(image: &dyn ReadAt, address: u64, budget: Budget) -> Result<Vec<Attribute>> {
     let pages = Pages::new(image);
-    let mut reader = Reader { room, attributes_only: true, ..Reader::new(&pages) };
+    let mut reader = Reader { budget, attributes_only: true, ..Reader::new(&pages) };
     Ok(reader.header(address)?.attributes)
 }
 
@@ -65,11 +72,6 @@ fn refused(what: &str) -> Error {
 fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
     let mut pages = Pages::new(image);
     let head = pages.get(0, 48.min(image.len() as usize))?.into_owned();
-    if head.get(..8) != Some(&SIGNATURE) {
-        return Err(Error::new(Kind::Hdf5, "not an HDF5 file")
-            .with_found("the HDF5 signature", "other bytes")
-            .with_advice("Check that this is a weights file."));
-    }
     let f = Fields(&head);
     let (sizes, addresses, root) = match f.u8(8)? {
         v @ (0 | 1) => (13, if v == 0 { 24 } else { 28 }, if v == 0 { 64 } else { 68 }),
@@ -85,9 +87,9 @@ fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
         36 => (f.u64(addresses)?, f.u64(28)?),
         _ => (f.u64(addresses)?, f.u64(addresses + 16)?),
     };
-    if base != 0 {
-        return Err(unsupported("images with a base address"));
-    }
+    // The base address is where the HDF5 starts, or started before a user block was put before it or taken away, and
+    // the end counts from where the file starts; all other addresses count from the base.
+    let end = end.checked_sub(base).ok_or_else(|| malformed("the file ends before it starts"))?;
     if end > image.len() {
         return Err(Error::new(Kind::Hdf5, "the HDF5 file is truncated")
             .with_found(format_args!("{end} bytes"), format_args!("{} bytes", image.len()))
@@ -174,7 +176,7 @@ impl<'a> Pages<'a> {
                 return Ok(Cow::Borrowed(bytes));
             }
         }
-        let mut out = Vec::with_capacity(n);
+        let mut out = try_with_capacity(n)?;
         let mut cache = self.cache.borrow_mut();
         let mut at = offset;
         while at < end {
@@ -231,31 +233,44 @@ impl<'a> Fields<'a> {
 /// What the messages of one object header say.
 #[derive(Default)]
 struct Header {
+    several: bool, // names that lead here, as the file says
     symbol_table: Option<(u64, u64)>,
     links: Vec<(String, u64)>,
     is_group: bool,
     shape: Option<Vec<u64>>,
     dtype: Option<Type>,
-    storage: Option<(Storage, u64)>, // and the bytes stored
+    has_type: bool,
+    null: bool,                              // a dataspace without elements
+    storage: Option<(Option<Storage>, u64)>, // none: only the other engine reads it; and the bytes stored
     filtered: bool,
     filled: bool, // with a value of its own where nothing was written
     attributes: Vec<Attribute>,
 }
 
-struct Type {
-    dtype: DType,
-    native: bool, // little-endian, as it will be in memory
-    bfloat16: bool,
+enum Type {
+    Number {
+        dtype: DType,
+        native: bool, // little-endian, as it will be in memory
+        bfloat16: bool,
+    },
+    /// What no engine reads, by its name.
+    Other(&'static str),
+}
+
+impl Type {
+    fn native(dtype: DType) -> Self {
+        Self::Number { dtype, native: true, bfloat16: false }
+    }
 }
 
 struct Reader<'a> {
     pages: &'a Pages<'a>,
     found: Index,
-    depth: usize,
-    groups: HashSet<u64>,
+    above: Vec<u64>,                               // the groups on the way here
+    known: HashMap<u64, Subtree>,                  // objects that are said to have several names
     heaps: HashMap<u64, HashMap<u16, (u64, u64)>>, // collection → object → (offset, length)
     path: String,
-    room: u64, // for the values of all attributes: a file may point to one long value many times
+    budget: Budget,
     attributes_only: bool,
 }
 
@@ -264,44 +279,62 @@ impl<'a> Reader<'a> {
         Self {
             pages,
             found: Index::default(),
-            depth: 0,
-            groups: HashSet::new(),
+            above: Vec::new(),
+            known: HashMap::new(),
             heaps: HashMap::new(),
             path: String::new(),
-            room: limits::MAX_HEADER_BYTES,
+            budget: Budget::new(pages.image.len()),
             attributes_only: false,
         }
     }
 
     /// Reads the object at `address` and everything below it; `self.path` is its path.
     fn object(&mut self, address: u64) -> Result<()> {
-        if self.found.groups.len() + self.found.datasets.len() >= limits::MAX_OBJECTS {
-            return Err(Error::new(Kind::Limit, "too many groups and datasets")
-                .with_found(format_args!("at most {}", limits::MAX_OBJECTS), "more"));
+        if let Some(known) = self.known.get(&address) {
+            let again = self.found.list_again(known, &self.path, &mut self.budget);
+            return again.map_err(|e| e.with_entry(&self.path));
         }
-        let header = self.header(address).map_err(|e| e.with_entry(&self.path))?;
-        if !header.is_group {
-            let found = self.dataset(header).map_err(|e| e.with_entry(&self.path))?;
-            self.found.datasets.push(found);
-            return Ok(());
+        let before = self.found.sizes();
+        let mut header = self.header(address).map_err(|e| e.with_entry(&self.path))?;
+        let several = header.several;
+        if header.is_group {
+            self.group(address, header)?;
+        } else if header.has_type && header.shape.is_none() && header.storage.is_none() {
+            return Ok(()); // a type with a name, for datasets to share
+        } else {
+            header.attributes.shrink_to_fit();
+            let found = self.dataset(address, header).map_err(|e| e.with_entry(&self.path))?;
+            self.found.add_dataset(found, &mut self.budget).map_err(|e| e.with_entry(&self.path))?;
         }
-        if !self.groups.insert(address) {
-            return Err(malformed("a group is reached twice").with_entry(&self.path));
+        if several {
+            self.budget.spend(2 * size_of::<(u64, Subtree)>())?;
+            self.known.insert(address, self.found.subtree(self.path.len(), before));
         }
-        if self.depth > limits::MAX_DEPTH {
-            return Err(Error::new(Kind::Limit, "groups are nested too deeply").with_entry(&self.path));
+        Ok(())
+    }
+
+    fn group(&mut self, address: u64, header: Header) -> Result<()> {
+        if self.above.contains(&address) {
+            return Err(cycle().with_entry(&self.path));
+        }
+        if self.above.len() > limits::MAX_DEPTH {
+            return Err(too_deep(&self.path));
         }
         if self.path.is_empty() {
             self.found.attributes = header.attributes;
         } else {
-            self.found.groups.push((self.path.clone(), header.attributes));
+            let added = self.found.add_group(self.path.clone(), header.attributes, &mut self.budget);
+            added.map_err(|e| e.with_entry(&self.path))?;
         }
         let mut links = header.links;
-        if let Some((btree, heap)) = header.symbol_table {
-            self.symbols(btree, heap, &mut links).map_err(|e| e.with_entry(&self.path))?;
+        match header.symbol_table {
+            Some((btree, heap)) => {
+                self.symbols(btree, heap, &mut links).map_err(|e| e.with_entry(&self.path))?;
+            }
+            None => links.sort_unstable(), // these come in order of creation
         }
-        links.sort_unstable(); // compact links come in order of creation
-        self.depth += 1;
+        check_names(links.iter().map(|l| l.0.as_bytes())).map_err(|e| e.with_entry(&self.path))?;
+        self.above.push(address);
         for (name, address) in links {
             let length = self.path.len();
             if !self.path.is_empty() {
@@ -309,27 +342,40 @@ impl<'a> Reader<'a> {
             }
             self.path.push_str(&name);
             self.pages.spend(self.path.len() / 16)?; // a long one is in the file once, and here for all below it
-            if self.path.len() > limits::MAX_PATH_BYTES {
-                return Err(Error::new(Kind::Limit, "a path is too long").with_entry(&self.path[..length]));
-            }
+            check_path(&self.path).map_err(|e| e.with_entry(&self.path[..length]))?;
             self.object(address)?;
             self.path.truncate(length);
         }
-        self.depth -= 1;
+        self.above.pop();
         Ok(())
     }
 
-    fn dataset(&self, header: Header) -> Result<Found> {
+    fn dataset(&self, object: u64, header: Header) -> Result<Found> {
         let (Some(shape), Some(kind), Some((storage, stored))) = (header.shape, header.dtype, header.storage) else {
             return Err(malformed("a dataset lacks its shape, type or layout"));
         };
+        let path = self.path.clone();
+        let mut attributes = header.attributes;
+        let reason = match kind {
+            _ if header.null => Some("it has no values (a null dataspace)"),
+            Type::Other(name) => Some(name),
+            Type::Number { .. } => None,
+        };
+        let (dtype, native, bfloat16) = match kind {
+            Type::Number { dtype, native, bfloat16 } if reason.is_none() => (dtype, native, bfloat16),
+            _ => {
+                let storage = Storage::Unreadable(reason.unwrap_or_default().into());
+                return Ok(Found { path, dtype: DType::Opaque(1), shape, nbytes: 0, storage, attributes, object });
+            }
+        };
+        let storage = storage.ok_or_else(|| unsupported("chunked datasets"))?;
         if header.filtered {
             return Err(unsupported("filtered datasets"));
         }
-        if !kind.native {
+        if !native {
             return Err(unsupported("big-endian numbers"));
         }
-        let nbytes = kind.dtype.nbytes(&shape).ok_or_else(|| malformed("a dataset's size overflows"))?;
+        let nbytes = dtype.nbytes(&shape).ok_or_else(|| malformed("a dataset's size overflows"))?;
         limits::check_dataset(nbytes, stored)?;
         let storage = match storage {
             _ if nbytes == 0 => Storage::Empty,
@@ -346,30 +392,31 @@ impl<'a> Reader<'a> {
             Storage::Compact(bytes) if bytes.len() as u64 == nbytes => Storage::Compact(bytes),
             _ => return Err(malformed("a compact dataset's size does not match its shape")),
         };
-        let mut attributes = header.attributes;
-        if kind.bfloat16 && !attributes.iter().any(|a| a.0 == "dtype") {
+        if bfloat16 && !attributes.iter().any(|a| a.0 == "dtype") {
             attributes.push(("dtype".into(), "bfloat16".into()));
         }
-        Ok(Found { path: self.path.clone(), dtype: kind.dtype, shape, nbytes, storage, attributes })
+        Ok(Found { path, dtype, shape, nbytes, storage, attributes, object })
     }
 
     /// Symbol table (§III): names and object header addresses of a group's members.
-    fn symbols(&self, btree: u64, heap: u64, out: &mut Vec<(String, u64)>) -> Result<()> {
-        let head = self.pages.get(heap, 32)?;
+    fn symbols(&mut self, btree: u64, heap: u64, out: &mut Vec<(String, u64)>) -> Result<()> {
+        let pages = self.pages;
+        let head = pages.get(heap, 32)?;
         let f = Fields(&head);
         f.signature(0, *b"HEAP")?;
         let (size, data) = (f.u64(8)?, f.u64(24)?);
         if size > limits::MAX_HEADER_BYTES {
             return Err(Error::new(Kind::Limit, "a group's names are too large"));
         }
-        let names = self.pages.get(data, size as usize)?;
+        let names = pages.get(data, size as usize)?;
         let mut nodes = Vec::new();
         self.btree(btree, None, &mut nodes)?;
+        self.budget.spend(nodes.len() * 2 * size_of::<u64>())?;
         for node in nodes {
-            let head = self.pages.get(node, 8)?;
+            let head = pages.get(node, 8)?;
             Fields(&head).signature(0, *b"SNOD")?;
             let count = usize::from(Fields(&head).u16(6)?);
-            let entries = self.pages.get(node + 8, count * 40)?;
+            let entries = pages.get(node.saturating_add(8), count * 40)?;
             for entry in entries.chunks_exact(40) {
                 let f = Fields(entry);
                 if f.u32(16)? == 2 {
@@ -377,11 +424,21 @@ impl<'a> Reader<'a> {
                 }
                 let name = usize::try_from(f.u64(0)?).ok().and_then(|at| names.get(at..));
                 let name = name.ok_or_else(|| malformed("a name lies outside its heap"))?;
-                let end = name.iter().position(|&b| b == 0).ok_or_else(|| malformed("a name has no end"))?;
-                out.push((link_name(&name[..end])?, f.u64(8)?));
+                let longest = &name[..name.len().min(limits::MAX_PATH_BYTES + 1)]; // the heap may be one long name
+                let end = longest.iter().position(|&b| b == 0).ok_or_else(|| {
+                    let too_long = || Error::new(Kind::Limit, "a name is too long");
+                    if longest.len() == name.len() { malformed("a name has no end") } else { too_long() }
+                })?;
+                self.keep_link(&name[..end], f.u64(8)?, out)?;
             }
         }
         Ok(())
+    }
+
+    /// Keeps a link; each copy of a name that is in the file once is counted.
+    fn keep_link(&mut self, name: &[u8], address: u64, out: &mut Vec<(String, u64)>) -> Result<()> {
+        self.budget.spend(2 * size_of::<(String, u64)>() + ALLOCATION + name.len())?;
+        push(out, (link_name(name)?.to_owned(), address))
     }
 
     /// Version 1 group B-tree (§III.A.1): addresses of its symbol nodes, ascending by name.
@@ -415,6 +472,7 @@ impl<'a> Reader<'a> {
         let f = Fields(&prefix);
         let v2 = prefix.starts_with(b"OHDR");
         let mut message_head = 8; // bytes before a message's data
+        let mut header = Header::default();
         let first = if v2 {
             let flags = f.u8(5)?;
             message_head = if flags & 4 == 0 { 4 } else { 6 };
@@ -425,15 +483,16 @@ impl<'a> Reader<'a> {
             let whole = size.checked_add(start + 4).filter(|&n| n <= limits::MAX_HEADER_BYTES);
             let whole = whole.ok_or_else(|| malformed("an object header is too large"))?;
             check_sum(&self.pages.get(address, whole as usize)?, "object header")?;
-            (address + start, size)
+            (address.saturating_add(start), size)
         } else {
             if f.u8(0)? != 1 {
                 return Err(malformed("an object header is of an unknown version"));
             }
-            (address + 16, u64::from(f.u32(8)?))
+            header.several = f.u32(4)? > 1;
+            (address.saturating_add(16), u64::from(f.u32(8)?))
         };
-        let mut header = Header::default();
         let mut chunks = vec![first];
+        let mut seen = HashSet::new();
         let mut next = 0;
         let mut total = 0;
         while let Some(&(start, size)) = chunks.get(next) {
@@ -442,7 +501,7 @@ impl<'a> Reader<'a> {
             if chunks.len() > limits::MAX_CONTINUATIONS || total > limits::MAX_HEADER_BYTES {
                 return Err(Error::new(Kind::Limit, "an object header is too large"));
             }
-            if chunks[..next - 1].contains(&(start, size)) {
+            if !seen.insert((start, size)) {
                 return Err(malformed("an object header continues into itself"));
             }
             let chunk = pages.get(start, size as usize)?;
@@ -459,7 +518,7 @@ impl<'a> Reader<'a> {
                 if kind == message::CONTINUATION {
                     chunks.push(self.continuation(data, v2)?);
                 } else {
-                    self.message(kind, flags & 2 != 0, data, &mut header)?;
+                    self.message(kind, flags, data, &mut header)?;
                 }
             }
         }
@@ -480,18 +539,37 @@ impl<'a> Reader<'a> {
         Ok((start + 4, size - 8))
     }
 
-    fn message(&mut self, kind: u16, shared: bool, data: Fields<'_>, header: &mut Header) -> Result<()> {
+    /// Takes what a message of the header says; `flags` are its own (§IV.A.1.b).
+    fn message(&mut self, kind: u16, flags: u8, data: Fields<'_>, header: &mut Header) -> Result<()> {
         if self.attributes_only && !matches!(kind, message::ATTRIBUTE | message::ATTRIBUTE_INFO) {
             return Ok(());
         }
-        if shared && matches!(kind, message::DATASPACE | message::DATATYPE | message::LAYOUT | message::FILTERS) {
+        let shared = flags & 2 != 0; // then the data says where the message is
+        if shared && !message::PASSED_OVER.contains(&kind) {
             return Err(unsupported("shared header messages"));
         }
+        let twice = match kind {
+            message::DATASPACE => header.shape.is_some(),
+            message::DATATYPE => header.has_type,
+            message::LAYOUT => header.storage.is_some(),
+            message::SYMBOL_TABLE => header.symbol_table.is_some(),
+            _ => false,
+        };
+        if twice {
+            return Err(malformed("an object has two shapes, types, layouts or symbol tables"));
+        }
         match kind {
-            message::DATASPACE => header.shape = Some(dataspace(data)?),
-            message::DATATYPE => header.dtype = Some(datatype(data)?),
+            message::DATASPACE => {
+                header.null = data.u8(0)? == 2 && data.u8(3)? == 2;
+                header.shape = Some(if header.null { Vec::new() } else { dataspace(data)? });
+            }
+            message::DATATYPE => {
+                header.has_type = true;
+                header.dtype = Some(datatype(data)?);
+            }
             message::LAYOUT => header.storage = Some(layout(data)?),
-            message::FILL_VALUE => header.filled = fill_value(data)?,
+            message::OLD_FILL_VALUE => header.filled |= data.u32(0)? > 0,
+            message::FILL_VALUE => header.filled |= fill_value(data)?,
             message::FILTERS => header.filtered = true,
             message::EXTERNAL_FILES => return Err(refused("external Dataset")),
             message::LINK_INFO => {
@@ -503,18 +581,23 @@ impl<'a> Reader<'a> {
             }
             message::LINK => {
                 header.is_group = true;
-                header.links.push(link(data)?);
+                let (name, address) = link(data)?;
+                self.keep_link(name, address, &mut header.links)?;
             }
             message::SYMBOL_TABLE => {
                 header.is_group = true;
                 header.symbol_table = Some((data.u64(0)?, data.u64(8)?));
             }
-            message::ATTRIBUTE if !shared => header.attributes.extend(self.attribute(data)?),
+            message::ATTRIBUTE => header.attributes.extend(self.attribute(data)?),
             message::ATTRIBUTE_INFO => {
                 let at = if data.u8(1)? & 1 == 0 { 2 } else { 4 };
                 if data.u64(at)? != UNDEFINED {
                     return Err(unsupported("dense attributes"));
                 }
+            }
+            message::REFERENCE_COUNT => header.several = data.u32(1)? > 1,
+            _ if flags & 0x80 != 0 && !message::PASSED_OVER.contains(&kind) => {
+                return Err(unsupported("a header message that must be understood"));
             }
             _ => {}
         }
@@ -530,15 +613,15 @@ impl<'a> Reader<'a> {
             3 => (9, 1),
             _ => return Err(unsupported("attributes of this version")),
         };
-        let shared = version > 1 && data.u8(1)? & 1 != 0;
+        let elsewhere = version > 1 && data.u8(1)? & 3 != 0; // its type or its dataspace
         let size = |at: usize| Ok::<_, Error>(usize::from(data.u16(at)?));
         let (name_size, type_size, space_size) = (size(2)?, size(4)?, size(6)?);
         let name = data.bytes(at, name_size)?;
         let name = String::from_utf8_lossy(name.strip_suffix(b"\0").unwrap_or(name)).into_owned();
         let type_at = at + name_size.next_multiple_of(pad);
         let space_at = type_at + type_size.next_multiple_of(pad);
-        if shared {
-            return Ok(None); // its type is stored elsewhere: never a plain string
+        if elsewhere {
+            return if self.attributes_only { Ok(None) } else { Err(unsupported("attributes of a shared type")) };
         }
         let (kind, space) = (Fields(data.bytes(type_at, type_size)?), Fields(data.bytes(space_at, space_size)?));
         let value = data.from(space_at + space_size.next_multiple_of(pad))?;
@@ -546,6 +629,7 @@ impl<'a> Reader<'a> {
             return Ok(None); // null
         }
         let shape = dataspace(space)?;
+        self.budget.spend_attribute(name.len())?;
         let count = match shape[..] {
             [] => 1,
             [0] => return Ok(Some((name, Value::List(Vec::new())))),
@@ -556,18 +640,22 @@ impl<'a> Reader<'a> {
         let value = match (class, bits & 15) {
             (9, 1) => {
                 let references = value.bytes(0, count.saturating_mul(16))?; // before anything is allocated
-                let strings = references.chunks(16).map(|r| self.string(Fields(r))).collect::<Result<Vec<_>>>()?;
+                let mut strings = try_with_capacity(count)?;
+                for reference in references.chunks(16) {
+                    strings.push(self.string(Fields(reference))?);
+                }
                 let utf8 = kind.u8(2)? & 15 == 1;
                 row_or_text(strings, &shape, utf8, Value::List)
             }
             (3, padding) => {
                 let size = kind.u32(4)? as usize;
                 let all = value.bytes(0, count.saturating_mul(size))?;
-                self.take_room(all.len() as u64)?;
-                let strings: Vec<_> = all.chunks(size.max(1)).map(|s| unpadded(s, padding == 2)).collect();
-                if strings.len() != count {
+                if size == 0 {
                     return Err(malformed("an attribute has strings of no length"));
                 }
+                self.budget.spend_value(count, all.len())?;
+                let mut strings = try_with_capacity(count)?;
+                strings.extend(all.chunks(size).map(|s| unpadded(s, padding == 2)));
                 row_or_text(strings, &shape, bits >> 4 == 1, |all| Value::Fixed(size, all))
             }
             _ => return Ok(None),
@@ -575,16 +663,10 @@ impl<'a> Reader<'a> {
         Ok(Some((name, value)))
     }
 
-    fn take_room(&mut self, bytes: u64) -> Result<()> {
-        let too_much = || Error::new(Kind::Limit, "attributes are too large");
-        self.room = self.room.checked_sub(bytes).ok_or_else(too_much)?;
-        Ok(())
-    }
-
     /// The string that a reference (length, collection, object) of 16 bytes leads to.
     fn string(&mut self, reference: Fields<'_>) -> Result<Vec<u8>> {
         let (n, collection, object) = (reference.u32(0)? as usize, reference.u64(4)?, reference.u32(12)?);
-        self.take_room(16 + n as u64)?;
+        self.budget.spend_value(1, n)?;
         let bytes = if n == 0 { Vec::new() } else { self.heap_object(collection, object, n)? };
         Ok(unpadded(&bytes, false)) // C ends it at a NUL
     }
@@ -604,6 +686,7 @@ impl<'a> Reader<'a> {
                 let bytes = pages.get(collection, size as usize)?;
                 let mut objects = HashMap::new();
                 let mut at = 16;
+                self.budget.spend(4 * size_of::<(u64, HashMap<u16, (u64, u64)>)>())?;
                 while at + 16 <= bytes.len() {
                     let f = Fields(&bytes[at..]);
                     let (index, length) = (f.u16(0)?, f.u64(8)?);
@@ -614,6 +697,7 @@ impl<'a> Reader<'a> {
                     if length > room {
                         return Err(malformed("a string lies outside its heap"));
                     }
+                    self.budget.spend(HEAP_OBJECT)?;
                     objects.insert(index, (collection + at as u64 + 16, length));
                     at += 16 + (length as usize).next_multiple_of(8);
                 }
@@ -640,19 +724,11 @@ fn row_or_text(mut strings: Vec<Vec<u8>>, shape: &[u64], utf8: bool, row: impl F
     }
 }
 
-fn link_name(bytes: &[u8]) -> Result<String> {
-    match std::str::from_utf8(bytes) {
-        Ok(name) if !name.is_empty() && !name.contains('/') => Ok(name.to_owned()),
-        _ => Err(malformed("a name is empty, holds a slash or is not UTF-8")),
-    }
-}
-
 /// Dataspace message (§IV.A.2.b): the dimensions.
 fn dataspace(data: Fields<'_>) -> Result<Vec<u64>> {
     let (version, rank) = (data.u8(0)?, usize::from(data.u8(1)?));
     let at = match version {
         1 => 8,
-        2 if data.u8(3)? == 2 => return Err(unsupported("null dataspaces")),
         2 => 4,
         _ => return Err(unsupported("dataspaces of this version")),
     };
@@ -662,53 +738,69 @@ fn dataspace(data: Fields<'_>) -> Result<Vec<u64>> {
     (0..rank).map(|i| data.u64(at + 8 * i)).collect()
 }
 
-/// Datatype message (§IV.A.2.d): only what the dtype table knows.
+/// Datatype message (§IV.A.2.d): what the dtype table knows, and names for the rest.
 fn datatype(data: Fields<'_>) -> Result<Type> {
-    let (class, bits) = (data.u8(0)? & 15, data.u8(1)?);
+    let (version, class, bits) = (data.u8(0)? >> 4, data.u8(0)? & 15, data.u8(1)?);
     let size = data.u32(4)? as usize;
-    let native = |dtype| Type { dtype, native: true, bfloat16: false };
     let named = |wanted: Class| DType::named().find(|d| d.class() == wanted && d.size() == size);
-    match class {
-        0 => {
-            let dtype = named(Class::Integer { signed: bits & 8 != 0 })
-                .filter(|_| data.u16(8).is_ok_and(|o| o == 0) && data.u16(10).is_ok_and(|p| usize::from(p) == size * 8))
-                .ok_or_else(|| unsupported("integers of this layout"))?;
-            Ok(Type { native: bits & 1 == 0 || size == 1, ..native(dtype) })
-        }
-        1 => {
-            let (bfloat16, dtype) = float(data.from(8)?, size, &named)?;
-            if bits & 0x40 != 0 {
-                return Err(unsupported("VAX numbers"));
-            }
-            Ok(Type { dtype, native: bits & 1 == 0, bfloat16 })
-        }
-        5 => u16::try_from(size)
-            .ok()
-            .filter(|&n| n > 0)
-            .map(DType::Opaque)
-            .map(native)
-            .ok_or_else(|| unsupported("opaque values of this size")),
-        6 => complex(data, size).map(native).ok_or_else(|| unsupported("compound types other than complex numbers")),
-        8 if size == 1 && is_boolean(data) => Ok(native(DType::Bool)),
-        8 => Err(unsupported("enumerations other than booleans")),
-        _ => Err(unsupported("this datatype")),
+    let little = bits & 1 == 0;
+    if !(1..=5).contains(&version) {
+        return Err(unsupported("datatypes of this version"));
     }
+    Ok(match class {
+        0 => {
+            let whole = data.u16(8)? == 0 && usize::from(data.u16(10)?) == size * 8;
+            match named(Class::Integer { signed: bits & 8 != 0 }).filter(|_| whole) {
+                Some(dtype) => Type::Number { dtype, native: little || size == 1, bfloat16: false },
+                None => Type::Other("integers of an unusual layout"),
+            }
+        }
+        1 if bits & 0x40 != 0 => Type::Other("VAX numbers"),
+        // The sign is the highest bit, and the first bit of the mantissa implied (2).
+        1 if usize::from(data.u8(2)?) + 1 != size * 8 || bits >> 4 & 3 != 2 => Type::Other(UNUSUAL_FLOATS),
+        1 => match float(data.from(8)?, size, &named)? {
+            Some((bfloat16, dtype)) => Type::Number { dtype, native: little, bfloat16 },
+            None => Type::Other(UNUSUAL_FLOATS),
+        },
+        2 => Type::Other("times"),
+        3 => Type::Other("strings"),
+        4 => Type::Other("bit fields"),
+        5 => match u16::try_from(size) {
+            Ok(n @ 1..) => Type::native(DType::Opaque(n)),
+            _ => Type::Other("opaque values of this size"),
+        },
+        6 => match complex(data, size) {
+            Some(dtype) => Type::native(dtype),
+            // It may be a pair of big-endian numbers.
+            None if data.u16(1)? == 2 && data.bytes(8, 2)? == *b"r\0" => {
+                return Err(unsupported("this pair of numbers"));
+            }
+            None => Type::Other("structures (a compound type)"),
+        },
+        7 => Type::Other("references"),
+        8 if size == 1 && is_boolean(data) => Type::native(DType::Bool),
+        8 if size == 1 && data.u16(1)? == 2 => return Err(unsupported("this enumeration")), // it may be written in another way
+        8 => Type::Other("an enumeration"),
+        9 => Type::Other(if bits & 15 == 1 { "strings" } else { "rows of variable length" }),
+        10 => Type::Other("arrays as elements"),
+        _ => return Err(unsupported("this datatype")),
+    })
 }
 
-/// Float properties: offset, precision, exponent and mantissa location and size, bias.
-fn float(f: Fields<'_>, size: usize, named: &dyn Fn(Class) -> Option<DType>) -> Result<(bool, DType)> {
+const UNUSUAL_FLOATS: &str = "floats of an unusual layout";
+
+/// Float properties: offset, precision, exponent and mantissa location and size, bias. The type, and whether it is bfloat16.
+fn float(f: Fields<'_>, size: usize, named: &dyn Fn(Class) -> Option<DType>) -> Result<Option<(bool, DType)>> {
     let precision_ok = (f.u16(0)?, usize::from(f.u16(2)?)) == (0, size * 8);
     let (exponent_at, exponent, mantissa_at, mantissa) = (f.u8(4)?, f.u8(5)?, f.u8(6)?, f.u8(7)?);
     let bias = f.u32(8)?;
-    if precision_ok && mantissa_at == 0 && exponent_at == mantissa {
-        if (size, exponent, mantissa, bias) == (2, 8, 7, 127) {
-            return Ok((true, DType::Opaque(2)));
-        }
-        if let Some(dtype) = named(Class::Float(exponent, mantissa, bias)) {
-            return Ok((false, dtype));
-        }
+    if !precision_ok || mantissa_at != 0 || exponent_at != mantissa {
+        return Ok(None);
     }
-    Err(unsupported("floats of this layout"))
+    if (size, exponent, mantissa, bias) == (2, 8, 7, 127) {
+        return Ok(Some((true, DType::Opaque(2))));
+    }
+    Ok(named(Class::Float(exponent, mantissa, bias)).map(|dtype| (false, dtype)))
 }
 
 /// h5py's `{r, i}` compound of two equal little-endian floats.
@@ -731,11 +823,12 @@ fn complex(data: Fields<'_>, size: usize) -> Option<DType> {
         }
         at += width + if version == 1 { 28 } else { 0 };
         let member = data.from(at).ok()?;
-        let part = datatype(Fields(member.bytes(0, 20).ok()?)).ok()?;
-        if !part.native || !matches!(part.dtype.class(), Class::Float(..)) {
-            return None;
+        match datatype(Fields(member.bytes(0, 20).ok()?)).ok()? {
+            Type::Number { dtype, native: true, bfloat16: false } if matches!(dtype.class(), Class::Float(..)) => {
+                parts.push(dtype);
+            }
+            _ => return None,
         }
-        parts.push(part.dtype);
         at += 20;
     }
     let find = |d: &DType| matches!(d.class(), Class::Complex(p) if parts == [*p, *p]) && d.size() == size;
@@ -749,19 +842,19 @@ fn is_boolean(data: Fields<'_>) -> bool {
     data.u16(1).is_ok_and(|n| n == 2) && data.bytes(20, names.len()).is_ok_and(|b| b == names)
 }
 
-/// Layout message (§IV.A.2.i): where the values are, and how many bytes are stored.
-fn layout(data: Fields<'_>) -> Result<(Storage, u64)> {
+/// Layout message (§IV.A.2.i): where the values are, unless in chunks, and how many bytes are stored.
+fn layout(data: Fields<'_>) -> Result<(Option<Storage>, u64)> {
     match (data.u8(0)?, data.u8(1)?) {
         (3 | 4, 0) => {
             let n = usize::from(data.u16(2)?);
-            Ok((Storage::Compact(data.bytes(4, n)?.to_vec()), n as u64))
+            Ok((Some(Storage::Compact(data.bytes(4, n)?.to_vec())), n as u64))
         }
         (3 | 4, 1) => {
             let offset = data.u64(2)?;
-            Ok((Storage::Contiguous(offset), if offset == UNDEFINED { 0 } else { data.u64(10)? }))
+            Ok((Some(Storage::Contiguous(offset)), if offset == UNDEFINED { 0 } else { data.u64(10)? }))
         }
         (4, 3) => Err(refused("virtual Dataset")),
-        (3..=5, _) => Err(unsupported("chunked datasets")),
+        (3..=5, _) => Ok((None, 0)),
         _ => Err(unsupported("layouts of this version")),
     }
 }
@@ -776,7 +869,7 @@ fn fill_value(data: Fields<'_>) -> Result<bool> {
 }
 
 /// Link message (§IV.A.2.g): a hard link's name and target.
-fn link(data: Fields<'_>) -> Result<(String, u64)> {
+fn link(data: Fields<'_>) -> Result<(&[u8], u64)> {
     let flags = data.u8(1)?;
     let mut at = 2;
     if flags & 8 != 0 {
@@ -791,7 +884,7 @@ fn link(data: Fields<'_>) -> Result<(String, u64)> {
     let width = 1 << (flags & 3);
     let n = data.uint(at, width)? as usize;
     at += width;
-    Ok((link_name(data.bytes(at, n)?)?, data.u64(at + n)?))
+    Ok((data.bytes(at, n)?, data.u64(at.saturating_add(n))?))
 }
 
 /// The last four bytes of `bytes` are the lookup3 hash of the rest (§"Checksum").

@@ -24,6 +24,7 @@ mod message {
     pub(super) const DATASPACE: u16 = 0x01;
     pub(super) const LINK_INFO: u16 = 0x02;
     pub(super) const DATATYPE: u16 = 0x03;
+    pub(super) const OLD_FILL_VALUE: u16 = 0x04;
     pub(super) const FILL_VALUE: u16 = 0x05;
     pub(super) const LINK: u16 = 0x06;
     pub(super) const EXTERNAL_FILES: u16 = 0x07;
@@ -33,6 +34,10 @@ mod message {
     pub(super) const CONTINUATION: u16 = 0x10;
     pub(super) const SYMBOL_TABLE: u16 = 0x11;
     pub(super) const ATTRIBUTE_INFO: u16 = 0x15;
+    pub(super) const REFERENCE_COUNT: u16 = 0x16;
+    /// Known, and of no meaning for who reads values: nothing, group info, comment, times, tables of shared messages, B-tree
+    /// sizes, driver, free space, cache.
+    pub(super) const PASSED_OVER: [u16; 10] = [0x00, 0x0a, 0x0d, 0x0e, 0x0f, 0x12, 0x13, 0x14, 0x17, 0x18];
 }
 
 /// The engine without a C library.

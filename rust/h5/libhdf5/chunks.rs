@@ -7,8 +7,9 @@ use hdf5_metno_sys::h5i::hid_t;
 use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32, H5Z_FILTER_SHUFFLE};
 
 use super::ffi::{Chunk, Library};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::h5::filters::unshuffle;
+use crate::h5::push;
 use crate::io::ReadAt;
 use crate::io::pack::threads;
 use crate::limits;
@@ -24,27 +25,36 @@ pub(super) enum Filter {
     Deflate,
     Shuffle(usize),
     Fletcher32,
+    Lzf,
 }
 
-/// The filters of a dataset in the order they were applied; `None` when the library has to undo them.
-pub(super) fn filters(lib: &Library, list: hid_t) -> Result<Option<Vec<Filter>>> {
+/// The filters of a dataset, and who undoes them.
+pub(super) enum Filters {
+    /// We, in the opposite order.
+    Ours(Vec<Filter>),
+    /// The library.
+    Library,
+    /// Nobody, since there are some of these numbers.
+    Unknown(Vec<usize>),
+}
+
+/// The number of h5py's LZF.
+const LZF: i32 = 32_000;
+
+pub(super) fn filters(lib: &Library, list: hid_t) -> Result<Filters> {
     let found: Vec<_> = (0..lib.H5Pget_nfilters(list)?).map(|i| lib.filter(list, i as u32)).collect::<Result<_>>()?;
     let ours = found.iter().map(|&(id, parameter)| match i32::try_from(id) {
         Ok(H5Z_FILTER_DEFLATE) => Some(Filter::Deflate),
         Ok(H5Z_FILTER_SHUFFLE) => Some(Filter::Shuffle(parameter as usize)),
         Ok(H5Z_FILTER_FLETCHER32) => Some(Filter::Fletcher32),
+        Ok(LZF) => Some(Filter::Lzf),
         _ => None,
     });
-    let ours: Option<Vec<_>> = ours.collect();
-    if ours.is_none() && lib.H5Pall_filters_avail(list)? == 0 {
-        let ids: Vec<_> = found.iter().map(|f| f.0).collect();
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("dataset is compressed with a filter unknown here ({ids:?})"),
-        )
-        .with_advice("Write it with gzip or without compression."));
-    }
-    Ok(ours)
+    Ok(match ours.collect() {
+        Some(ours) => Filters::Ours(ours),
+        None if lib.H5Pall_filters_avail(list)? == 0 => Filters::Unknown(found.into_iter().map(|f| f.0).collect()),
+        None => Filters::Library,
+    })
 }
 
 /// How many chunks a dataset has, written or not, and the bytes of one.
@@ -58,7 +68,8 @@ pub(super) fn cells(lib: &Library, list: hid_t, element: usize, shape: &[u64]) -
     }
 }
 
-/// The chunks that are in a file of `len` bytes, in any order: no more than there are cells, or bytes for them.
+/// Calls `each` with the chunks that are in a file of `len` bytes, in any order: no more than there are cells, or bytes
+/// for them.
 pub(super) fn written(
     lib: &Library,
     len: u64,
@@ -66,14 +77,23 @@ pub(super) fn written(
     list: hid_t,
     element: usize,
     shape: &[u64],
-) -> Result<Vec<Chunk>> {
+    mut each: impl FnMut(Chunk) -> Result<()>,
+) -> Result<()> {
     let (cells, bytes) = cells(lib, list, element, shape)?;
-    let most = cells.min(len / bytes.min(limits::MIN_CHUNK_BYTES)) as usize;
-    let chunks = lib.chunks(id, shape.len(), most)?;
-    if chunks.len() > most {
-        return Err(malformed("dataset has more chunks than the file can hold"));
-    }
-    Ok(chunks)
+    let (chunk, _) = lib.chunk_shape(list)?;
+    let mut left = cells.min(len / bytes.min(limits::MIN_CHUNK_BYTES));
+    let mut outcome = Ok(());
+    lib.chunks(id, shape, &chunk, &mut |chunk| {
+        outcome = match left.checked_sub(1) {
+            Some(rest) => {
+                left = rest;
+                each(chunk)
+            }
+            None => Err(malformed("dataset has more chunks than the file can hold")),
+        };
+        outcome.is_ok()
+    })?;
+    outcome
 }
 
 /// A chunked dataset, ready to be decoded.
@@ -85,11 +105,12 @@ pub(super) struct Grid {
     filters: Vec<Filter>,
     raw_edges: bool,
     fill: Option<Vec<u8>>,
-    chunks: Vec<Chunk>, // sorted by start
+    chunks: Vec<Chunk>, // in C order
 }
 
 impl Grid {
-    /// `None` when the library has to read this dataset.
+    /// `None` when the library has to read this dataset: for its filters, or since its chunks are so small that to know
+    /// where they are takes more memory than the values.
     pub(super) fn new(
         lib: &Library,
         len: u64,
@@ -99,18 +120,33 @@ impl Grid {
         shape: &[u64],
         swap: usize,
     ) -> Result<Option<Self>> {
-        let Some(filters) = filters(lib, list)? else { return Ok(None) };
+        let Filters::Ours(filters) = filters(lib, list)? else { return Ok(None) };
         let element = lib.H5Tget_size(dtype)?;
         let (chunk, raw_edges) = lib.chunk_shape(list)?;
-        let mut chunks = written(lib, len, id, list, element, shape)?;
-        chunks.sort_unstable_by(|a, b| a.start.cmp(&b.start));
-        let inside = |c: &Chunk| (0..shape.len()).all(|d| c.start[d] < shape[d] && c.start[d].is_multiple_of(chunk[d]));
-        if !chunks.iter().all(inside) || chunks.windows(2).any(|w| w[0].start == w[1].start) {
+        if filters.is_empty() && cells(lib, list, element, shape)?.1 < size_of::<Chunk>() as u64 {
+            return Ok(None);
+        }
+        let mut chunks = Vec::new();
+        written(lib, len, id, list, element, shape, |chunk| push(&mut chunks, chunk))?;
+        chunks.sort_unstable_by_key(|c| c.cell);
+        if chunks.windows(2).any(|w| w[0].cell == w[1].cell) {
             return Err(malformed("chunks overlap or lie outside of the dataset"));
         }
         let fill = lib.fill_value(list, dtype)?;
         let [shape, chunk] = [shape, &chunk].map(|dims| dims.iter().map(|&d| d as usize).collect());
         Ok(Some(Self { shape, chunk, element, swap, filters, raw_edges, fill, chunks }))
+    }
+
+    /// Where a chunk starts, in elements.
+    fn start(&self, chunk: &Chunk) -> [usize; limits::MAX_RANK] {
+        let mut start = [0; limits::MAX_RANK];
+        let mut rest = chunk.cell as usize;
+        for d in (0..self.shape.len()).rev() {
+            let cells = self.shape[d].div_ceil(self.chunk[d]);
+            start[d] = rest % cells * self.chunk[d];
+            rest /= cells;
+        }
+        start
     }
 
     /// Bytes of all chunks as they are in the file.
@@ -126,10 +162,11 @@ impl Grid {
     /// Splits `out` into bands, one chunk high: they are contiguous and independent of each other.
     fn bands<'a>(&'a self, path: &'a str, out: &'a mut [u8]) -> impl Iterator<Item = Band<'a>> {
         let row = self.shape[1..].iter().product::<usize>() * self.element;
+        let cells: usize = (1..self.shape.len()).map(|d| self.shape[d].div_ceil(self.chunk[d])).product();
         let mut rest = &self.chunks[..];
         out.chunks_mut(self.chunk[0].min(self.shape[0]) * row).enumerate().map(move |(i, out)| {
-            let after = ((i + 1) * self.chunk[0]) as u64;
-            let (chunks, later) = rest.split_at(rest.partition_point(|c| c.start[0] < after));
+            let after = ((i + 1) * cells) as u64;
+            let (chunks, later) = rest.split_at(rest.partition_point(|c| c.cell < after));
             rest = later;
             Band { path, grid: self, chunks, out }
         })
@@ -200,15 +237,16 @@ impl Scratch {
         if chunk.address.checked_add(chunk.size).is_none_or(|end| end > image.len()) {
             return Err(malformed("chunk lies outside of the file"));
         }
-        let edge = (0..grid.shape.len()).any(|d| chunk.start[d] as usize + grid.chunk[d] > grid.shape[d]);
+        let start = grid.start(chunk);
+        let edge = (0..grid.shape.len()).any(|d| start[d] + grid.chunk[d] > grid.shape[d]);
         let skipped = if grid.raw_edges && edge { u32::MAX } else { chunk.skipped };
         let expected = grid.chunk_bytes();
-        let place = Place::new(grid, chunk);
+        let place = Place::new(grid, start);
         let size = chunk.size as usize;
         let mut data = if let Some(all) = image.as_slice() {
             &all[chunk.address as usize..][..size]
         } else {
-            self.stored.resize(size, 0);
+            resize(&mut self.stored, size)?;
             image.read_at(&mut self.stored, chunk.address)?;
             &self.stored
         };
@@ -223,12 +261,13 @@ impl Scratch {
                 }
                 // What is inflated may still carry a checksum.
                 Filter::Deflate => inflate(&mut self.zlib, data, &mut self.other, expected + 4 * grid.filters.len())?,
+                Filter::Lzf => lzf(data, &mut self.other, expected + 4 * grid.filters.len())?,
                 Filter::Shuffle(n) => {
                     if let (0, Some(run), true) = (i, place.whole(), data.len() == expected) {
                         unshuffle(data, *n, &mut out[run]); // the last step: no copy
                         return Ok(());
                     }
-                    self.other.resize(data.len(), 0);
+                    resize(&mut self.other, data.len())?;
                     unshuffle(data, *n, &mut self.other);
                 }
             }
@@ -246,7 +285,7 @@ impl Scratch {
 /// Where a chunk goes in its band, cut off at the edges of the dataset.
 struct Place<'a> {
     grid: &'a Grid,
-    chunk: &'a Chunk,
+    start: [usize; limits::MAX_RANK],
     from: Vec<usize>, // strides in the chunk
     to: Vec<usize>,   // and in the dataset
     inner: usize,     // the dimensions from here on are one run of bytes
@@ -254,9 +293,8 @@ struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn new(grid: &'a Grid, chunk: &'a Chunk) -> Self {
+    fn new(grid: &'a Grid, start: [usize; limits::MAX_RANK]) -> Self {
         let rank = grid.shape.len();
-        let start = |d: usize| if d == 0 { 0 } else { chunk.start[d] as usize }; // within the band
         let strides = |dims: &[usize]| {
             let mut strides = vec![grid.element; rank];
             for d in (1..rank).rev() {
@@ -269,12 +307,12 @@ impl<'a> Place<'a> {
         while inner > 0 && grid.chunk[inner] == grid.shape[inner] {
             inner -= 1;
         }
-        let base = (0..rank).map(|d| start(d) * to[d]).sum();
-        Self { grid, chunk, from, to, inner, base }
+        let base = (1..rank).map(|d| start[d] * to[d]).sum(); // within the band
+        Self { grid, start, from, to, inner, base }
     }
 
     fn extent(&self, d: usize) -> usize {
-        self.grid.chunk[d].min(self.grid.shape[d] - self.chunk.start[d] as usize)
+        self.grid.chunk[d].min(self.grid.shape[d] - self.start[d])
     }
 
     /// The bytes of the band that are this chunk, if it is one run and nothing of it is cut off.
@@ -302,13 +340,57 @@ impl<'a> Place<'a> {
 fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
     let possible = (data.len() as u64).saturating_mul(limits::MAX_DEFLATE) + 64;
     out.clear();
-    out.reserve((limit as u64).min(possible) as usize);
+    let most = (limit as u64).min(possible) as usize;
+    out.try_reserve(most).map_err(|_| out_of_memory(most))?;
     zlib.reset(true);
     match zlib.decompress_vec(data, out, FlushDecompress::Finish) {
         Ok(Status::StreamEnd) if out.len() <= limit => Ok(()),
         Ok(_) => Err(malformed("compressed chunk is cut short or larger than its shape says")),
         Err(e) => Err(malformed(&format!("compressed chunk is damaged ({e})"))),
     }
+}
+
+/// Undoes h5py's LZF (liblzf's format: runs of up to 32 bytes as they are, and copies of up to 264 of the last 8192) to at
+/// most `limit` bytes.
+fn lzf(data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
+    let damaged = || malformed("chunk compressed with lzf is damaged");
+    out.clear();
+    let mut rest = data.iter();
+    while let Some(&control) = rest.next() {
+        let control = usize::from(control);
+        let length = if control < 32 { control + 1 } else { control >> 5 };
+        if control < 32 {
+            let (run, behind) = rest.as_slice().split_at_checked(length).ok_or_else(damaged)?;
+            grow(out, length, limit)?;
+            out.extend_from_slice(run);
+            rest = behind.iter();
+            continue;
+        }
+        let more = if length == 7 { usize::from(*rest.next().ok_or_else(damaged)?) } else { 0 };
+        let length = length + more + 2;
+        let distance = ((control & 31) << 8 | usize::from(*rest.next().ok_or_else(damaged)?)) + 1;
+        let from = out.len().checked_sub(distance).ok_or_else(damaged)?;
+        grow(out, length, limit)?;
+        for at in from..from + length {
+            out.push(out[at]); // it may reach into itself
+        }
+    }
+    Ok(())
+}
+
+/// Makes room for `more` bytes, if there are no more than `limit` then.
+fn grow(out: &mut Vec<u8>, more: usize, limit: usize) -> Result<()> {
+    if out.len() + more > limit {
+        return Err(malformed("compressed chunk is larger than its shape says"));
+    }
+    out.try_reserve(more).map_err(|_| out_of_memory(out.len() + more))
+}
+
+/// Gives a vector that many bytes.
+fn resize(bytes: &mut Vec<u8>, len: usize) -> Result<()> {
+    bytes.try_reserve(len.saturating_sub(bytes.len())).map_err(|_| out_of_memory(len))?;
+    bytes.resize(len, 0);
+    Ok(())
 }
 
 /// What stands before the checksum at the end, which must match.
@@ -365,8 +447,7 @@ mod tests {
             for cell in 0..cells.iter().product() {
                 let start: Vec<usize> = unravel(cell, &cells).iter().zip(&chunk).map(|(i, c)| i * c).collect();
                 let n: usize = chunk.iter().product();
-                let start64 = start.iter().map(|&i| i as u64).collect();
-                chunks.push(Chunk { start: start64, skipped: 0, address: file.len() as u64, size: n as u64 });
+                chunks.push(Chunk { cell: cell as u64, skipped: 0, address: file.len() as u64, size: n as u64 });
                 file.extend((0..n).map(|i| {
                     let at: Vec<usize> = unravel(i, &chunk).iter().zip(&start).map(|(i, s)| i + s).collect();
                     if at.iter().zip(&shape).all(|(i, s)| i < s) { element(&at) } else { 0 }

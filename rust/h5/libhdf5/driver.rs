@@ -79,6 +79,14 @@ impl<'a> Disk<'a> {
         placed.ok_or_else(|| Error::new(Kind::Hdf5, "the HDF5 library did not write a chunk"))
     }
 
+    /// What it holds; it is empty then.
+    pub(super) fn take(&self) -> Self {
+        let taken = Self::default();
+        self.pages.swap(&taken.pages);
+        taken.end.set(self.end.take());
+        taken
+    }
+
     /// Bytes of the file so far.
     pub(super) fn len(&self) -> u64 {
         self.end.get()
@@ -182,10 +190,11 @@ fn check_heap(image: &dyn ReadAt, at: u64, start: &[u8]) -> Result<()> {
     if size > limits::MAX_HEADER_BYTES {
         return Err(Error::new(Kind::Limit, "global heap is too large"));
     }
-    let mut whole = Vec::new();
+    let mut whole;
     let heap = if size <= start.len() as u64 {
         &start[..size as usize]
     } else {
+        whole = crate::error::try_with_capacity(size as usize)?;
         whole.resize(size as usize, 0);
         image.read_at(&mut whole, at)?;
         &whole[..]

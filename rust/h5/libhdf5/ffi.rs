@@ -3,12 +3,15 @@
 #![allow(non_snake_case)] // wrappers keep the names of what they wrap
 #![allow(clippy::unused_self)] // `&self` is the proof that the lock is held
 
+#[cfg(unix)]
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ops::Deref;
-use std::ptr;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ptr::{self, NonNull};
+#[cfg(unix)]
+use std::sync::MutexGuard;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use hdf5_metno_sys as sys;
 use sys::h5::{
@@ -18,7 +21,7 @@ use sys::h5a::{H5Acreate2, H5Aget_space, H5Aget_type, H5Aiterate2, H5Aopen, H5Ar
 use sys::h5d::{H5D_fill_value_t, H5Dchunk_iter, H5Dcreate2, H5Dread, H5Dwrite_chunk};
 use sys::h5e::{H5E_DEFAULT, H5E_direction_t, H5E_error2_t, H5Eset_auto2, H5Ewalk2};
 use sys::h5f::{H5F_ACC_RDONLY, H5F_ACC_TRUNC, H5Fcreate, H5Fopen};
-use sys::h5g::{H5Gcreate2, H5Gopen2};
+use sys::h5g::{H5G_info_t, H5G_storage_type_t, H5Gcreate2, H5Gget_info, H5Gopen2};
 use sys::h5i::{H5Idec_ref, hid_t};
 use sys::h5o::{
     H5O_INFO_BASIC, H5O_INFO_NUM_ATTRS, H5O_info2_t, H5O_token_t, H5O_type_t, H5Oget_info3, H5Oopen_by_token,
@@ -33,7 +36,8 @@ use sys::h5t::{
 };
 
 use super::driver::{CLASS, Class, Disk, NAME};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, try_with_capacity};
+use crate::h5::{ALLOCATION, Budget, push};
 
 // What the bindings lack or declare wrongly.
 // SAFETY: signatures and layouts are those of the headers of HDF5 2.2.0, which is linked statically at that version.
@@ -140,8 +144,11 @@ impl Id<'_> {
 /// A file that is being written, and stays open while the lock is not held.
 pub(super) struct OpenFile {
     id: hid_t,
-    disk: Box<Disk<'static>>, // stays where it is, and longer than the file is open
+    disk: NonNull<Disk<'static>>, // of its own, and no `Box`, which may not be moved while the library has a pointer into it
 }
+
+// SAFETY: the disk is owned, and the library uses it only inside of calls, under its lock.
+unsafe impl Send for OpenFile {}
 
 impl OpenFile {
     /// Creates a file in memory; `f` says how, and puts into it what it returns.
@@ -149,41 +156,37 @@ impl OpenFile {
         how: impl FnOnce(&Library) -> Result<Id<'_>>,
         f: impl FnOnce(&Library, hid_t) -> Result<T>,
     ) -> Result<(Self, T)> {
-        let disk = Box::<Disk<'static>>::default();
-        let id = library(|lib| Ok(lib.open(&disk, &how(lib)?, true)?.leave_open()))?;
-        let file = Self { id, disk };
+        let mut file = Self { id: 0, disk: NonNull::from(Box::leak(Box::<Disk<'static>>::default())) };
+        file.id = library(|lib| Ok(lib.open(file.disk(), &how(lib)?, true)?.leave_open()))?;
         let made = file.with(f)?;
         Ok((file, made))
     }
 
     /// Runs `f` with the library locked.
     pub(super) fn with<T>(&self, f: impl FnOnce(&Library, hid_t) -> Result<T>) -> Result<T> {
-        library(|lib| f(lib, self.id)).map_err(|e| self.disk.take_error().unwrap_or(e))
+        library(|lib| f(lib, self.id)).map_err(|e| self.disk().take_error().unwrap_or(e))
     }
 
     pub(super) fn disk(&self) -> &Disk<'static> {
-        &self.disk
+        // SAFETY: there until `self` is dropped, and only ever shared.
+        unsafe { self.disk.as_ref() }
     }
 
     /// Writes out what the library still holds, and closes the file.
     pub(super) fn close(mut self) -> Result<Disk<'static>> {
-        let closed = self.with(Library::H5Fclose);
+        self.with(Library::H5Fclose).inspect_err(|_| self.id = -1)?; // the library may still use the disk
         self.id = 0;
-        match closed {
-            Ok(_) => Ok(std::mem::take(&mut *self.disk)),
-            Err(e) => {
-                std::mem::forget(self); // the library may still use the disk
-                Err(e)
-            }
-        }
+        Ok(self.disk().take())
     }
 }
 
 /// Closes the file, and with it what is open in it, before its disk goes.
 impl Drop for OpenFile {
     fn drop(&mut self) {
-        if self.id > 0 && library(|lib| lib.H5Fclose(self.id)).is_err() {
-            std::mem::forget(std::mem::take(&mut self.disk)); // the library may still use it
+        let closed = self.id == 0 || self.id > 0 && library(|lib| lib.H5Fclose(self.id)).is_ok();
+        if closed {
+            // SAFETY: it was leaked in `create`, and the library has closed the file that used it.
+            drop(unsafe { Box::from_raw(self.disk.as_ptr()) });
         }
     }
 }
@@ -302,9 +305,10 @@ struct LinkInfo {
 #[derive(Clone, Copy)]
 struct Token([u8; 16]);
 
-/// A chunk of a dataset: where it starts (in elements), where its bytes are, which filters were skipped.
+/// A chunk of a dataset: its number (in C order, of the places for chunks), where its bytes are, which filters were
+/// skipped.
 pub(super) struct Chunk {
-    pub(super) start: Vec<u64>,
+    pub(super) cell: u64,
     pub(super) skipped: u32,
     pub(super) address: u64,
     pub(super) size: u64,
@@ -315,21 +319,41 @@ pub(super) struct Object<'l> {
     pub(super) id: Id<'l>,
     pub(super) kind: H5O_type_t,
     pub(super) attributes: u64,
+    /// How many hard links lead to it, as it says.
+    pub(super) links: u32,
     /// Identifies the object within its file.
     pub(super) token: [u8; 16],
 }
 
 /// What a callback gathers, up to a limit.
-struct Gathered<T> {
+struct Gathered<'a, T> {
     items: Vec<T>,
     limit: usize,
-    rank: usize,
+    budget: &'a mut Budget,
+    failed: Option<Error>,
 }
 
-impl<T> Gathered<T> {
-    fn add(&mut self, item: T) -> c_int {
-        self.items.push(item);
-        if self.items.len() > self.limit { 1 } else { H5_ITER_CONT }
+impl<'a, T> Gathered<'a, T> {
+    fn new(limit: usize, budget: &'a mut Budget) -> Self {
+        Self { items: Vec::new(), limit, budget, failed: None }
+    }
+
+    /// Keeps what `make` makes of `name`, if both have room; otherwise the library is to stop.
+    fn add(&mut self, name: &CStr, make: impl FnOnce(&CStr) -> T) -> c_int {
+        let room = || Error::new(Kind::Limit, "too many links or attributes").with_found(self.limit, "more");
+        let kept = if self.items.len() < self.limit { Ok(()) } else { Err(room()) };
+        let kept = kept.and_then(|()| self.budget.spend(2 * size_of::<T>() + ALLOCATION + name.count_bytes()));
+        match kept.and_then(|()| push(&mut self.items, make(name))) {
+            Ok(()) => H5_ITER_CONT,
+            Err(error) => {
+                self.failed = Some(error);
+                1
+            }
+        }
+    }
+
+    fn done(self) -> Result<Vec<T>> {
+        self.failed.map_or(Ok(self.items), Err)
     }
 }
 
@@ -512,6 +536,11 @@ impl Library {
         Ok(fields)
     }
 
+    /// Dimensions of a dataset; none where it has no elements.
+    pub(super) fn shape(&self, dataset: hid_t) -> Result<Vec<u64>> {
+        Ok(self.dimensions(*self.H5Dget_space(dataset)?)?.unwrap_or_default())
+    }
+
     /// Dimensions; empty for a scalar, `None` for a dataspace without elements of its own (null).
     pub(super) fn dimensions(&self, space: hid_t) -> Result<Option<Vec<u64>>> {
         if self.H5Sget_simple_extent_type(space)? == H5S_class_t::H5S_NULL as usize {
@@ -523,21 +552,34 @@ impl Library {
         Ok(Some(dims[..check(rank.into(), "H5Sget_simple_extent_dims")?].to_vec()))
     }
 
-    /// Links of a group in the order of their names, at most `limit + 1`.
-    pub(super) fn links(&self, group: hid_t, limit: usize) -> Result<Vec<Link>> {
+    /// Links of a group as they are stored, at most `limit`: in another order the library would first gather them itself,
+    /// names and all, and a file may have one long name many times.
+    pub(super) fn links(&self, group: hid_t, limit: usize, budget: &mut Budget) -> Result<Vec<Link>> {
         extern "C" fn each(_: hid_t, name: *const c_char, info: *const LinkInfo, data: *mut c_void) -> herr_t {
             // SAFETY: the library passes a C string and a record; `data` is the `Gathered` below.
             unsafe {
-                let name = CStr::from_ptr(name).to_bytes().to_vec();
-                (*data.cast::<Gathered<_>>()).add(Link { name, kind: (*info).kind, token: (*info).token.0 })
+                let (kind, token) = ((*info).kind, (*info).token.0);
+                let make = |name: &CStr| Link { name: name.to_bytes().to_vec(), kind, token };
+                (*data.cast::<Gathered<_>>()).add(CStr::from_ptr(name), make)
             }
         }
-        let mut all = Gathered { items: Vec::new(), limit, rank: 0 };
-        let (by, order) = (H5_index_t::H5_INDEX_NAME as c_int, H5_iter_order_t::H5_ITER_INC as c_int);
+        let mut all = Gathered::new(limit, budget);
+        let (by, order) = (H5_index_t::H5_INDEX_NAME as c_int, H5_iter_order_t::H5_ITER_NATIVE as c_int);
         // SAFETY: lock held; `each` has the callback's type and `all` outlives the call.
         let status = unsafe { H5Literate2(group, by, order, &mut 0, each, (&raw mut all).cast()) };
         check(status.into(), "H5Literate2")?;
-        Ok(all.items)
+        all.done()
+    }
+
+    /// Whether the links of a group are in a symbol table, which has to be in order.
+    pub(super) fn is_symbol_table(&self, group: hid_t) -> Result<bool> {
+        let mut info = std::mem::MaybeUninit::<H5G_info_t>::zeroed();
+        // SAFETY: lock held; the library fills the record, whose kind is a number that it computes itself.
+        let info = unsafe {
+            check(H5Gget_info(group, info.as_mut_ptr()).into(), "H5Gget_info")?;
+            info.assume_init()
+        };
+        Ok(info.storage_type == H5G_storage_type_t::H5G_STORAGE_TYPE_SYMBOL_TABLE)
     }
 
     /// The link of that name, which is one component of a path.
@@ -567,21 +609,21 @@ impl Library {
         };
         // SAFETY: as in `follow`.
         let token = unsafe { std::mem::transmute::<H5O_token_t, [u8; 16]>(info.token) };
-        Ok(Object { id, kind: info.type_, attributes: info.num_attrs, token })
+        Ok(Object { id, kind: info.type_, attributes: info.num_attrs, links: info.rc, token })
     }
 
-    /// Names of the attributes of an object, in the order they are stored.
-    pub(super) fn attribute_names(&self, object: hid_t, limit: usize) -> Result<Vec<CString>> {
+    /// Names of the attributes of an object, in the order they are stored, at most `limit`.
+    pub(super) fn attribute_names(&self, object: hid_t, limit: usize, budget: &mut Budget) -> Result<Vec<CString>> {
         extern "C" fn each(_: hid_t, name: *const c_char, _: *const sys::h5a::H5A_info_t, data: *mut c_void) -> herr_t {
             // SAFETY: as in `links`.
-            unsafe { (*data.cast::<Gathered<_>>()).add(CStr::from_ptr(name).to_owned()) }
+            unsafe { (*data.cast::<Gathered<_>>()).add(CStr::from_ptr(name), CStr::to_owned) }
         }
-        let mut all = Gathered { items: Vec::new(), limit, rank: 0 };
+        let mut all = Gathered::new(limit, budget);
         let (by, order) = (H5_index_t::H5_INDEX_NAME, H5_iter_order_t::H5_ITER_NATIVE);
         // SAFETY: as in `links`.
         let status = unsafe { H5Aiterate2(object, by, order, &mut 0, Some(each), (&raw mut all).cast()) };
         check(status.into(), "H5Aiterate2")?;
-        Ok(all.items)
+        all.done()
     }
 
     /// The attribute of an object, its type and its shape.
@@ -604,12 +646,13 @@ impl Library {
         if !attribute.variable || attribute.count() != Some(count) {
             return Err(Error::new(Kind::Invalid, "attribute is no row of so many strings"));
         }
-        let mut texts = vec![ptr::null_mut::<c_char>(); count];
+        let mut texts = try_with_capacity(count)?;
+        texts.resize(count, ptr::null_mut::<c_char>());
+        let mut values = try_with_capacity(count)?;
         // SAFETY: lock held; the library sets as many pointers as the attribute has elements, to strings that it
         // allocates and we free, or to null.
         unsafe {
             let status = H5Aread(*attribute.id, *attribute.dtype, texts.as_mut_ptr().cast());
-            let mut values = Vec::with_capacity(count);
             for text in texts {
                 let text = ptr::NonNull::new(text);
                 values.push(text.map_or_else(Vec::new, |text| CStr::from_ptr(text.as_ptr()).to_bytes().to_vec()));
@@ -630,13 +673,16 @@ impl Library {
         let same = attribute.count() == Some(count) && self.H5Tget_size(*attribute.dtype)? == size && size > 0;
         let total = count.checked_mul(size).filter(|_| same && !attribute.variable);
         let total = total.ok_or_else(|| Error::new(Kind::Invalid, "attribute is no row of strings of that length"))?;
-        let mut bytes = vec![0u8; total];
+        let mut bytes = try_with_capacity(total)?;
+        bytes.resize(total, 0u8);
         // SAFETY: lock held; all elements of the type fill `bytes` exactly.
         let spaces = unsafe {
             check(H5Aread(*attribute.id, *attribute.dtype, bytes.as_mut_ptr().cast()).into(), "H5Aread")?;
             sys::h5t::H5Tget_strpad(*attribute.dtype) == H5T_str_t::H5T_STR_SPACEPAD
         };
-        Ok(bytes.chunks(size).map(|s| crate::h5::unpadded(s, spaces)).collect())
+        let mut strings = try_with_capacity(count)?;
+        strings.extend(bytes.chunks(size).map(|s| crate::h5::unpadded(s, spaces)));
+        Ok(strings)
     }
 
     /// All elements of a dataset, in the file's own representation; `out` must be of their size.
@@ -696,27 +742,54 @@ impl Library {
         Ok((check(id.into(), "H5Pget_filter2")?, if count > 0 { values[0] } else { 0 }))
     }
 
-    /// The chunks of a dataset of that rank that are in the file, at most `limit + 1`.
-    pub(super) fn chunks(&self, dataset: hid_t, rank: usize, limit: usize) -> Result<Vec<Chunk>> {
-        extern "C" fn each(
+    /// Calls `each` with every chunk of a dataset that is in the file, until it says no; `shape` and `chunk` are the
+    /// dataset's.
+    ///
+    /// # Errors
+    /// `Hdf5`, also for a chunk outside of the dataset or between the places for chunks.
+    pub(super) fn chunks(
+        &self,
+        dataset: hid_t,
+        shape: &[u64],
+        chunk: &[u64],
+        each: &mut dyn FnMut(Chunk) -> bool,
+    ) -> Result<()> {
+        struct Visit<'a> {
+            shape: &'a [u64],
+            chunk: &'a [u64],
+            each: &'a mut dyn FnMut(Chunk) -> bool,
+            misplaced: bool,
+        }
+        extern "C" fn visit(
             start: *const hsize_t,
             skipped: c_uint,
-            at: haddr_t,
+            address: haddr_t,
             size: hsize_t,
             data: *mut c_void,
         ) -> c_int {
-            // SAFETY: `data` is the `Gathered` below, whose rank the library's record has too (checked by the caller).
-            unsafe {
-                let all = &mut *data.cast::<Gathered<_>>();
-                let start = std::slice::from_raw_parts(start, all.rank).to_vec();
-                all.add(Chunk { start, skipped, address: at, size })
+            // SAFETY: `data` is the `Visit` below, whose rank the library's record has too (checked by the caller).
+            let (start, visit) = unsafe {
+                let visit = &mut *data.cast::<Visit>();
+                (std::slice::from_raw_parts(start, visit.shape.len()), visit)
+            };
+            let mut cell = 0;
+            for ((&start, &size), &step) in start.iter().zip(visit.shape).zip(visit.chunk) {
+                if start >= size || !start.is_multiple_of(step) {
+                    visit.misplaced = true;
+                    return 1;
+                }
+                cell = cell * size.div_ceil(step) + start / step; // no more than elements, whose bytes fit 64 bits
             }
+            c_int::from(!(visit.each)(Chunk { cell, skipped, address, size }))
         }
-        let mut all = Gathered { items: Vec::new(), limit, rank };
-        // SAFETY: lock held; `each` has the callback's type and `all` outlives the call.
-        let status = unsafe { H5Dchunk_iter(dataset, 0, Some(each), (&raw mut all).cast()) };
+        let mut all = Visit { shape, chunk, each, misplaced: false };
+        // SAFETY: lock held; `visit` has the callback's type and `all` outlives the call.
+        let status = unsafe { H5Dchunk_iter(dataset, 0, Some(visit), (&raw mut all).cast()) };
         check(status.into(), "H5Dchunk_iter")?;
-        Ok(all.items)
+        if all.misplaced {
+            return Err(Error::new(Kind::Hdf5, "chunks overlap or lie outside of the dataset"));
+        }
+        Ok(())
     }
 
     /// The type of variable-length strings.

@@ -1,6 +1,6 @@
 //! Image → index, and the values of the datasets that only this engine can read.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ffi::CStr;
 
 use hdf5_metno_sys as sys;
@@ -10,12 +10,13 @@ use sys::h5o::H5O_type_t;
 use sys::h5p::H5P_CLS_FILE_ACCESS;
 use sys::h5t::{H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t};
 
-use super::chunks::{self, Grid};
+use super::chunks::{self, Filters, Grid};
 use super::driver::Disk;
 use super::ffi::{Id, Library, Object, library};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Found, Index, Storage, direct};
+use crate::h5::{Budget, Found, Index, Storage, Subtree, behind_user_block, check_names, check_path, cycle, direct};
+use crate::h5::{link_name, too_deep};
 use crate::io::ReadAt;
 use crate::limits;
 use crate::tree::{Attribute, Value};
@@ -36,13 +37,16 @@ fn with_image<T>(image: &dyn ReadAt, f: impl FnOnce(&Library, &Disk, hid_t) -> R
 }
 
 pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
-    with_image(image, |lib, disk, file| {
-        let root = lib.object(lib.open_group(file, "/")?)?;
-        let mut walk = Walk { lib, disk, file, image, out: Index::default(), seen: HashSet::new(), room: ROOM };
-        walk.seen.insert(root.token);
-        walk.out.attributes = walk.attributes(&root)?;
-        walk.group(*root.id, "", 1)?;
-        Ok(walk.out)
+    behind_user_block(image, |image, base| {
+        with_image(image, |lib, disk, file| {
+            let root = lib.object(lib.open_group(file, "/")?)?;
+            let budget = Budget::new(image.len());
+            let above = Vec::new();
+            let mut walk = Walk { lib, disk, file, image, out: Index::default(), above, known: HashMap::new(), budget };
+            walk.out.attributes = walk.attributes(&root)?;
+            walk.group(&root, "")?;
+            walk.out.finish(base)
+        })
     })
 }
 
@@ -50,20 +54,22 @@ pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) ->
     if paths.len() != out.len() {
         return Err(Error::new(Kind::Invalid, "as many buffers as datasets are needed"));
     }
-    let mut chunked = Vec::new();
-    with_image(image, |lib, disk, file| {
-        let mut stored = 0u64;
-        for (&path, out) in paths.iter().zip(out.iter_mut()) {
-            let grid = read_one(lib, disk, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
-            stored = stored.saturating_add(grid.as_ref().map_or(0, Grid::stored));
-            if stored > image.len() {
-                return Err(Error::new(Kind::Hdf5, "chunks share bytes of the file").with_entry(path));
+    behind_user_block(image, |image, _| {
+        let mut chunked = Vec::new();
+        with_image(image, |lib, disk, file| {
+            let mut stored = 0u64;
+            for (&path, out) in paths.iter().zip(out.iter_mut()) {
+                let grid = read_one(lib, disk, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
+                stored = stored.saturating_add(grid.as_ref().map_or(0, Grid::stored));
+                if stored > image.len() {
+                    return Err(Error::new(Kind::Hdf5, "chunks share bytes of the file").with_entry(path));
+                }
+                chunked.extend(grid.map(|grid| (path, grid, &mut **out)));
             }
-            chunked.extend(grid.map(|grid| (path, grid, &mut **out)));
-        }
-        Ok(())
-    })?;
-    chunks::decode(image, chunked)
+            Ok(())
+        })?;
+        chunks::decode(image, chunked)
+    })
 }
 
 /// Fills `out`, unless chunks are to be decoded for that.
@@ -77,7 +83,7 @@ fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: 
     if at.kind != H5O_type_t::H5O_TYPE_DATASET {
         return Err(Error::new(Kind::Hdf5, "not a dataset"));
     }
-    let d = Dataset::new(lib, disk, *at.id, len)?;
+    let d = Dataset::new(lib, disk, *at.id, len)?.map_err(|reason| Error::new(Kind::Unsupported, reason))?;
     if d.nbytes != out.len() as u64 {
         return Err(Error::new(Kind::Invalid, "buffer is not of the dataset's size").with_found(d.nbytes, out.len()));
     }
@@ -94,73 +100,93 @@ fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: 
     Ok(None)
 }
 
-/// Room for the values of all attributes, against a file that points to one long value many times.
-const ROOM: u64 = limits::MAX_HEADER_BYTES;
-
 struct Walk<'l> {
     lib: &'l Library,
     disk: &'l Disk<'l>,
     file: hid_t,
     image: &'l dyn ReadAt,
     out: Index,
-    seen: HashSet<[u8; 16]>, // groups
-    room: u64,
+    above: Vec<[u8; 16]>,              // the groups on the way here
+    known: HashMap<[u8; 16], Subtree>, // what was walked
+    budget: Budget,
 }
 
 impl Walk<'_> {
-    fn group(&mut self, group: hid_t, path: &str, depth: usize) -> Result<()> {
+    fn group(&mut self, group: &Object, path: &str) -> Result<()> {
         let here = |e: Error| if path.is_empty() { e } else { e.with_entry(path) };
-        let objects = self.out.groups.len() + self.out.datasets.len();
+        if self.above.contains(&group.token) {
+            return Err(here(cycle()));
+        }
+        if self.above.len() > limits::MAX_DEPTH {
+            return Err(too_deep(path));
+        }
+        let (groups, datasets) = self.out.sizes();
         // A link takes more than 8 bytes, whatever group it is of.
-        let room = (limits::MAX_OBJECTS - objects).min(self.image.len() as usize / 8);
-        let links = self.lib.links(group, room).map_err(here)?;
-        if links.len() > room {
-            return Err(here(Error::new(Kind::Limit, "too many groups and datasets")));
+        let most = limits::MAX_OBJECTS.saturating_sub(groups + datasets).min(self.image.len() as usize / 8);
+        let mut links = self.lib.links(*group.id, most, &mut self.budget).map_err(here)?;
+        if !self.lib.is_symbol_table(*group.id)? {
+            links.sort_unstable_by(|a, b| a.name.cmp(&b.name)); // they come as they are stored
         }
-        if !links.is_sorted_by(|a, b| a.name < b.name) {
-            return Err(here(Error::new(Kind::Hdf5, "names of a group are not in order")));
-        }
+        check_names(links.iter().map(|link| &link.name[..])).map_err(here)?;
+        self.above.push(group.token);
         for link in links {
-            let name = String::from_utf8_lossy(&link.name);
-            let child = if path.is_empty() { name.to_string() } else { format!("{path}/{name}") };
-            if child.len() > limits::MAX_PATH_BYTES || depth > limits::MAX_DEPTH {
-                return Err(here(Error::new(Kind::Limit, "path is too long or nested too deeply")));
-            }
-            let plain =
-                matches!(name, std::borrow::Cow::Borrowed(n) if !matches!(n, "" | "." | "..") && !n.contains('/'));
-            let object = if plain {
-                hard(link).and_then(|link| self.lib.follow(self.file, &link))
-            } else {
-                Err(Error::new(Kind::Hdf5, "link has a name that is not UTF-8 or no part of a path"))
+            let child = match link_name(&link.name).map_err(here)? {
+                name if path.is_empty() => name.to_owned(),
+                name => format!("{path}/{name}"),
             };
-            self.object(&object.map_err(|e| e.with_entry(&child))?, &child, depth).map_err(|e| e.with_entry(&child))?;
+            check_path(&child).map_err(here)?;
+            let object = hard(link).and_then(|link| self.lib.follow(self.file, &link));
+            self.object(&object.map_err(|e| e.with_entry(&child))?, &child).map_err(|e| e.with_entry(&child))?;
+        }
+        self.above.pop();
+        Ok(())
+    }
+
+    fn object(&mut self, object: &Object, path: &str) -> Result<()> {
+        if let Some(known) = self.known.get(&object.token) {
+            return self.out.list_again(known, path, &mut self.budget);
+        }
+        let before = self.out.sizes();
+        match object.kind {
+            H5O_type_t::H5O_TYPE_GROUP => {
+                let attributes = self.attributes(object)?;
+                self.out.add_group(path.to_owned(), attributes, &mut self.budget)?;
+                self.group(object, path)?;
+            }
+            H5O_type_t::H5O_TYPE_DATASET => {
+                let found = self.dataset(object, path)?;
+                self.out.add_dataset(found, &mut self.budget)?;
+            }
+            H5O_type_t::H5O_TYPE_NAMED_DATATYPE => return Ok(()), // for datasets to share
+            _ => return Err(Error::new(Kind::Unsupported, "neither a group nor a dataset")),
+        }
+        if object.links > 1 {
+            self.budget.spend(2 * size_of::<([u8; 16], Subtree)>())?;
+            self.known.insert(object.token, self.out.subtree(path.len(), before));
         }
         Ok(())
     }
 
-    fn object(&mut self, object: &Object, path: &str, depth: usize) -> Result<()> {
-        match object.kind {
-            H5O_type_t::H5O_TYPE_GROUP => {
-                if !self.seen.insert(object.token) {
-                    return Err(Error::new(Kind::Hdf5, "group has two paths, or contains itself"));
-                }
-                let attributes = self.attributes(object)?;
-                self.out.groups.push((path.to_owned(), attributes));
-                self.group(*object.id, path, depth + 1)
-            }
-            H5O_type_t::H5O_TYPE_DATASET => {
-                let d = Dataset::new(self.lib, self.disk, *object.id, self.image.len())?;
-                let mut attributes = self.attributes(object)?;
+    fn dataset(&mut self, object: &Object, path: &str) -> Result<Found> {
+        let len = self.image.len();
+        let path = path.to_owned();
+        let address = u64::from_le_bytes(object.token[..8].try_into().expect("eight bytes"));
+        let mut attributes = self.attributes(object)?;
+        let described = Dataset::new(self.lib, self.disk, *object.id, len)?;
+        let storage = match &described {
+            Ok(d) => d.storage(self.lib, *object.id, len)?,
+            Err(reason) => Storage::Unreadable(reason.clone().into()),
+        };
+        let (dtype, shape, nbytes) = match described {
+            Ok(d) if !matches!(storage, Storage::Unreadable(_)) => {
                 if d.bfloat16 && !attributes.iter().any(|(name, _)| name == "dtype") {
                     attributes.push(("dtype".into(), "bfloat16".into()));
                 }
-                let storage = d.storage(self.lib, *object.id, self.image.len())?;
-                let (path, dtype, nbytes) = (path.to_owned(), d.element, d.nbytes);
-                self.out.datasets.push(Found { path, dtype, shape: d.shape, nbytes, storage, attributes });
-                Ok(())
+                (d.element, d.shape, d.nbytes)
             }
-            _ => Err(Error::new(Kind::Unsupported, "neither a group nor a dataset")),
-        }
+            _ => (DType::Opaque(1), self.lib.shape(*object.id)?, 0),
+        };
+        Ok(Found { path, dtype, shape, nbytes, storage, attributes, object: address })
     }
 
     fn attributes(&mut self, object: &Object) -> Result<Vec<Attribute>> {
@@ -168,7 +194,7 @@ impl Walk<'_> {
         if object.attributes == 0 {
             return Ok(kept);
         }
-        for name in self.lib.attribute_names(*object.id, limits::MAX_OBJECTS)? {
+        for name in self.lib.attribute_names(*object.id, limits::MAX_ATTRIBUTES, &mut self.budget)? {
             if name.count_bytes() > limits::MAX_ATTRIBUTE_NAME_BYTES {
                 return Err(Error::new(Kind::Limit, "attribute name is too long"));
             }
@@ -178,14 +204,7 @@ impl Walk<'_> {
         Ok(kept)
     }
 
-    fn take_room(&mut self, bytes: u64) -> Result<()> {
-        let too_much = || Error::new(Kind::Limit, "attributes are too large");
-        self.room = self.room.checked_sub(bytes).ok_or_else(too_much)?;
-        Ok(())
-    }
-
     fn value(&mut self, object: &Object, name: &CStr) -> Result<Option<Value>> {
-        self.take_room(name.count_bytes() as u64)?;
         let attribute = self.lib.attribute(*object.id, name)?;
         let Some(count) = attribute.count() else { return Ok(None) };
         let row = attribute.shape.as_ref().is_some_and(|shape| !shape.is_empty());
@@ -197,16 +216,16 @@ impl Walk<'_> {
         }
         let (mut strings, length) = if attribute.variable {
             // Every element may be one and the same long string: the library would allocate it many times.
-            let most = (count as u64).checked_mul(self.image.len()).filter(|&n| n <= self.room);
+            let most = (count as u64).checked_mul(self.image.len()).filter(|&n| n <= self.budget.for_values());
             if row && most.is_none() {
                 return self.row_in_header(object, name).map(Some);
             }
             let strings = self.lib.read_strings(&attribute, count)?;
-            self.take_room(strings.iter().map(|s| 16 + s.len() as u64).sum())?;
+            self.budget.spend_value(count, strings.iter().map(Vec::len).sum())?;
             (strings, 0)
         } else {
             let size = self.lib.H5Tget_size(attribute.dtype())?;
-            self.take_room((count as u64).saturating_mul(size as u64))?;
+            self.budget.spend_value(count, count.saturating_mul(size))?;
             (self.lib.read_fixed(&attribute, count, size)?, size)
         };
         Ok(Some(match (row, attribute.variable) {
@@ -223,12 +242,13 @@ impl Walk<'_> {
     /// A row of variable-length strings, read from the object header by the engine that counts before it allocates.
     fn row_in_header(&mut self, object: &Object, name: &CStr) -> Result<Value> {
         let address = u64::from_le_bytes(object.token[..8].try_into().expect("eight bytes"));
-        let found = direct::index::attributes(self.image, address, self.room)?;
+        let found = direct::index::attributes(self.image, address, self.budget)?;
         let (_, value) = found
             .into_iter()
             .find(|(other, _)| other.as_bytes() == name.to_bytes())
             .ok_or_else(|| Error::new(Kind::Limit, "attribute is too large"))?;
-        self.take_room(value.strings().iter().map(|s| 16 + s.len() as u64).sum())?;
+        let (pieces, bytes) = value.extent();
+        self.budget.spend_value(pieces, bytes)?;
         Ok(value)
     }
 }
@@ -257,7 +277,8 @@ struct Dataset<'l> {
 }
 
 impl<'l> Dataset<'l> {
-    fn new(lib: &'l Library, disk: &Disk, id: hid_t, len: u64) -> Result<Self> {
+    /// The inner error says why nobody reads a dataset like this.
+    fn new(lib: &'l Library, disk: &Disk, id: hid_t, len: u64) -> Result<std::result::Result<Self, String>> {
         // Storage first: asking a virtual dataset for its shape would open its sources.
         let list = lib.H5Dget_create_plist(id)?;
         let layout = lib.H5Pget_layout(*list)?;
@@ -268,10 +289,12 @@ impl<'l> Dataset<'l> {
             return Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with external Dataset"));
         }
         let dtype = lib.H5Dget_type(id)?;
-        let Element { dtype: element, swap, bfloat16 } = element(lib, *dtype)?;
+        let Element { dtype: element, swap, bfloat16 } = match element(lib, *dtype)? {
+            Some(element) => element,
+            None => return Ok(Err(described(lib, *dtype)?)),
+        };
         let space = lib.H5Dget_space(id)?;
-        let null = || Error::new(Kind::Unsupported, "dataset has a null dataspace");
-        let shape = lib.dimensions(*space)?.ok_or_else(null)?;
+        let Some(shape) = lib.dimensions(*space)? else { return Ok(Err("it has no values (a null dataspace)".into())) };
         disk.expect_rank(shape.len());
         let chunked = layout == H5D_layout_t::H5D_CHUNKED as usize;
         // It stores no more than the whole file; where its chunks must be counted to know, that has to be too little.
@@ -281,11 +304,14 @@ impl<'l> Dataset<'l> {
             nbytes.ok_or_else(|| Error::new(Kind::Limit, format!("size of a dataset overflows: {shape:?}")))?;
         limits::check_dataset(nbytes, stored)?;
         if chunked && nbytes > limits::BOMB_FLOOR_BYTES {
-            let chunks = chunks::written(lib, len, id, *list, lib.H5Tget_size(*dtype)?, &shape)?;
-            stored = chunks.iter().map(|c| c.size).fold(0, u64::saturating_add).min(len);
+            stored = 0;
+            chunks::written(lib, len, id, *list, lib.H5Tget_size(*dtype)?, &shape, |chunk| {
+                stored = chunk.size.saturating_add(stored).min(len);
+                Ok(())
+            })?;
             limits::check_dataset(nbytes, stored)?;
         }
-        Ok(Self { list, dtype, element, bfloat16, swap, shape, nbytes, layout, stored })
+        Ok(Ok(Self { list, dtype, element, bfloat16, swap, shape, nbytes, layout, stored }))
     }
 
     fn storage(&self, lib: &Library, id: hid_t, len: u64) -> Result<Storage> {
@@ -297,15 +323,23 @@ impl<'l> Dataset<'l> {
             if self.nbytes > self.stored {
                 return Err(Error::new(Kind::Hdf5, "compact dataset is larger than what is stored"));
             }
-            let mut bytes = vec![0; self.nbytes as usize];
+            let mut bytes = vec![0; self.nbytes as usize]; // below 64 KiB
             lib.read_all(id, *self.dtype, &mut bytes)?;
             chunks::swap(&mut bytes, self.swap);
             return Ok(Storage::Compact(bytes));
         }
         if self.layout == H5D_layout_t::H5D_CHUNKED as usize {
-            chunks::filters(lib, *self.list)?; // refuse now rather than in `read`
+            if let Filters::Unknown(ids) = chunks::filters(lib, *self.list)? {
+                let reason = format!("it is compressed with a filter that is unknown here ({ids:?})");
+                return Ok(Storage::Unreadable(reason.into()));
+            }
             chunks::cells(lib, *self.list, self.element.size(), &self.shape)?;
-            let empty = lib.chunks(id, self.shape.len(), 0)?.is_empty();
+            let mut empty = true;
+            let (chunk, _) = lib.chunk_shape(*self.list)?;
+            lib.chunks(id, &self.shape, &chunk, &mut |_| {
+                empty = false;
+                false
+            })?;
             return Ok(if empty && fill()?.is_none() { Storage::Empty } else { Storage::Engine });
         }
         let Ok(offset) = lib.H5Dget_offset(id) else {
@@ -327,14 +361,34 @@ struct Element {
     bfloat16: bool,
 }
 
-fn element(lib: &Library, dtype: hid_t) -> Result<Element> {
+/// What a type that nobody reads is called.
+fn described(lib: &Library, dtype: hid_t) -> Result<String> {
+    let (class, size) = (lib.H5Tget_class(dtype)?, lib.H5Tget_size(dtype)?);
+    let names = [
+        (H5T_class_t::H5T_INTEGER, "integers of an unusual layout"),
+        (H5T_class_t::H5T_FLOAT, "floats of an unusual layout"),
+        (H5T_class_t::H5T_TIME, "times"),
+        (H5T_class_t::H5T_STRING, "strings"),
+        (H5T_class_t::H5T_BITFIELD, "bit fields"),
+        (H5T_class_t::H5T_OPAQUE, "opaque values of this size"),
+        (H5T_class_t::H5T_COMPOUND, "structures (a compound type)"),
+        (H5T_class_t::H5T_REFERENCE, "references"),
+        (H5T_class_t::H5T_ENUM, "an enumeration"),
+        (H5T_class_t::H5T_VLEN, "rows of variable length"),
+        (H5T_class_t::H5T_ARRAY, "arrays as elements"),
+    ];
+    let name = names.into_iter().find(|&(known, _)| known as usize == class);
+    Ok(name.map_or_else(|| format!("a datatype of class {class} and {size} bytes"), |(_, name)| name.to_owned()))
+}
+
+/// `None` for what is no number.
+fn element(lib: &Library, dtype: hid_t) -> Result<Option<Element>> {
     let class = lib.H5Tget_class(dtype)?;
     let size = lib.H5Tget_size(dtype)?;
-    let unsupported = || Error::new(Kind::Unsupported, format!("datatype of class {class} and {size} bytes"));
     let is = |wanted: H5T_class_t| class == wanted as usize;
     if is(H5T_class_t::H5T_OPAQUE) {
-        let dtype = u16::try_from(size).ok().filter(|&n| n > 0).map(DType::Opaque).ok_or_else(unsupported)?;
-        return Ok(Element { dtype, swap: 1, bfloat16: false });
+        let dtype = u16::try_from(size).ok().filter(|&n| n > 0).map(DType::Opaque);
+        return Ok(dtype.map(|dtype| Element { dtype, swap: 1, bfloat16: false }));
     }
     if is(H5T_class_t::H5T_ENUM) {
         let names = ["FALSE", "TRUE"];
@@ -342,7 +396,7 @@ fn element(lib: &Library, dtype: hid_t) -> Result<Element> {
         for i in 0..2 {
             boolean = boolean && lib.value(dtype, i)? == i as u8 && lib.member_name(dtype, i)? == names[i as usize];
         }
-        return if boolean { Ok(Element { dtype: DType::Bool, swap: 1, bfloat16: false }) } else { Err(unsupported()) };
+        return Ok(boolean.then_some(Element { dtype: DType::Bool, swap: 1, bfloat16: false }));
     }
     if is(H5T_class_t::H5T_COMPOUND) || is(H5T_class_t::H5T_COMPLEX) {
         let part = if is(H5T_class_t::H5T_COMPLEX) {
@@ -353,22 +407,21 @@ fn element(lib: &Library, dtype: hid_t) -> Result<Element> {
                 && lib.member_name(dtype, 1)? == "i"
                 && lib.H5Tget_member_offset(dtype, 0)? == 0
                 && lib.H5Tget_member_offset(dtype, 1)? == size / 2;
-            let (real, imaginary) = if pair {
-                (lib.H5Tget_member_type(dtype, 0)?, lib.H5Tget_member_type(dtype, 1)?)
-            } else {
-                return Err(unsupported());
-            };
+            if !pair {
+                return Ok(None);
+            }
+            let (real, imaginary) = (lib.H5Tget_member_type(dtype, 0)?, lib.H5Tget_member_type(dtype, 1)?);
             let (a, b) = (number(lib, *real)?, number(lib, *imaginary)?);
             if a.is_none_or(|a| b.is_none_or(|b| (a.dtype, a.swap) != (b.dtype, b.swap))) {
-                return Err(unsupported());
+                return Ok(None);
             }
             real
         };
-        let part = number(lib, *part)?.filter(|part| part.dtype.size() * 2 == size).ok_or_else(unsupported)?;
+        let Some(part) = number(lib, *part)?.filter(|part| part.dtype.size() * 2 == size) else { return Ok(None) };
         let whole = DType::named().find(|d| matches!(d.class(), Class::Complex(p) if *p == part.dtype));
-        return Ok(Element { dtype: whole.ok_or_else(unsupported)?, ..part });
+        return Ok(whole.map(|dtype| Element { dtype, ..part }));
     }
-    number(lib, dtype)?.ok_or_else(unsupported)
+    number(lib, dtype)
 }
 
 /// An integer or float that uses all of its bits as `NumPy` does.
