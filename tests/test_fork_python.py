@@ -1,5 +1,8 @@
-"""Saves and loads in a forked child of a process that has used TensorFlow: its threads are not there, and what waits
-for them waits for ever. Each child has a time limit; a signal ends what hangs."""
+"""Saves and loads in a forked child of a process that has used TensorFlow.
+
+TensorFlow's threads are not there, and what waits for them waits for ever. Each child has a time limit; a signal ends
+what hangs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import Any
 
 import keras
 import pytest
-from helpers import script
 
 import hornbeam
+from helpers import script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 

@@ -1,5 +1,8 @@
-"""Whether this process is a forked child. A backend's threads are not there, but their queues are: what waits for them
-waits for ever, so nothing is started in a child that its caller has not asked for."""
+"""Whether this process is a forked child.
+
+A backend's threads are not there, but their queues are: what waits for them waits for ever, so nothing is started in a
+child that its caller has not asked for.
+"""
 
 from __future__ import annotations
 

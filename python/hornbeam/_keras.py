@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
-from hornbeam import _hook
+from hornbeam import _displaced, _hook
 from hornbeam._state import logger
 
 #: Module of Keras → function → parameters it is known to have, in order.
@@ -68,6 +68,8 @@ assert tuple(_SIGNATURES) == _hook.MODULES
 _lock = threading.RLock()
 #: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
 _placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+#: The same of those placed last: one dispatcher for a function, so that references to it stay good.
+_made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _users = 0  # scopes in force, in all threads
 _local = threading.local()
 
@@ -141,9 +143,15 @@ def patch(module: ModuleType) -> None:
             return
         for name, original in wanted.items():
             if original is not None:
-                dispatcher = _dispatcher(where, name, original)
-                _placed[where, name] = original, dispatcher
+                known, dispatcher = _made.get((where, name), (None, original))
+                if known is not original:
+                    dispatcher = _dispatcher(where, name, original)
+                    if getattr(sys.modules.get(original.__module__), name, None) is original:
+                        dispatcher.__module__ = where  # else `pickle` would look where the original comes from
+                _placed[where, name] = _made[where, name] = original, dispatcher
+                _displaced.displace(original, "original")  # at every moment both can be found, by other threads too
                 setattr(*_place(where, name), dispatcher)
+                _displaced.put_back(dispatcher)
 
 
 def unpatch(module: ModuleType) -> None:
@@ -158,7 +166,9 @@ def unpatch(module: ModuleType) -> None:
         for name in _SIGNATURES[where]:
             original, dispatcher = _placed.get((where, name), (None, None))
             if original is not None and getattr(*_place(where, name)) is dispatcher:
+                _displaced.displace(dispatcher, "dispatcher")
                 setattr(*_place(where, name), original)
+                _displaced.put_back(original)
                 del _placed[where, name]
 
 
@@ -451,6 +461,7 @@ def watch_fit() -> None:
 
         fit.__hornbeam__ = True  # type: ignore[attr-defined]
         owner.fit = fit
+        _displaced.displace(original, "original")
 
 
 _collector_lock = threading.Lock()
