@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
-from hornbeam import _async, _hook, _names, _state
+from hornbeam import _async, _displaced, _hook, _names, _state
 from hornbeam._patch import Patch, Users, reaches
 from hornbeam._patch import collector_rests as collector_rests
 from hornbeam.errors import UnsupportedError
@@ -69,6 +69,8 @@ assert tuple(_REPLACED) == _hook.MODULES
 _lock = threading.RLock()
 #: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
 _placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+#: The same of those placed last: one dispatcher for a function, so that references to it stay good.
+_made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _users = Users()  # scopes in force
 _local = threading.local()
 
@@ -205,9 +207,15 @@ def patch(module: ModuleType) -> None:
             original = getattr(*_place(where, name), None)
             if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
                 continue
-            dispatcher = _dispatcher(where, name, original)
-            _placed[where, name] = original, dispatcher
+            known, dispatcher = _made.get((where, name), (None, original))
+            if known is not original:
+                dispatcher = _dispatcher(where, name, original)
+                if getattr(sys.modules.get(original.__module__), name, None) is original:
+                    dispatcher.__module__ = where  # else `pickle` would look where the original comes from
+            _placed[where, name] = _made[where, name] = original, dispatcher
+            _displaced.displace(original, "original")  # at every moment both can be found, by other threads too
             setattr(*_place(where, name), dispatcher)
+            _displaced.put_back(dispatcher)
 
 
 def is_patched(module: ModuleType) -> bool:
@@ -231,7 +239,9 @@ def unpatch(module: ModuleType) -> None:
         for name in _REPLACED[where]:
             original, dispatcher = _placed.get((where, name), (None, None))
             if original is not None and getattr(*_place(where, name), None) is dispatcher:
+                _displaced.displace(dispatcher, "dispatcher")
                 setattr(*_place(where, name), original)
+                _displaced.put_back(original)
                 del _placed[where, name]
 
 
@@ -507,6 +517,7 @@ def watch_fit() -> None:
 
         fit.__hornbeam__ = True  # type: ignore[attr-defined]
         owner.fit = fit
+        _displaced.displace(original, "original")
 
 
 def _start_anew() -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hornbeam import _state
+from hornbeam import _fork, _state
 
 #: Seconds before a bar appears, and between two looks.
 _PATIENCE, _INTERVAL = 2.0, 0.1
@@ -44,7 +44,7 @@ def watch(operation: str, path: str | None, total: int, done: Callable[[], int])
     """
     wanted = _state.current().progress
     if wanted is None:
-        wanted = sys.stderr is not None and sys.stderr.isatty()
+        wanted = sys.stderr is not None and sys.stderr.isatty() and not _fork.is_child()
     if wanted is False:
         yield
         return

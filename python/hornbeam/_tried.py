@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from hornbeam import _fork
 from hornbeam._state import logger
 
 
@@ -14,7 +15,8 @@ class Tried:
 
     It runs in a thread of its own: name scopes, name counters, graphs, devices and distribution strategies belong to
     threads, so that nothing around the first load has a say in what holds for the whole process, and nothing is left
-    behind.
+    behind. In a forked child, where backends may wait for threads that are not there, nothing is tried: what was not
+    tried before is not used.
 
     Args:
         what: Names it in the log.
@@ -33,7 +35,7 @@ class Tried:
         self._lock = threading.Lock()
 
     def __call__(self) -> bool:
-        if self._verdict is None:
+        if self._verdict is None and not _fork.is_child():
             with self._lock:
                 if self._verdict is None:
                     thread = threading.Thread(target=self._run, name="hornbeam-try")
