@@ -24,6 +24,7 @@ from keras import layers
 import hornbeam
 from helpers import archive_tree, saved, script, tree
 from hornbeam import _async, _tensors
+from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CancelledError, UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats
@@ -665,6 +666,7 @@ os.rmdir(root + "/d")
 release.set()
 """,
         tmp_path,
+        fails=True,
     )
     assert "d/a.keras" in done.stderr
     assert "failed" in done.stderr
@@ -722,3 +724,221 @@ def test_another_process_is_refused_while_one_writes(tmp_path: Path) -> None:
     hornbeam.wait()
     run('save_model(model, root + "/m.keras")', tmp_path)
     assert values(tmp_path / "m.keras") == {1.0}
+
+
+# ---- what runs in the writer's thread cannot wait for what that thread does later ----
+
+
+def in_a_callback(ask: Callable[[Path], Any], tmp_path: Path) -> list[Any]:
+    """What `ask` gives, or raises, in a callback of the save before one that waits at the path it is given."""
+    found: list[Any] = []
+
+    def callback(_handle: _async.Handle) -> None:
+        try:
+            found.append(ask(tmp_path / "behind.keras"))
+        except Exception as error:
+            found.append(error)
+
+    model = small()
+    with held() as first:
+        behind = save_model(model, tmp_path / "behind.keras", asynchronous=True)
+        behind.add_done_callback(lambda h: found.append("behind"))
+        HANDLES[:] = [behind]
+        first.add_done_callback(callback)
+    assert behind._finished.wait(60)
+    hornbeam.wait()
+    return found
+
+
+HANDLES: list[Any] = []
+
+
+def manager_waits(path: Path) -> None:
+    with CheckpointManager(path.parent / "c", asynchronous=True) as manager:
+        manager.save(0, small())
+
+
+WAITS: dict[str, Callable[[Path], Any]] = {
+    "result": lambda path: HANDLES[0].result(),
+    "result in time": lambda path: HANDLES[0].result(timeout=60),
+    "exception": lambda path: HANDLES[0].exception(),
+    "wait": lambda path: hornbeam.wait(),
+    "wait in time": lambda path: hornbeam.wait(60),
+    "load": load_model,
+    "open": lambda path: hornbeam.open(path),
+    "weights": lambda path: load_weights(small(), path),
+    "save": lambda path: save_model(small(), path),
+    "save there asynchronously": lambda path: save_model(small(), path, asynchronous=True),
+    "save asynchronously": lambda path: save_model(small(), path.with_name("third.keras"), asynchronous=True),
+    "latest wins": lambda path: save_model(small(), path.with_name("third.keras"), asynchronous=True, latest_wins=True),
+    "manager": manager_waits,
+}
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_a_callback_that_waits_for_what_comes_after_it_is_told(how: str, tmp_path: Path) -> None:
+    error, after = in_a_callback(WAITS[how], tmp_path)
+    assert isinstance(error, UnsupportedError)
+    assert "cannot wait" in str(error)
+    assert after == "behind"
+    load_model(tmp_path / "behind.keras")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "c") == ["behind.keras"]
+    assert (_async._queue.reserved, _async._queue.staged) == (0, False)
+
+
+def test_what_a_callback_may_do(tmp_path: Path) -> None:
+    """Ask, and read what was saved, also where the save that waits goes to the same place."""
+    found: list[Any] = []
+
+    def callback(handle: _async.Handle) -> None:
+        found.extend([handle.result(), handle.exception(), values(tmp_path / "m.keras"), behind.done()])
+        with pytest.raises(TimeoutError):
+            behind.result(timeout=0)
+        found.append("all")
+
+    model = small()
+    with held():
+        fill(model, 1)
+        first = save_model(model, tmp_path / "m.keras", asynchronous=True)
+        first.add_done_callback(callback)
+        release = threading.Event()
+        first.add_done_callback(lambda _: release.wait(60))
+    fill(model, 2)
+    behind = save_model(model, tmp_path / "m.keras", asynchronous=True)
+    release.set()
+    hornbeam.wait()
+    assert found == [str(tmp_path / "m.keras"), None, {1.0}, False, "all"]
+    assert values(tmp_path / "m.keras") == {2.0}
+
+
+def test_progress_of_a_save_cannot_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has a thread of its own, which the writer waits for."""
+    model, begun = small(), threading.Event()
+    with held():
+        handle = save_model(
+            model, tmp_path / "m.keras", asynchronous=True, progress=lambda p: (begun.set(), handle.result())
+        )
+    assert handle.result() == str(tmp_path / "m.keras")
+    assert begun.is_set()
+    assert "cannot wait for a save" in caplog.text
+
+
+def test_a_log_handler_cannot_wait_for_the_save_it_is_told_of(tmp_path: Path) -> None:
+    """The commit of a checkpoint is told to the log in the writer's thread."""
+    found: list[Any] = []
+
+    class Waits(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("saved step 0"):
+                try:
+                    manager.wait()
+                except Exception as error:
+                    found.append(error)
+
+    handler = Waits()
+    logger = logging.getLogger("hornbeam")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with CheckpointManager(tmp_path, asynchronous=True) as manager:
+            manager.save(0, small())
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert [type(error) for error in found] == [UnsupportedError]
+    assert [c.step for c in manager.all()] == [0]
+
+
+# ---- the end of the program ----
+
+AT_THE_END = """
+import os, shutil, sys
+import numpy as np
+import keras, hornbeam
+from hornbeam.saving import save_model
+from hornbeam.checkpoint import CheckpointManager
+from hornbeam import _core
+what, root = sys.argv[1:]
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+os.makedirs(f"{root}/d")
+hornbeam.errors  # imported
+import atexit
+atexit.register(lambda: print("cleaned up", flush=True) or print("said", file=sys.stderr, flush=True))
+from hornbeam import _async
+import threading
+release = threading.Event()
+with _async.Request(False) as request:
+    _async.claim()
+    request.stage([])
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+
+def break_it():
+    shutil.rmtree(f"{root}/d")
+    release.set()
+
+if what == "manager":
+    manager = CheckpointManager(f"{root}/d/c", asynchronous=True)
+    manager.save(0, model)
+    break_it()
+elif what == "manager told":
+    manager = CheckpointManager(f"{root}/d/c", asynchronous=True)
+    manager.save(0, model)
+    break_it()
+    try:
+        manager.wait()
+    except Exception as error:
+        print("told", type(error).__name__)
+elif what == "at exit":
+    release.set()
+    hornbeam.wait()
+    def save():
+        original = _async._Job.run
+        def run(job):
+            shutil.rmtree(f"{root}/d")
+            return original(job)
+        _async._Job.run = run
+        save_model(model, f"{root}/d/m.keras", asynchronous=True)
+    atexit.register(save)
+elif what == "good":
+    save_model(model, f"{root}/d/m.keras", asynchronous=True)
+    release.set()
+else:
+    handle = save_model(model, f"{root}/d/m.keras", asynchronous=True)
+    break_it()
+    if what == "asked":
+        print("told", type(handle.exception()).__name__)
+    elif what == "callback":
+        handle.add_done_callback(lambda h: h.exception())
+    elif what == "exits":
+        sys.exit(0)
+    elif what == "raises":
+        raise ZeroDivisionError
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [
+        ("lost", 120),
+        ("exits", 120),
+        ("manager", 120),
+        ("at exit", 120),
+        ("raises", 1),
+        ("asked", 0),
+        ("callback", 0),
+        ("manager told", 0),
+        ("good", 0),
+    ],
+)
+def test_a_program_whose_save_failed_unnoticed_fails(what: str, status: int, tmp_path: Path) -> None:
+    done = script(AT_THE_END, what, tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith("cleaned up\n")  # everybody's cleanup ran
+    assert "\nsaid" in f"\n{done.stderr}"
+    assert ("hornbeam: nothing asked how the asynchronous save of" in done.stderr) == (status != 0)
+    if what == "at exit":
+        assert not (tmp_path / "d").exists()
+    if "told" in done.stdout:
+        assert "FileNotFoundError" in done.stdout

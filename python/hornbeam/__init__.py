@@ -19,15 +19,21 @@ from hornbeam._state import Stats, options, stats
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hornbeam import callbacks, checkpoint, data, export, models, saving
-    from hornbeam._open import File, Tensor, open
-    from hornbeam.checkpoint import Checkpoint, CheckpointManager
+    from hornbeam import callbacks as callbacks
+    from hornbeam import checkpoint as checkpoint
+    from hornbeam import data as data
+    from hornbeam import export as export
+    from hornbeam import models as models
+    from hornbeam import saving as saving
+    from hornbeam._open import File as File
+    from hornbeam._open import Tensor as Tensor
+    from hornbeam._open import open as open
+    from hornbeam.checkpoint import Checkpoint as Checkpoint
+    from hornbeam.checkpoint import CheckpointManager as CheckpointManager
 
 __version__: str = build_info()["version"]
+#: What `import *` gives: nothing that hides a builtin (`open`) or imports Keras or NumPy.
 __all__ = [
-    "Checkpoint",
-    "CheckpointManager",
-    "File",
     "Handle",
     "HornbeamError",
     "IncompleteLoadError",
@@ -35,25 +41,31 @@ __all__ = [
     "Progress",
     "SaveReport",
     "Stats",
-    "Tensor",
     "UnsupportedError",
-    "callbacks",
-    "checkpoint",
-    "data",
     "errors",
-    "export",
     "install",
     "installed",
     "last_report",
     "last_save_report",
-    "models",
-    "open",
     "options",
-    "saving",
     "stats",
     "uninstall",
     "wait",
 ]
+#: Name → the module that has it, or that it is; imported when it is used.
+_LATER = {
+    "callbacks": "hornbeam.callbacks",
+    "checkpoint": "hornbeam.checkpoint",
+    "data": "hornbeam.data",
+    "export": "hornbeam.export",
+    "models": "hornbeam.models",
+    "saving": "hornbeam.saving",
+    "Checkpoint": "hornbeam.checkpoint",
+    "CheckpointManager": "hornbeam.checkpoint",
+    "File": "hornbeam._open",
+    "Tensor": "hornbeam._open",
+    "open": "hornbeam._open",
+}
 
 if build_info()["debug"]:
     import warnings
@@ -66,15 +78,12 @@ if build_info()["debug"]:
 
 
 def __getattr__(name: str) -> Any:
-    # These import Keras, so they are imported when they are used.
-    if name in ("saving", "models", "callbacks", "export", "checkpoint", "data"):
-        return importlib.import_module(f"hornbeam.{name}")
-    if name in ("CheckpointManager", "Checkpoint"):
-        return getattr(importlib.import_module("hornbeam.checkpoint"), name)
-    if name in ("open", "File", "Tensor"):  # needs NumPy
-        return getattr(importlib.import_module("hornbeam._open"), name)
-    raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")
+    # These import Keras, or NumPy, so they are imported when they are used.
+    if name not in _LATER:
+        raise AttributeError(f"module 'hornbeam' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return module if module.__name__ == f"hornbeam.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LATER])

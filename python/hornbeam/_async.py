@@ -7,16 +7,18 @@ with the last save, so that the interpreter waits for it at exit and none is the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hornbeam import _state
+from hornbeam import _paths, _state
 from hornbeam.errors import CancelledError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,14 +31,15 @@ class Handle:
     """An asynchronous save; `save_model(…, asynchronous=True)` makes them.
 
     Attributes:
-        path: The file.
+        path: The file, from the root: the process may change its directory before it is written.
         bytes: Its size, once it is written.
         stalled: Seconds that the call took.
         written: Seconds from the first byte until the file was in its place, once it is.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = _paths.absolute(path)
+        self._real = os.path.realpath(self.path)  # now: links may change, too
         self.bytes: int | None = None
         self.stalled = 0.0
         self.written: float | None = None
@@ -45,6 +48,12 @@ class Handle:
         self._error: BaseException | None = None
         self._seen = False  # whether somebody was given the error
         self._callbacks: list[Callable[[Handle], Any]] = []
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"An asynchronous save can be neither copied nor pickled: it belongs to this process. Pass its path on, "
+            f"after `result()`. Received: {self!r}"
+        )
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self._error is not None else "done"
@@ -65,7 +74,10 @@ class Handle:
 
         Raises:
             TimeoutError: When it has not ended by then.
+            UnsupportedError: In a callback of a save, which this one waits for.
         """
+        if timeout is None or timeout > 0:
+            _queue.refuse_waiting_for(self._finished)
         if not self._finished.wait(timeout):
             raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.")
         self._seen = True
@@ -82,6 +94,7 @@ class Handle:
 
         Raises:
             TimeoutError: When it has not ended by then.
+            UnsupportedError: In a callback of a save, which this one waits for.
             CancelledError: When a later save took its place (`latest_wins`).
             OSError: When the file could not be written; and whatever else a save raises.
         """
@@ -93,7 +106,8 @@ class Handle:
     def add_done_callback(self, callback: Callable[[Handle], Any]) -> None:
         """Has `callback(handle)` called when the save has ended, in the writer's thread, or now if it has.
 
-        What it raises is logged.
+        What it raises is logged. In the writer's thread it cannot wait for the saves behind it, which would wait for
+        it: that is an `UnsupportedError`.
         """
         with self._lock:
             if not self._finished.is_set():
@@ -126,10 +140,6 @@ class _Job:
     options: _state.Options
     replaceable: bool
     stages: bool  # its values are in the staging memory
-
-    @property
-    def real(self) -> str:
-        return os.path.realpath(self.handle.path)
 
     def run(self) -> BaseException | None:
         """Writes the file and tells the log."""
@@ -170,7 +180,7 @@ class _Queue:
             # Never for who has reserved a place; and those who have may be waiting for this one's memory.
             while self.places() + (self.reserved if job.stages else 0) < 1:
                 if not (job.replaceable and self.replace()):
-                    self.changed.wait()
+                    self.wait()
             # Once the interpreter ends, nobody waits for a new thread: the caller writes.
             ending = not threading.main_thread().is_alive()
             if not ending and self.writing is not None:
@@ -185,6 +195,8 @@ class _Queue:
         if ending:
             for callback in self._end(job, job.run()):
                 job.handle._call(callback)
+            if job.handle._error is not None:
+                _fail_exit()  # which may have looked already
 
     def replace(self) -> bool:
         """Gives up the waiting save, if it agrees; the caller holds the lock."""
@@ -231,14 +243,32 @@ class _Queue:
         return job.handle._end(error)
 
     def is_writer(self) -> bool:
-        """Whether this is the writer's thread, in a callback: it must not wait for itself."""
-        return self.thread is threading.current_thread()
+        """Whether this is the writer's thread, in a callback, or one that it waits for."""
+        here = threading.current_thread()
+        return self.thread is not None and self.thread is getattr(here, "works_for", here)
+
+    def wait(self) -> None:
+        """Waits for a change of the queue; the caller holds the lock."""
+        self.refuse_waiting_for(None)
+        self.changed.wait()
+
+    def refuse_waiting_for(self, ended: threading.Event | None) -> None:
+        """Raises where a wait would have no end: what it waits for is done by this thread, later.
+
+        Raises:
+            UnsupportedError: In the writer's thread, if `ended` has not happened.
+        """
+        if self.is_writer() and not (ended is not None and ended.is_set()):
+            raise UnsupportedError(
+                "A callback of an asynchronous save cannot wait for a save that is not done: the thread that it runs "
+                "in writes that one afterwards. Have another thread wait, or ask `done()`."
+            )
 
     def raise_failed(self, path: str | None = None) -> None:
         """Raises what nobody was told of yet: of any save, or of those to one path."""
         with self.changed:
             untold = [h for h in self.failed if not h._seen]
-            chosen = [h for h in untold if path is None or os.path.realpath(h.path) == path]
+            chosen = [h for h in untold if path is None or h._real == path]
             self.failed = [h for h in untold if h not in chosen]
         if not chosen:
             return
@@ -296,12 +326,63 @@ def _start_anew() -> None:
             job.handle._callbacks = []  # the parent's to call
             job.handle._end(CancelledError(f"The save of '{job.handle.path}' belongs to the parent process."))
     _queue = _Queue()
+    untold.clear()
     _local.__dict__.clear()
     _state.renew_lock()  # the writer may have held it
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
+
+
+#: Failed saves that are somebody's to tell of, not the next save's: who → (path, error). Whoever tells takes it out.
+untold: dict[object, tuple[str, BaseException]] = {}
+
+
+class _FailedStream:
+    """Stands for `sys.stderr` at the end of a program that lost a save: Python cannot flush it, and exits with 120.
+
+    That is Python's status for "an error in the cleanup". Exiting at once would skip everybody else's cleanup. Only the
+    interpreter's own last flush fails, which no Python code calls, and only if nobody was told in the meantime.
+    """
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+        if sys._getframe().f_back is None and _lost():
+            raise OSError("an asynchronous save failed")
+
+    def write(self, text: str) -> int:
+        return len(text) if self._stream is None else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _lost() -> list[tuple[str, BaseException | None]]:
+    """The failed saves that nobody was told of."""
+    return [*((h.path, h._error) for h in _queue.failed if not h._seen), *untold.values()]
+
+
+def _fail_exit() -> None:
+    """At the end of the program, a failed save that nobody was told of makes it a failed program."""
+    lost = _lost()
+    if not lost or isinstance(sys.stderr, _FailedStream):
+        return
+    for path, error in lost:
+        told = f"hornbeam: nothing asked how the asynchronous save of '{path}' went; it failed: "
+        print(f"{told}{type(error).__name__}: {error}", file=sys.stderr)
+    if not hasattr(sys, "last_type"):  # else it ends with 1 anyway
+        print("hornbeam: the program ends with status 120 for that.", file=sys.stderr)
+        sys.stderr = _FailedStream(sys.stderr)
+
+
+atexit.register(_fail_exit)
 
 
 class Request:
@@ -333,7 +414,7 @@ class Request:
                 while queue.staged:
                     stages = self.latest_wins and queue.waiting is not None and queue.waiting.stages
                     if not (stages and queue.replace()):
-                        queue.changed.wait()
+                        queue.wait()
                 queue.staged = self._stages = True
             memory = queue.staging.take(size)
         at, taken = 0, []
@@ -356,12 +437,10 @@ class Request:
     def __enter__(self) -> Request:
         queue = self._queue
         queue.raise_failed()
-        if queue.is_writer() and queue.waiting is not None:
-            raise UnsupportedError("A callback of a save cannot make an asynchronous one while another waits.")
         if not self.latest_wins:  # else a place is made when the snapshot was taken
             with queue.changed:
                 while queue.places() < 1:
-                    queue.changed.wait()
+                    queue.wait()
                 queue.reserved += 1
                 self._reserved = True
             try:
@@ -427,20 +506,32 @@ def settle(path: Any, *, loads: bool = False) -> None:
         loads: The file is to be read: what went wrong with it is raised.
 
     Raises:
+        UnsupportedError: In a callback of a save, where one of `path` waits for it.
         Exception: What went wrong, if nobody was told.
     """
     queue = _queue
     if not isinstance(path, str | os.PathLike) or (queue.writing is None and not queue.failed):
         return
     real = os.path.realpath(os.fsdecode(path))
-    if queue.is_writer():
-        return
     with queue.changed:
-        pending = [job.handle for job in (queue.writing, queue.waiting) if job is not None and job.real == real]
+        handles = [job.handle for job in (queue.writing, queue.waiting) if job is not None and job.handle._real == real]
+    pending = [handle for handle in handles if not handle.done()]
+    if loads and queue.is_writer() and pending != handles:
+        return  # in a callback of the save that wrote what is there
     for handle in pending:
+        queue.refuse_waiting_for(handle._finished)
         handle._finished.wait()
     if loads:
         queue.raise_failed(real)
+
+
+def refuse_waiting_for(ended: threading.Event) -> None:
+    """Raises in a callback of a save, if `ended` has not happened: it would wait for itself.
+
+    Raises:
+        UnsupportedError: Then.
+    """
+    _queue.refuse_waiting_for(ended)
 
 
 def wait(timeout: float | None = None) -> None:
@@ -451,6 +542,7 @@ def wait(timeout: float | None = None) -> None:
 
     Raises:
         TimeoutError: When they are not done by then.
+        UnsupportedError: In a callback of a save, while another waits for it.
         Exception: What went wrong with one of them, if neither its handle nor a later save has told.
     """
     finish(timeout, keep=False)
@@ -460,7 +552,10 @@ def finish(timeout: float | None = None, *, keep: bool = True) -> None:
     """As `wait`; with `keep` the memory stays for the next save."""
     queue = _queue
     with queue.changed:
-        if queue.thread is not threading.current_thread():  # a callback of a save cannot wait for itself
+        if queue.is_writer():  # in a callback of a save, which is done
+            if queue.waiting is not None or queue.reserved or not (queue.writing and queue.writing.handle.done()):
+                queue.refuse_waiting_for(None)
+        else:
             idle = queue.changed.wait_for(lambda: queue.writing is None and not queue.reserved, timeout)
             if not idle:
                 raise TimeoutError(f"Asynchronous saves are not done after {timeout} seconds.")

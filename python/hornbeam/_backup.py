@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 import zipfile
@@ -10,7 +11,8 @@ from typing import Any
 import keras
 from keras.src.utils.python_utils import pythonify_logs
 
-from hornbeam import _async, _fit, _processes, _random, _training_state
+from hornbeam import _async, _fit, _paths, _processes, _random, _training_state
+from hornbeam._copies import BeginsAnew
 from hornbeam._keras import scope
 from hornbeam._model_checkpoint import ModelCheckpoint
 from hornbeam._state import logger
@@ -30,7 +32,7 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
 _owners: weakref.WeakValueDictionary[str, BackupAndRestore] = weakref.WeakValueDictionary()
 
 
-class BackupAndRestore(keras.callbacks.BackupAndRestore):
+class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
     """`keras.callbacks.BackupAndRestore`, exact: killed at any moment, training ends as if it had not been.
 
     A backup is one atomic unit: weights, optimizer, epoch and step, the state of the other callbacks, seed generators,
@@ -70,10 +72,16 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         asynchronous: bool = False,
         durable: bool = True,
     ) -> None:
+        backup_dir = _paths.absolute(backup_dir)  # as it is meant now
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.seed = seed
         keep = 2 if double_checkpoint else 1
         self._manager = CheckpointManager(backup_dir, keep_last=keep, asynchronous=asynchronous, durable=durable)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes it a callback that no training has begun with yet."""
+        self._model = self.params = None
         self._number = 0  # of the next backup
         self._others: list[Any] = []
         self._input: _fit.Input | None = None
@@ -81,6 +89,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._postponed = False
         self._held_back: dict[str, Any] | None = None
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_manager": copy.copy(self._manager)}
 
     def set_model(self, model: Any) -> None:
         """Takes the place behind the callbacks whose state belongs to the backup."""

@@ -23,7 +23,7 @@ from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _core, _durable, _names, _state
+from hornbeam import _core, _durable, _names, _paths, _state
 from hornbeam._explain import describe, explain, unbuilt
 from hornbeam._formats import GRAPHS
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
@@ -185,6 +185,7 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
             raise UnsupportedError(f"Stock Keras writes to remote paths, and does not verify. Received: {filepath}")
         _durable.tell(target)
         return _state.hand_over("remote path", stock, self, filepath, options, verbose)
+    target = _paths.absolute(target)
     others = _others(target)
     if others and not request.foreign:
         shown = ", ".join(repr(name) for name in others[:3])

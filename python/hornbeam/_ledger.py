@@ -26,6 +26,7 @@ class Ledger:
 
     Args:
         pattern: The path, with Keras' placeholders. All of them below the part without any are in one ledger.
+        base: What a relative path is relative to; without it, the directory that the process is in at each use.
 
     Attributes:
         path: The JSON file. Its name begins with a dot and ends like no model file.
@@ -37,10 +38,11 @@ class Ledger:
         interrupted: What was saved after an exception or signal, if it is no ordinary checkpoint.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, base: str = "") -> None:
         static, placeholder, _ = pattern.partition("{")
-        self.directory = os.path.dirname(static if placeholder else pattern)
-        rest = os.path.relpath(pattern, self.directory or ".")
+        inside = os.path.dirname(static if placeholder else pattern)
+        self.directory = os.path.join(base, inside) if base else inside
+        rest = os.path.relpath(pattern, inside or ".")
         name = os.path.join(self.directory, "." + re.sub(r"[/\\]", "-", _FIELD.sub(r"{\1}", rest)))
         self.path, self.meeting = name + _SUFFIX, name + ".processes"
         self.lock = os.path.realpath(name + ".lock")

@@ -11,6 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,6 +41,7 @@ from hornbeam._legacy_save import top_level_weights, unsupported
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, _fits, _selected
 from hornbeam._store import Image, LoadStore
+from hornbeam._untrained import is_untrained
 from hornbeam.errors import IncompleteLoadError
 
 Stock = Callable[..., Any]
@@ -85,10 +87,28 @@ def load_model_from_hdf5(
             with safe:
                 _compile(model, attributes.get("training_config"), known, file)
         file.store.complete(drop_rest=True)
+        untrained = _untrained(model, journal, file)
         report.stage("assign")
     report.initialised = [v.path for v in _load._variables(model) if id(v) not in journal.assigned]
-    _settle(report, request, journal, file, model, outside=() if model.compiled else (f"{_OPTIMIZER}/",))
+    outside = () if model.compiled else (f"{_OPTIMIZER}/",)
+    _settle(report, request, journal, file, model, outside=outside, untrained=untrained)
     return model
+
+
+def _untrained(model: Any, journal: _journal.Journal, file: _File) -> AbstractSet[int]:
+    """As `_load._untrained`."""
+    variables = {id(v) for v in getattr(model.optimizer, "variables", ())} if model.compiled else set()
+    if not variables or variables & journal.assigned.keys() or _OPTIMIZER not in file.groups:
+        return set()
+    found = [i for _, i in file.datasets(_OPTIMIZER)]
+
+    def stored(_optimizer: Any, count: int) -> list[np.ndarray] | None:
+        return [file.image.take(i) for i in found] if len(found) == count else None
+
+    if not is_untrained(model.optimizer, stored, nested=False):
+        return set()
+    file.store.taken.update(file.image.datasets[i][0] for i in found)
+    return variables
 
 
 def load_weights(
@@ -436,6 +456,7 @@ def _settle(
     model: Any,
     *,
     outside: tuple[str, ...],
+    untrained: AbstractSet[int] = frozenset(),
     partial: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
@@ -451,7 +472,7 @@ def _settle(
             (report.skipped if partial else report.unexpected).append(path)
     whole = model.weights if outside else _load._variables(model)
     variables = _asked_for(model, request) if partial else whole
-    report.missing = [v.path for v in variables if id(v) not in journal.assigned]
+    report.missing = [v.path for v in variables if id(v) not in {*journal.assigned, *untrained}]
     report.mismatched = file.mismatched
     report.cast = journal.cast
     report.bytes = file.image.bytes

@@ -11,10 +11,12 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import (
@@ -34,6 +36,7 @@ from hornbeam import (
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
+from hornbeam._untrained import is_untrained
 from hornbeam.errors import IncompleteLoadError, LimitError, UnsupportedError
 
 Stock = Callable[..., Any]
@@ -184,10 +187,32 @@ def _load_model(
         if isinstance(found, AssetStore):
             found.old_path = store.old_path
         errors = _load_state(model, store, found)
+        untrained = _untrained(model, journal, store)
         report.stage("assign")
     report.initialised = [v.path for v in _variables(model) if id(v) not in journal.assigned]
-    _settle(report, request, journal, store, model, errors)
+    _settle(report, request, journal, store, model, errors, untrained=untrained)
     return model
+
+
+def _untrained(model: Any, journal: _journal.Journal, store: LoadStore) -> set[int]:
+    """Variables, by id, of an optimizer that was saved before it was built; it takes what is stored of it."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = {id(v) for v in getattr(optimizer, "variables", ())}
+    if not variables - journal.assigned.keys() or variables & journal.assigned.keys():
+        return set()
+    taken: list[str] = []
+
+    def stored(inner: Any, count: int) -> list[np.ndarray] | None:
+        paths = [f"{journal.places.get(id(inner), '')}/vars/{i}" for i in range(count)]
+        if not all(path in store.where for path in paths) or len(store.members[paths[0].rpartition("/")[0]]) != count:
+            return None
+        taken.extend(paths)
+        return [image.take(i) for image, i in map(store.where.__getitem__, paths)]
+
+    if not is_untrained(optimizer, stored):
+        return set()
+    store.taken.update(taken)
+    return variables
 
 
 def load_weights_only(
@@ -341,6 +366,7 @@ def _settle(
     selection: Selection | None = None,
     *,
     left_out: Sequence[Any] = (),
+    untrained: AbstractSet[int] = frozenset(),
     skip_mismatch: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
@@ -361,7 +387,7 @@ def _settle(
         else:
             report.unexpected.append(name)
     if selection is None:
-        known = {*journal.assigned, *(id(v) for o in left_out for v in getattr(o, "variables", ()))}
+        known = {*journal.assigned, *untrained, *(id(v) for o in left_out for v in getattr(o, "variables", ()))}
         report.missing = [v.path for v in _variables(model) if id(v) not in known]
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]

@@ -17,6 +17,7 @@ import keras.callbacks as _stock
 from keras.src.utils.io_utils import print_msg
 
 from hornbeam import _async, _durable, _keras, _processes, _retention
+from hornbeam._copies import BeginsAnew
 from hornbeam._ledger import Ledger
 from hornbeam._lock import FileLock
 from hornbeam._state import logger, options
@@ -26,14 +27,15 @@ from hornbeam.errors import CheckpointError, UnsupportedError
 _owners: weakref.WeakValueDictionary[str, ModelCheckpoint] = weakref.WeakValueDictionary()
 
 
-class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
+class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, _keras.FitWatcher):
     """`keras.callbacks.ModelCheckpoint` through hornbeam, as Keras has it while only its arguments are given.
 
     With any of the others, the callback also keeps an account of its checkpoints in a hidden JSON file beside them:
     `latest_checkpoint` and `best_checkpoint` read it, and so does the next process, which goes on from the best score.
 
     Args:
-        filepath: As Keras, like all up to `initial_value_threshold`.
+        filepath: As Keras, like all up to `initial_value_threshold`. With any of our arguments, what a relative path
+            means is decided here, not at each save.
         monitor: …
         verbose: …
         save_best_only: …
@@ -112,27 +114,38 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         self.every_seconds = every_seconds
         self.save_on_exception = save_on_exception
         self.save_on_signal = tuple(signal.Signals(number) for number in save_on_signal)
-        self.history: list[dict[str, Any]] = []
         self._rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
         wanted = (asynchronous, every_seconds, save_on_exception, self.save_on_signal, *self._rules.values(), remember)
         self._extended = any(w not in (None, False, ()) for w in wanted)
         self.remembers = self._extended if remember is None else remember
         self.timeout = timeout
+        self._threshold = initial_value_threshold
+        self._base = os.getcwd() if self._extended and "://" not in self.filepath else ""  # of a relative path
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes it a callback that no training has begun with yet."""
+        self._model = self.params = None
+        self.history: list[dict[str, Any]] = []
         self._group: _processes.Group | None = None
         self._ledger: Ledger | None = None
-        # The writer's thread confirms. Keras' own callback can be pickled.
-        self._lock: Any = threading.RLock() if self._extended else None
+        self._lock = threading.RLock()  # the writer's thread confirms
         self._watched = False  # `fit` tells how it ends
         self._failure: Exception | None = None
-        self._threshold = initial_value_threshold
         self._told: set[str] = set()
         self._signals: list[int] = []  # not answered yet
         self._answering = False  # its handler may end training
         self._handlers: dict[int, Any] = {}
+        self._process = 0  # whose handlers they are
         self._saved_at = time.monotonic()
         self._held: FileLock | None = None
         self._trained = False  # a batch, so that there is something to save when training is interrupted
         self._begun_at: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments, and what Keras' own counts, the best score too; while it is as Keras has it, the model too."""
+        state = super().__getstate__()
+        return state if self._extended else state | {"_model": self._model, "params": self.params}
 
     # ---- what Keras calls ----
 
@@ -185,6 +198,9 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             self._raise_failure()
         if not self._watched:
             self.fit_ended()
+
+    def _get_file_path(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> str:
+        return os.path.join(self._base, super()._get_file_path(epoch, batch, logs))
 
     def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         if self._extended:
@@ -322,6 +338,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         except Exception as error:  # in the writer's thread nobody would see it
             logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], ledger.path, error)
             self._failure = error
+            _async.untold[self] = record["path"], error
             return
         record.update(bytes=size, written=written, kept=kept, deleted=deleted)
         logger.info(
@@ -352,7 +369,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
 
     def _account(self) -> Ledger:
         if self._ledger is None:
-            self._ledger = Ledger(self.filepath)
+            self._ledger = Ledger(self.filepath, self._base)
             self._ledger.monitor = self.monitor
         return self._ledger
 
@@ -400,9 +417,14 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
         logger.info("the best %s so far is %s, in '%s'", self.monitor, best.metric, ledger.full(best.name))
 
     def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
+        failure = self._take_failure()
         if failure is not None:
             raise failure
+
+    def _take_failure(self) -> Exception | None:
+        failure, self._failure = self._failure, None
+        _async.untold.pop(self, None)
+        return failure
 
     # ---- signals and exceptions ----
 
@@ -414,11 +436,14 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             return
         self._process = os.getpid()
         for number in self.save_on_signal:
+            if signal.getsignal(number) is None:  # Python could not give it back
+                logger.warning("%s has a handler that is not Python's: it stays, and no save is made", number.name)
+                continue
             self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         if os.getpid() != self._process:  # a forked child, which does not train: as if it had no handler of ours
-            signal.signal(number, self._handlers[number] or signal.SIG_DFL)
+            signal.signal(number, self._handlers[number])
             signal.raise_signal(number)
         elif number not in self._signals:
             self._signals.append(number)
@@ -437,7 +462,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
             while self._signals:
                 number = self._signals.pop(0)
                 handler = self._handlers[number]
-                ours = signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+                ours = signal.signal(number, handler)
                 signal.raise_signal(number)
                 signal.signal(number, ours or self._note)  # it was survived: this callback's, or that of a later one
             self._answering = False
@@ -452,7 +477,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
                 _async.wait()
             except Exception as error:
                 failed = error
-        failure, self._failure = self._failure, None
+        failure = self._take_failure()
         return failed if failed is not None else failure
 
     def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
@@ -514,7 +539,7 @@ class ModelCheckpoint(_stock.ModelCheckpoint, _keras.FitWatcher):
     def fit_ended(self) -> None:
         """Gives the signals back, those too that nobody has answered."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, handler)
         self._handlers = {}
         self._answering = self._watched = False
         if self._held is not None and not self._account().busy:  # else somebody does not want to wait: `_claim` does

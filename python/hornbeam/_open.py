@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hornbeam import _async, _core, _state, _tensors
+from hornbeam import _async, _core, _paths, _state, _tensors
 from hornbeam.errors import (
     ConfigError,
     HornbeamError,
@@ -230,7 +230,7 @@ class File(Mapping[str, np.ndarray]):
     __hash__ = object.__hash__
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = False) -> None:
-        self.path: str = os.path.abspath(os.fsdecode(path))
+        self.path: str = _paths.absolute(path)
         self._mmap = mmap
         self._archive: _core.File | None = None
         self._texts: dict[str, bytes] = {}  # JSON files of a directory

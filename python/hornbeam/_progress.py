@@ -64,6 +64,7 @@ def watch(operation: str, path: str | None, total: int, done: Callable[[], int])
             _state.logger.exception("progress is not shown any more")
 
     thread = threading.Thread(target=work, name="hornbeam-progress", daemon=True)
+    thread.works_for = threading.current_thread()  # type: ignore[attr-defined]  # which waits for it: `_async`
     thread.start()
     try:
         yield

@@ -21,7 +21,20 @@ from typing import Any
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam import _async, _cast, _core, _durable, _keras, _patch, _progress, _report, _shortcuts, _state, _tensors
+from hornbeam import (
+    _async,
+    _cast,
+    _core,
+    _durable,
+    _keras,
+    _patch,
+    _paths,
+    _progress,
+    _report,
+    _shortcuts,
+    _state,
+    _tensors,
+)
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import HornbeamError, UnsupportedError
 
@@ -220,6 +233,7 @@ def _defer(
     assets: AssetStore | None = None,
 ) -> None:
     """Takes the values and opens the file now; the writer's thread does the rest."""
+    path = _paths.absolute(path)
     if not options.atomic or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
         _async.settle(path)  # the old content is written over from now on
     values = request.stage([d.memory for d in store.datasets.values()])
@@ -247,7 +261,11 @@ def _defer(
         save.cancel()
         kept.close()
 
-    request.submit(path, write, drop, options)
+    try:
+        request.submit(path, write, drop, options)
+    except BaseException:
+        drop()
+        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from keras.src.saving import saving_api, serialization_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam import _async, _export, _report
+from hornbeam import _async, _export, _paths, _report
 from hornbeam._export import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
 
@@ -27,7 +27,7 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
         ValueError: For a model that is not built, another backend, a directory that holds other files.
         ImportError: Without TensorFlow.
     """
-    target = os.fsdecode(filepath)
+    target = _paths.absolute(filepath)
     _async.refuse("a SavedModel")
     if kwargs.get("dtype") is not None:
         raise UnsupportedError(f"A SavedModel is saved in the types of the model. Received: filepath={filepath}")

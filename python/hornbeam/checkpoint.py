@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hornbeam import _core, _durable, _processes, _random, _retention, _statefile, _training_state
+from hornbeam import _async, _core, _durable, _paths, _processes, _random, _retention, _statefile, _training_state
 from hornbeam._async import Handle
+from hornbeam._copies import BeginsAnew
 from hornbeam._lock import FileLock
 from hornbeam._save import checksum
 from hornbeam._state import logger, options
@@ -86,17 +87,18 @@ class Checkpoint:
             raise CheckpointError(f"'{self.model}' is damaged. Expected the CRC-32 {self.crc:08x}, found {crc:08x}.")
 
 
-class CheckpointManager:
+class CheckpointManager(BeginsAnew):
     """A directory of checkpoints, each of them whole; at any moment one process writes to it and any number read it.
 
     A checkpoint is a directory of two files, the model's and `state.zip`. It is written under a temporary name and
     renamed when it is complete; then the manifest, `checkpoints.json`, is replaced by one that names it; then what
     retention no longer keeps is deleted. What the manifest does not name does not exist. `docs/format.md` has the rest.
 
-    As a context manager it takes the directory for writing; `save` does, too. Without that it only reads.
+    As a context manager it takes the directory for writing; `save` does, too. Without that it only reads; so does a
+    copy, or what was pickled, until then.
 
     Args:
-        directory: Where they are; it is made by the first writer.
+        directory: Where they are; it is made by the first writer. What a relative one means is decided here.
         keep_last: The newest so many are kept.
         keep_best: The best so many are kept, by `monitor`.
         keep_every: Those whose step is a multiple of it are kept. With all three `None`, all are.
@@ -135,13 +137,17 @@ class CheckpointManager:
             raise ValueError(f"`mode` must be 'min' or 'max'. Received: mode={mode!r}")
         if keep_best is not None and monitor is None:
             raise ValueError(f"`keep_best` needs to know the `monitor`. Received: keep_best={keep_best}")
-        self.directory = Path(directory)
+        self.directory = Path(_paths.absolute(directory))
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.monitor, self.mode = monitor, mode
         self.save_weights_only = save_weights_only
         self.asynchronous = asynchronous
         self.durable = durable
         self.timeout = timeout
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes it a manager that neither has the directory nor restored anything."""
         self.extra: dict[str, Any] = {}
         self.random: dict[str, Any] | None = None
         self._lock: FileLock | None = None
@@ -206,8 +212,8 @@ class CheckpointManager:
         Raises:
             OSError: An asynchronous save could not be written; or whatever else it raised. Once.
         """
-        pending, self._pending = self._pending, None
-        failed = pending.wait() if pending is not None else None
+        failed = self._pending.wait() if self._pending is not None else None
+        self._pending = None
         if self._cleaner is not None:
             self._cleaner.join()
             self._cleaner = None
@@ -585,15 +591,22 @@ class _Pending:
                 raise
         except BaseException as error:
             self._error = error
+            _async.untold[self] = self._path, error
         finally:
             del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
             self._done.set()
 
     def wait(self) -> BaseException | None:
-        """Waits for the end; what went wrong. In a forked child there is nothing to wait for: it is the parent's."""
+        """Waits for the end; what went wrong. In a forked child there is nothing to wait for: it is the parent's.
+
+        Raises:
+            UnsupportedError: In a callback of a save, which this one waits for.
+        """
         if os.getpid() != self._process:
             return None
+        _async.refuse_waiting_for(self._done)
         self._done.wait()
+        _async.untold.pop(self, None)
         return self._error
 
 

@@ -241,6 +241,10 @@ class _Indexed(Resumable):
     def example(self) -> Any:
         return self._batch(0, None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the same data at the same position, for an iteration of their own."""
+        return vars(self) | {"_dataset": None}
+
     def _source_state(self) -> dict[str, Any]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}
 
@@ -320,6 +324,12 @@ class _Dataset(Resumable):
 
     def example(self) -> Any:
         return self._dataset.element_spec
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Data from a tf.data.Dataset can be neither copied nor pickled: the dataset belongs to this process. Make "
+            "them anew with `hornbeam.data.resumable`, and give them the position with `set_state(data.get_state())`."
+        )
 
     def _source_state(self) -> dict[str, bytes] | None:
         if self._live is None or self._fresh is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import zipfile
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,22 @@ _storage_errors: dict[type[OSError], type[StorageError]] = {OSError: StorageErro
 
 def _storage_error(number: int | None) -> type[StorageError]:
     """`StorageError`, also deriving from the subclass of `OSError` that Python uses for this `errno`."""
-    builtin = type(OSError(number, "")) if number is not None else OSError
+    return _storage_class(type(OSError(number, "")) if number is not None else OSError)
+
+
+def _storage_class(builtin: type[OSError]) -> type[StorageError]:
     if builtin not in _storage_errors:
         name = f"Storage{builtin.__name__}"
         _storage_errors[builtin] = type(name, (StorageError, builtin), {"__module__": __name__})
     return _storage_errors[builtin]
+
+
+def __getattr__(name: str) -> Any:
+    """Finds those classes by their names, as pickles of errors have to."""
+    builtin = getattr(builtins, name.removeprefix("Storage"), None)
+    if name.startswith("Storage") and isinstance(builtin, type) and issubclass(builtin, OSError):
+        return _storage_class(builtin)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _from_core(kind: str, message: str, *, errno: int | None = None, **place: Any) -> HornbeamError:

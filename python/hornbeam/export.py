@@ -10,6 +10,7 @@ import keras
 import keras.export as _stock
 from keras.src.export import saved_model as _saved_model
 
+from hornbeam import _paths
 from hornbeam._export import ExportReport, Request, last_report, requested
 from hornbeam._keras import scope
 from hornbeam.errors import UnsupportedError
@@ -57,6 +58,7 @@ def export(
             raise UnsupportedError(f"Only SavedModels can be verified. Received: format={format!r}")
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
+    filepath = _paths.absolute(filepath)  # what is traced may change the directory
     with scope(), requested(Request(verify=verify, tolerance=tolerance)):
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
     return last_report()
