@@ -70,11 +70,7 @@ fn libhdf5() -> Result<Box<dyn Engine>> {
 /// # Errors
 /// `Io`.
 pub fn open(path: &Path) -> Result<Arc<dyn ReadAt>> {
-    let file = std::fs::File::open(path).during("cannot open");
-    let source = file.and_then(|file| match file.metadata() {
-        Ok(m) if m.is_dir() => Err(Error::new(Kind::Io(std::io::ErrorKind::IsADirectory.into()), "cannot open")),
-        _ => FileSource::new(file),
-    });
+    let source = crate::io::open_regular(path).during("cannot open").and_then(FileSource::new);
     Ok(Arc::new(source.map_err(|e| e.with_path(path))?))
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::archive::write::{Archive, Content, lead_in};
-use crate::commit::{self, Pending};
+use crate::commit::{self, Pending, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{Compression, Engine, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
@@ -106,8 +106,8 @@ pub struct Written {
     pub bytes: u64,
     /// CRC-32 of the weights image.
     pub crc: u32,
-    /// Why the target was written over instead of being replaced, if it was.
-    pub in_place: Option<&'static str>,
+    /// How the file took its place.
+    pub placed: Placed,
 }
 
 /// A complete new file that has not taken the old one's place. Dropping it leaves the old one.
@@ -134,7 +134,7 @@ impl Prepared {
     /// Those of [`Pending::commit`].
     pub fn commit(mut self) -> Result<Written> {
         if let Some(pending) = self.pending {
-            self.written.in_place = pending.commit(self.written.bytes)?;
+            self.written.placed = pending.place(self.written.bytes)?;
         }
         Ok(self.written)
     }
@@ -155,7 +155,7 @@ pub fn write(
     match target {
         Target::Sink(mut sink, base) => {
             let (end, crc) = fill(plan, &mut *sink, base, tensors, members, progress)?;
-            Ok(Prepared { written: Written { bytes: end - base, crc, in_place: None }, pending: None })
+            Ok(Prepared { written: Written { bytes: end - base, crc, placed: Placed::default() }, pending: None })
         }
         Target::Path(path, options) => {
             let pending = Pending::create(&path, options)?;
@@ -166,7 +166,7 @@ pub fn write(
             let filled = file.reserve(plan.weights_end(members.is_some()).unwrap_or(0));
             let filled = filled.and_then(|()| fill(plan, &mut file, 0, tensors, members, progress));
             let (bytes, crc) = filled.map_err(|e| full(e, pending.in_place().is_some()).with_path(&path))?;
-            Ok(Prepared { written: Written { bytes, crc, in_place: None }, pending: Some(pending) })
+            Ok(Prepared { written: Written { bytes, crc, placed: Placed::default() }, pending: Some(pending) })
         }
     }
 }

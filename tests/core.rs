@@ -744,6 +744,138 @@ mod replacing {
     }
 
     #[test]
+    fn what_is_empty_or_open_for_writing_keeps_its_inode() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.keras");
+        let inode = || fs::metadata(&path).unwrap().ino();
+        fs::write(&path, b"").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let first = inode();
+        for options in [ATOMIC, commit::Options { durable: true, ..ATOMIC }] {
+            fs::write(&path, b"").unwrap();
+            assert_eq!(put(&path, "new", options), Some(commit::EMPTY));
+            assert_eq!((inode(), mode(&path), &fs::read(&path).unwrap()[..]), (first, 0o640, &b"new"[..]));
+        }
+        // What can only read it, or is ours, does not count: it goes on seeing the old content.
+        let reader = fs::File::open(&path).unwrap();
+        let (held, other) = (Pending::create(&path, QUEUED).unwrap(), Pending::create(&path, QUEUED).unwrap());
+        assert_eq!(put(&path, "newer", QUEUED), None);
+        assert_ne!(inode(), first);
+        assert_eq!(std::io::read_to_string(&reader).unwrap(), "new");
+        drop((held, other));
+        // One that is longer, or opened while it is being written.
+        for open in [fs::File::options().write(true), fs::File::options().append(true).read(true)] {
+            let before = inode();
+            let pending = Pending::create(&path, ATOMIC).unwrap();
+            pending.file().write_all(b"x").unwrap();
+            let writer = open.open(&path).unwrap();
+            assert_eq!(pending.commit(1).unwrap(), Some(commit::OPEN));
+            assert_eq!((inode(), &fs::read(&path).unwrap()[..]), (before, &b"x"[..]));
+            drop(writer);
+            assert_eq!(put(&path, "longer than one", ATOMIC), None);
+        }
+        // Opened under another name.
+        let link = directory.path().join("link");
+        fs::hard_link(&path, &link).unwrap();
+        let writer = fs::File::options().write(true).open(&link).unwrap();
+        assert_eq!(put(&path, "two names", ATOMIC), Some(commit::OPEN));
+        assert_eq!(fs::read(&link).unwrap(), b"two names");
+        drop(writer);
+        assert_eq!(names(directory.path()), ["link", "m.keras"]);
+    }
+
+    #[test]
+    fn a_complete_file_is_removed_only_when_the_next_one_is_complete() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.keras");
+        let complete = directory.path().join(".m.keras.0123456789abcdef01234567.complete.hornbeam-tmp");
+        let own = directory.path().join(".m.keras.0123456789abcdef.complete.hornbeam-tmp");
+        fs::write(&complete, b"of another host").unwrap();
+        fs::write(&own, b"of a save that ended in its copy").unwrap();
+        fs::write(&path, b"half").unwrap();
+        let pending = Pending::create(&path, ATOMIC).unwrap();
+        assert!(own.exists());
+        drop(pending);
+        assert!(own.exists());
+        put(&path, "new", ATOMIC);
+        assert!(!own.exists() && complete.exists());
+    }
+
+    #[test]
+    fn leftovers_are_not_opened_followed_or_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let name = |n: u8| root.join(format!(".m.keras.{n:016x}.hornbeam-tmp"));
+        let victim = root.join("victim");
+        fs::write(&victim, b"mine").unwrap();
+        symlink("victim", name(1)).unwrap();
+        symlink("nothing", name(2)).unwrap();
+        fs::create_dir(name(3)).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(name(4)).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &name(5), 0o666.into()).unwrap();
+        symlink("/dev/zero", name(6)).unwrap();
+        for similar in ["0123456789ABCDEF", "0123456789abcdeg", "0123456789abcde", "0123456789abcdef0"] {
+            fs::write(root.join(format!(".m.keras.{similar}.hornbeam-tmp")), b"not ours").unwrap();
+        }
+        // Of a leftover itself, nothing that lies at its directory's name but a directory.
+        let left = name(7);
+        fs::write(&left, b"half").unwrap();
+        symlink("victim-directory", left.with_extension("hornbeam-dir")).unwrap();
+        fs::create_dir(root.join("victim-directory")).unwrap();
+        let before = names(root);
+        let path = root.join("m.keras");
+        let (done, waiting) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send((put(&path, "new", ATOMIC), commit::clear_leftovers(&path))));
+        waiting.recv_timeout(std::time::Duration::from_secs(60)).expect("it hangs");
+        let after = names(root);
+        let missing: Vec<_> = before.iter().filter(|n| !after.contains(n)).collect();
+        assert_eq!(missing, [left.file_name().unwrap().to_str().unwrap()]);
+        assert_eq!(fs::read(&victim).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn leftovers_of_another_host_are_left_alone_for_a_day() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let path = root.join("m.keras");
+        let here = Pending::create(&path, ATOMIC).unwrap();
+        let ours = names(root).pop().unwrap();
+        let host = &ours[".m.keras.".len()..][..8];
+        drop(here);
+        let leave = |host: &str, hours: u64| {
+            let left = root.join(format!(".m.keras.{host}7fffffff{hours:08x}.hornbeam-tmp"));
+            let file = fs::File::create(&left).unwrap();
+            let age = std::time::Duration::from_secs(hours * 3600);
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+            left
+        };
+        let other = format!("{:08x}", !u32::from_str_radix(host, 16).unwrap());
+        let (dead, recent, old) = (leave(host, 1), leave(&other, 23), leave(&other, 25));
+        // Somebody there who still writes does not refuse us: nobody here knows whether he lives.
+        let held = fs::File::open(&recent).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        put(&path, "new", ATOMIC);
+        assert_eq!((dead.exists(), recent.exists(), old.exists()), (false, true, false));
+    }
+
+    #[test]
+    fn pipes_and_devices_are_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o666.into()).unwrap();
+        let (done, waiting) = std::sync::mpsc::channel();
+        let pipe = path.clone();
+        std::thread::spawn(move || {
+            done.send((Pending::create(&pipe, ATOMIC).map(drop), load::open(&pipe).map(drop)))
+        });
+        let (written, read) = waiting.recv_timeout(std::time::Duration::from_secs(60)).expect("it hangs");
+        for error in [written.unwrap_err(), read.unwrap_err()] {
+            assert!(matches!(error.kind(), Kind::Io(_)) && error.path() == Some(&path), "{error}");
+        }
+        assert_eq!(put(Path::new("/dev/null"), "gone", ATOMIC), Some("the target is not a regular file"));
+    }
+
+    #[test]
     fn links_are_followed_and_stay() {
         let directory = tempfile::tempdir().unwrap();
         let (root, elsewhere) = (directory.path(), directory.path().join("elsewhere"));
@@ -808,12 +940,36 @@ mod replacing {
     #[test]
     fn long_names_leave_room_for_the_temporary_one() {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["n".repeat(255), "ß".repeat(127)] {
+        use std::os::unix::ffi::OsStringExt;
+        let text = |name: String| std::ffi::OsString::from(name);
+        let bytes = std::ffi::OsString::from_vec;
+        for name in [text("n".repeat(255)), text("ß".repeat(127)), bytes(vec![0xff; 255]), bytes(vec![0xff; 3])] {
             let path = directory.path().join(&name);
             put(&path, "new", ATOMIC);
-            assert_eq!(fs::read(&path).unwrap(), b"new");
+            fs::write(&path, b"").unwrap();
+            put(&path, "copied", ATOMIC); // by the longest name of all
+            assert_eq!(fs::read(&path).unwrap(), b"copied");
         }
-        assert_eq!(names(directory.path()).len(), 2);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn names_that_begin_alike_are_different_files() {
+        let directory = tempfile::tempdir().unwrap();
+        for length in [1, 179, 180, 181, 200, 254] {
+            let path = |last: char| directory.path().join(format!("{}{last}", "m".repeat(length)));
+            let first = Pending::create(&path('1'), ATOMIC).unwrap();
+            let second = Pending::create(&path('2'), ATOMIC).unwrap();
+            assert!(Pending::create(&path('1'), ATOMIC).is_err());
+            first.commit(1).unwrap();
+            second.commit(2).unwrap();
+            assert_eq!((fs::metadata(path('1')).unwrap().len(), fs::metadata(path('2')).unwrap().len()), (1, 2));
+        }
+        // What version 0.1.0 called after the first 200 bytes is cleared.
+        let left = directory.path().join(format!(".{}.0123456789abcdef.hornbeam-tmp", "m".repeat(200)));
+        fs::write(&left, b"half").unwrap();
+        put(&directory.path().join("m".repeat(230)), "new", ATOMIC);
+        assert!(!left.exists());
     }
 
     #[test]

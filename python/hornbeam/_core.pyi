@@ -20,8 +20,10 @@ __all__ = [
     "Weights",
     "build_info",
     "check_expansion",
+    "clear_leftovers",
     "decode_json",
     "encode_json",
+    "keeps_inode",
     "open",
     "plan",
     "write_file",
@@ -152,15 +154,27 @@ class Save:
 
         Returns:
             `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
-            being replaced, or `None`), and `tail`: what followed the end of target memory.
+            being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), and
+            `tail`: what followed the end of target memory.
         """
-    def commit(self) -> str | None:
-        """Replaces the old file, after `finish(commit=False)`; returns why it was written over instead."""
+    def commit(self) -> tuple[str | None, str | None]:
+        """Replaces the old file, after `finish(commit=False)`; returns `in_place` and `lost`, as `finish` does."""
     def cancel(self) -> None:
         """Stops the writer and removes what it wrote."""
 
-def write_file(path: _Path, data: bytes, *, atomic: bool = True, durable: bool = False) -> None:
-    """Writes a small file, replacing the old one when it is complete."""
+def write_file(
+    path: _Path, data: bytes, *, atomic: bool = True, durable: bool = False
+) -> tuple[str | None, str | None]:
+    """Writes a small file, replacing the old one when it is complete; returns what `Save.commit` does."""
+
+def keeps_inode(path: _Path) -> bool:
+    """Whether a save writes over this file, so that what has it open sees the new content.
+
+    That is so for an empty one, and, on Linux, for one that this process has open for writing.
+    """
+
+def clear_leftovers(path: _Path) -> None:
+    """Removes what crashed saves of this path left beside it."""
 
 @final
 class Directory:
@@ -179,8 +193,8 @@ class Directory:
     @property
     def path(self) -> str:
         """Where to write."""
-    def commit(self) -> None:
-        """Puts it in the target's place."""
+    def commit(self) -> str | None:
+        """Puts it in the target's place; returns which attribute of the old one could not be kept, or `None`."""
     def __enter__(self) -> Directory: ...
     def __exit__(
         self,

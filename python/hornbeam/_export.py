@@ -217,7 +217,9 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
                 _compare(self, name, artifact, request.tolerance, report)
         if current.durable:
             _durable.sync(root)
-        directory.commit()
+        lost = directory.commit()
+    if lost is not None:
+        _state.logger.warning("'%s' was replaced, but %s could not be kept", target, lost)
     if in_place and current.atomic:
         why = f"it holds other files: {others}" if others else "no directory can be made beside it"
         _state.logger.warning("wrote over '%s' instead of replacing it: %s", target, why)

@@ -130,10 +130,12 @@ class Ledger:
 
     def _adopt(self, pending: dict[str, Any]) -> bool:
         """Takes a save that nobody confirmed for one of the complete ones, if its file is in its place."""
-        entry = Entry(*pending["entry"])
-        if self._identity(entry.name) in (None, pending["before"]):
+        entry, before = Entry(*pending["entry"]), pending["before"]
+        found = self._identity(entry.name)
+        if found in (None, before):
             return False
-        if not pending.get("atomic", True):  # nobody knows how much of it was written
+        written_over = found is not None and before is not None and found[0] == before[0]
+        if written_over or not pending.get("atomic", True):  # nobody knows how much of it was written
             self.entries = [e for e in self.entries if e.name != entry.name]
             return False
         self.entries.append(entry)

@@ -80,7 +80,7 @@ def save_model_to_hdf5(
         save = plan.start(text, buffers, archive=False, atomic=options.atomic, durable=options.durable)
         with _progress.watch("save", text, plan.nbytes, lambda: save.written):
             info = save.finish([], _save._puller(file.store))
-    _save.log_in_place(info["in_place"], text)
+    _save.log_placed(info["in_place"], info["lost"], text)
     _save._count_save(plan, file.store, info["bytes"], text)
     return None
 

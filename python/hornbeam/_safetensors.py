@@ -168,7 +168,7 @@ def _save_one(named: _Named, text: str) -> None:
     plan = named.plan()
     save = plan.start(text, _save._buffers(named), archive=False, atomic=options.atomic, durable=options.durable)
     info = _save._finish(save, plan, named, text)
-    _save.log_in_place(info["in_place"], text)
+    _save.log_placed(info["in_place"], info["lost"], text)
     _save._count_save(plan, named, info["bytes"], text)
 
 

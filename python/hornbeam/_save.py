@@ -157,7 +157,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
             if options.durable:
                 _durable.sync(root / saving_lib._ASSETS_DIRNAME)
-            directory.commit()
+            log_placed(None, directory.commit(), target)
     _count_save(plan, store, info["bytes"], os.fspath(dirpath))
     return None
 
@@ -213,7 +213,7 @@ def save_weights_only(
             return None
         save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = _finish(save, plan, store, text)
-        log_in_place(info["in_place"], text)
+        log_placed(info["in_place"], info["lost"], text)
     _count_save(plan, store, info["bytes"], text)
     return None
 
@@ -253,7 +253,7 @@ def _defer(
     def write() -> int:
         info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         _written.crc = info["crc"]
-        log_in_place(info["in_place"], path)
+        log_placed(info["in_place"], info["lost"], path)
         _count_save(plan, store, info["bytes"], path)
         return info["bytes"]
 
@@ -378,7 +378,7 @@ def _write(
 
     info: dict[str, Any] = _finishing(save, path, plan.nbytes, work)
     if isinstance(target, str):
-        log_in_place(info["in_place"], target)
+        log_placed(info["in_place"], info["lost"], target)
     return info
 
 
@@ -425,10 +425,13 @@ def _write_memory(
     return info
 
 
-def log_in_place(reason: str | None, path: str) -> None:
-    """Tells that the old file was not safe meanwhile, unless that was asked for."""
-    if reason is not None and reason != "atomic=False":
-        _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, reason)
+def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
+    """Tells that the old content was not safe meanwhile, unless that was asked for or there was none; and what the new
+    file could not take over."""
+    if in_place not in (None, "atomic=False", "the target is empty"):
+        _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, in_place)
+    if lost is not None:
+        _state.logger.warning("'%s' was replaced, but %s could not be kept", path, lost)
 
 
 def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int, path: str | None) -> None:

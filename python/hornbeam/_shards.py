@@ -69,17 +69,26 @@ def write(
             running.append((save, 0))
             running[-1] = save, save.finish([], _save._puller(shard), commit=False)["bytes"]
     if options.atomic:
-        try:
-            path.unlink(missing_ok=True)
-        except PermissionError:  # a directory that takes and gives no file: an empty index is refused as well
-            _core.write_file(str(path), b"", atomic=False)
+        _withdraw(path)
     for (name, *_), (save, _) in zip(planned, running, strict=True):
-        _save.log_in_place(save.commit(), name)
-    _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
+        _save.log_placed(*save.commit(), name)
+    placed = _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
+    _save.log_placed(*placed, str(path))
     total, tensors = sum(nbytes for _, nbytes in running), sum(len(shard.datasets) for _, shard, _ in planned)
     _save.report_save(report, str(path), planned[0][2].engine, tensors, total)
     for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         _state.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
+
+
+def _withdraw(index: Path) -> None:
+    """Takes the old index away; an empty one is refused as well."""
+    if not _core.keeps_inode(index):
+        try:
+            index.unlink(missing_ok=True)
+            return
+        except PermissionError:  # the directory gives no file away
+            pass
+    _core.write_file(str(index), b"", atomic=False)
 
 
 def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:

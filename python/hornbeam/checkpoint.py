@@ -34,7 +34,7 @@ _MANIFEST, _LOCK, _STATE = "checkpoints.json", ".lock", "state.zip"
 _WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 #: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
-_LEFTOVER = re.compile(r"\.(step-\d{8,}(-\d+)?|checkpoints\.json)\.[0-9a-f]{16}\.hornbeam-tmp")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}(?:-\d+)?|checkpoints\.json)\.[0-9a-f]{16,24}\.hornbeam-tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -544,18 +544,9 @@ class CheckpointManager(BeginsAnew):
 
     def _clear_leftovers(self) -> None:
         """Removes temporary directories, unless somebody holds their lock."""
-        for name in os.listdir(self.directory):
-            if not _LEFTOVER.fullmatch(name):
-                continue
-            path = self.directory / name
-            try:
-                held = FileLock(path)
-            except BlockingIOError:
-                continue
-            for ending in (".hornbeam-dir", ".hornbeam-old"):
-                shutil.rmtree(path.with_suffix(ending), ignore_errors=True)
-            path.unlink(missing_ok=True)
-            held.release()
+        left = [_LEFTOVER.fullmatch(name) for name in os.listdir(self.directory)]
+        for target in {match[1] for match in left if match}:
+            _core.clear_leftovers(self.directory / target)
 
     def _delete(self, paths: list[Path]) -> None:
         """Deletes in a thread: freeing the pages of large files takes the kernel a while."""

@@ -5,7 +5,9 @@ pub mod emit;
 pub mod fetch;
 pub mod pack;
 
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::io::ErrorKind;
+use std::path::Path;
 
 use crate::error::{Context, Error, Kind, Result};
 
@@ -98,6 +100,28 @@ impl ReadAt for FileSource {
             _ => Error::new(Kind::Io(e), format!("cannot read {} bytes at offset {offset}", buf.len())),
         })
     }
+}
+
+/// Opens a regular file for reading. Pipes and devices are refused, and never waited for.
+///
+/// # Errors
+/// As opening it; `IsADirectory`, `InvalidInput` for what is neither file nor directory.
+pub(crate) fn open_regular(path: &Path) -> std::io::Result<File> {
+    let check = |found: Metadata| match found.file_type() {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(std::io::Error::from(ErrorKind::IsADirectory)),
+        _ => Err(std::io::Error::new(ErrorKind::InvalidInput, "it is a pipe, a socket or a device, not a file")),
+    };
+    check(path.metadata()?)?; // opening a device may do something already
+    let mut open = File::options();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut open, rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    let file = match open.read(true).open(path) {
+        Err(e) if e.kind() == ErrorKind::WouldBlock => File::open(path)?, // a lease, which takes a moment to end
+        other => other?,
+    };
+    check(file.metadata()?)?;
+    Ok(file)
 }
 
 /// A part of something readable.

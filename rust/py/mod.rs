@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::load::{File, Reading, Weights, check_expansion, open};
     #[pymodule_export]
-    use super::save::{Directory, Plan, Save, plan, write_file};
+    use super::save::{Directory, Plan, Save, clear_leftovers, keeps_inode, plan, write_file};
 
     /// How this extension was built.
     #[pyfunction]

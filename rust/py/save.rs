@@ -15,7 +15,7 @@ use super::buffer::{Lent, Memory, Stream};
 use super::errors::to_py;
 use super::run::{caller, interrupt, run};
 use crate::archive::write::Content;
-use crate::commit::{self, Options, Pending};
+use crate::commit::{self, Options, Pending, Placed};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::h5::Compression;
@@ -313,7 +313,9 @@ impl Save {
         info.set_item("bytes", prepared.bytes())?;
         info.set_item("crc", prepared.crc())?;
         if commit {
-            info.set_item("in_place", run(py, || prepared.commit())?.in_place)?;
+            let placed = run(py, || prepared.commit())?.placed;
+            info.set_item("in_place", placed.in_place)?;
+            info.set_item("lost", placed.lost)?;
         } else {
             *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
         }
@@ -321,10 +323,11 @@ impl Save {
         Ok(info)
     }
 
-    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead.
-    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
+    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead, and
+    /// what it could not take over from the old one.
+    fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok(None), |p| run(py, || p.commit().map(|written| written.in_place)))
+        prepared.map_or(Ok((None, None)), |p| run(py, || p.commit().map(|written| outcome(written.placed))))
     }
 
     /// Stops the writer and removes what it wrote.
@@ -373,11 +376,36 @@ impl From<MemberContent> for Content {
     }
 }
 
+/// Why a file was written over instead of being replaced, and what it lost of the old one's attributes.
+type Outcome = (Option<&'static str>, Option<&'static str>);
+
+fn outcome(placed: Placed) -> Outcome {
+    (placed.in_place, placed.lost)
+}
+
+/// Whether a save writes over the file at this path, so that what has it open sees the new content.
+#[pyfunction]
+pub(super) fn keeps_inode(py: Python<'_>, path: PathBuf) -> bool {
+    py.detach(|| commit::keeps_inode(&path).is_some())
+}
+
+/// Removes what crashed saves of this path left beside it.
+#[pyfunction]
+pub(super) fn clear_leftovers(py: Python<'_>, path: PathBuf) {
+    py.detach(|| commit::clear_leftovers(&path));
+}
+
 /// Replaces a small file atomically.
 #[pyfunction]
 #[pyo3(signature = (path, data, *, atomic = true, durable = false))]
-pub(super) fn write_file(py: Python<'_>, path: PathBuf, data: Vec<u8>, atomic: bool, durable: bool) -> PyResult<()> {
-    run(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }))
+pub(super) fn write_file(
+    py: Python<'_>,
+    path: PathBuf,
+    data: Vec<u8>,
+    atomic: bool,
+    durable: bool,
+) -> PyResult<Outcome> {
+    run(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
 }
 
 /// A directory that replaces another when it is complete; a context manager.
@@ -401,9 +429,10 @@ impl Directory {
         &self.1
     }
 
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+    /// Puts the directory in its place; what it could not take over from the old one.
+    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
         let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.map_or(Ok(()), |d| run(py, || d.commit()))
+        made.map_or(Ok(None), |d| run(py, || d.commit()))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
