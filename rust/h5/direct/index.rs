@@ -501,7 +501,8 @@ impl<'a> Reader<'a> {
             if chunks.len() > limits::MAX_CONTINUATIONS || total > limits::MAX_HEADER_BYTES {
                 return Err(Error::new(Kind::Limit, "an object header is too large"));
             }
-            if !seen.insert((start, size)) {
+            // Most headers are one chunk, which costs no memory here.
+            if chunks.len() > 1 && !seen.insert((start, size)) {
                 return Err(malformed("an object header continues into itself"));
             }
             let chunk = pages.get(start, size as usize)?;
