@@ -252,10 +252,8 @@ impl Weights {
         let mut tensors = Vec::new();
         // What has several names is read ahead by the first that is wanted, and for the others when they are taken.
         let mut first = HashSet::new();
-        let wanted: Vec<usize> = match self.index.shared {
-            false => wanted.to_vec(),
-            true => wanted.iter().copied().filter(|&i| first.insert(datasets[i].object)).collect(),
-        };
+        let is_first = |i: &usize| !self.index.shared || first.insert(datasets[*i].object);
+        let wanted: Vec<usize> = wanted.iter().copied().filter(is_first).collect();
         for &i in &wanted {
             if let (Storage::Contiguous(offset), None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len());

@@ -199,7 +199,7 @@ pub(crate) fn bombs() -> Vec<(&'static str, Vec<u8>)> {
 
     // One header, with rows of strings, at many links; the file says the number of links, or that it is one.
     let rows = |n: usize| -> Vec<Vec<u8>> {
-        (0..n).map(|i| attribute(&format!("n{i}"), &STRING, 60_000, &[b'a'; 60_000])).collect()
+        (0..n).map(|i| attribute(&format!("n{i}"), &STRING, 60_000, &vec![b'a'; 60_000])).collect()
     };
     for (what, links) in [("a header with many names", 20_000), ("a header with many names that it denies", 1)] {
         let mut image = Image::new();
@@ -214,7 +214,7 @@ pub(crate) fn bombs() -> Vec<(&'static str, Vec<u8>)> {
 
     // A row whose strings are all the same, in a heap of strings.
     let mut image = Image::new();
-    let object = [&1u16.to_le_bytes()[..], &[0; 6], &60_000u64.to_le_bytes(), &[b'a'; 60_000]].concat();
+    let object = [&1u16.to_le_bytes()[..], &[0; 6], &60_000u64.to_le_bytes(), &vec![b'a'; 60_000]].concat();
     let size = 16 + object.len() as u64 + 16;
     let heap_at = image.put(&[&b"GCOL\x01\0\0\0"[..], &size.to_le_bytes(), &object, &[0; 16]].concat());
     let reference = [&60_000u32.to_le_bytes()[..], &heap_at.to_le_bytes(), &1u32.to_le_bytes()].concat();
@@ -247,7 +247,7 @@ pub(crate) fn bombs() -> Vec<(&'static str, Vec<u8>)> {
     let link =
         |i: u32| message(6, &[&[1, 0, 4][..], &i.to_be_bytes().map(|b| b'a' + b % 26), &object.to_le_bytes()].concat());
     let mut links = vec![message(2, &[&[0; 2][..], &[0xff; 16]].concat())];
-    links.extend((0..26 * 26 * 26).map(|i| link(i / 26 / 26 % 26 << 16 | i / 26 % 26 << 8 | i % 26)));
+    links.extend((0..26 * 26 * 26).map(|i| link(((i / 26 / 26) << 16) | ((i / 26 % 26) << 8) | (i % 26))));
     let root = image.object(1, &links);
     all.push(("links in a header", image.finish(root)));
 

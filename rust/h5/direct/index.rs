@@ -232,6 +232,7 @@ impl<'a> Fields<'a> {
 
 /// What the messages of one object header say.
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools)] // each is what one message says
 struct Header {
     several: bool, // names that lead here, as the file says
     symbol_table: Option<(u64, u64)>,
@@ -239,7 +240,6 @@ struct Header {
     is_group: bool,
     shape: Option<Vec<u64>>,
     dtype: Option<Type>,
-    has_type: bool,
     null: bool,                              // a dataspace without elements
     storage: Option<(Option<Storage>, u64)>, // none: only the other engine reads it; and the bytes stored
     filtered: bool,
@@ -299,7 +299,7 @@ impl<'a> Reader<'a> {
         let several = header.several;
         if header.is_group {
             self.group(address, header)?;
-        } else if header.has_type && header.shape.is_none() && header.storage.is_none() {
+        } else if header.dtype.is_some() && header.shape.is_none() && header.storage.is_none() {
             return Ok(()); // a type with a name, for datasets to share
         } else {
             header.attributes.shrink_to_fit();
@@ -501,7 +501,8 @@ impl<'a> Reader<'a> {
             if chunks.len() > limits::MAX_CONTINUATIONS || total > limits::MAX_HEADER_BYTES {
                 return Err(Error::new(Kind::Limit, "an object header is too large"));
             }
-            if !seen.insert((start, size)) {
+            // Most headers are one chunk, which costs no memory here.
+            if chunks.len() > 1 && !seen.insert((start, size)) {
                 return Err(malformed("an object header continues into itself"));
             }
             let chunk = pages.get(start, size as usize)?;
@@ -550,7 +551,7 @@ impl<'a> Reader<'a> {
         }
         let twice = match kind {
             message::DATASPACE => header.shape.is_some(),
-            message::DATATYPE => header.has_type,
+            message::DATATYPE => header.dtype.is_some(),
             message::LAYOUT => header.storage.is_some(),
             message::SYMBOL_TABLE => header.symbol_table.is_some(),
             _ => false,
@@ -563,10 +564,7 @@ impl<'a> Reader<'a> {
                 header.null = data.u8(0)? == 2 && data.u8(3)? == 2;
                 header.shape = Some(if header.null { Vec::new() } else { dataspace(data)? });
             }
-            message::DATATYPE => {
-                header.has_type = true;
-                header.dtype = Some(datatype(data)?);
-            }
+            message::DATATYPE => header.dtype = Some(datatype(data)?),
             message::LAYOUT => header.storage = Some(layout(data)?),
             message::OLD_FILL_VALUE => header.filled |= data.u32(0)? > 0,
             message::FILL_VALUE => header.filled |= fill_value(data)?,

@@ -462,6 +462,26 @@ mod tests {
         }
     }
 
+    /// As liblzf and h5py have it; what is cut short, reaches before the start or grows too long is refused.
+    #[test]
+    fn lzf_is_undone_and_bounded() {
+        let mut out = Vec::new();
+        for (data, wanted) in [
+            (&b""[..], &b""[..]),
+            (b"\x02abc", b"abc"),
+            (b"\x02abc\x20\x02", b"abcabc"),          // three bytes, from three before
+            (b"\x00a\xe0\x03\x00", b"aaaaaaaaaaaaa"), // 7 + 3 + 2 of the last byte
+            (b"\x01ab\x60\x01\x00c", b"abababac"),
+        ] {
+            lzf(data, &mut out, 13).unwrap();
+            assert_eq!(out, wanted);
+        }
+        for bad in [&b"\x02ab"[..], b"\x00a\x20", b"\x00a\xe0\x03", b"\x00a\x20\x01", b"\x20\x00", b"\x00a\xe0\x04\x00"]
+        {
+            lzf(bad, &mut out, 13).unwrap_err();
+        }
+    }
+
     #[test]
     fn filters_check_what_they_undo() {
         let mut out = Vec::new();

@@ -289,9 +289,8 @@ impl<'l> Dataset<'l> {
             return Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with external Dataset"));
         }
         let dtype = lib.H5Dget_type(id)?;
-        let Element { dtype: element, swap, bfloat16 } = match element(lib, *dtype)? {
-            Some(element) => element,
-            None => return Ok(Err(described(lib, *dtype)?)),
+        let Some(Element { dtype: element, swap, bfloat16 }) = element(lib, *dtype)? else {
+            return Ok(Err(described(lib, *dtype)?));
         };
         let space = lib.H5Dget_space(id)?;
         let Some(shape) = lib.dimensions(*space)? else { return Ok(Err("it has no values (a null dataspace)".into())) };
