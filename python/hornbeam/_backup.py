@@ -207,7 +207,7 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         if compiled is not None and not compiled.built:
             assert self._input is not None
             self.model._symbolic_build(data_batch=self._input.example())
-        _training_state.assign(self.model.metrics_variables, state, "metrics of the backup")
+        _training_state.assign(self.model.metrics_variables, state, "metrics of the backup", self.model)
 
     def _expect_no_batch(self, logs: dict[str, Any]) -> None:
         """The backup may be of the last batch of data of unknown length: `fit` then has no logs for the epoch's end."""
