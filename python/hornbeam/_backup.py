@@ -72,7 +72,7 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         asynchronous: bool = False,
         durable: bool = True,
     ) -> None:
-        backup_dir = _paths.absolute(backup_dir)  # as it is meant now
+        backup_dir = _paths.absolute(backup_dir) if backup_dir else backup_dir  # as it is meant now
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.seed = seed
         keep = 2 if double_checkpoint else 1
