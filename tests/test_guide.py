@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +157,7 @@ def done(stats: Any) -> None:
         ("m", {"save_format": "tf"}),
         ("m.h5", {}),
         ("m.hdf5", {}),
-        pytest.param(
-            *("m", {"save_format": "h5"}),
-            marks=pytest.mark.skipif(find_spec("hornbeam._legacy") is None, reason="stock Keras refuses the name"),
-        ),
+        ("m", {"save_format": "h5"}),
     ],
 )
 @pytest.mark.parametrize("installed", [False, True])
@@ -189,8 +185,7 @@ def test_every_format_comes_back_whole(name: str, arguments: dict[str, str], ins
     assert [w.tobytes() for w in loaded.get_weights()] == [w.tobytes() for w in model.get_weights()]
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
     assert keras.losses.get(loaded.loss) is keras.losses.mean_squared_error
-    if find_spec("hornbeam._legacy") is not None or not name.endswith(("5", "f5")):  # stock Keras loses the state there
-        assert saved(loaded) == saved(model)
+    assert saved(loaded) == saved(model)
 
 
 def test_the_module_is_the_same_by_either_name() -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,16 @@ def test_a_callback_is_told_to_the_end(name: str, tmp_path: Path) -> None:
         if name == "m.keras"
         else (saving.save_weights, lambda **k: saving.load_weights(built, tmp_path / name, **k))
     )
+    began = time.monotonic()
     save(built, tmp_path / name, progress=told.append)
     load(progress=told.append)
+    passed = time.monotonic() - began
     last = {p.operation: p for p in told}
     assert set(last) == {"save", "load"}
     for progress in last.values():
         assert progress.path == str(tmp_path / name)
         assert progress.done == progress.total == nbytes(built)
-        assert progress.seconds >= 0
+        assert 0 < progress.seconds < passed
 
 
 def test_a_callback_that_fails_is_logged_and_harms_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -72,7 +72,7 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         asynchronous: bool = False,
         durable: bool = True,
     ) -> None:
-        backup_dir = _paths.absolute(backup_dir)  # as it is meant now
+        backup_dir = _paths.absolute(backup_dir) if backup_dir else backup_dir  # as it is meant now
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.seed = seed
         keep = 2 if double_checkpoint else 1
@@ -207,7 +207,7 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         if compiled is not None and not compiled.built:
             assert self._input is not None
             self.model._symbolic_build(data_batch=self._input.example())
-        _training_state.assign(self.model.metrics_variables, state, "metrics of the backup")
+        _training_state.assign(self.model.metrics_variables, state, "metrics of the backup", self.model)
 
     def _expect_no_batch(self, logs: dict[str, Any]) -> None:
         """The backup may be of the last batch of data of unknown length: `fit` then has no logs for the epoch's end."""

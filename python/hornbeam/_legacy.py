@@ -474,6 +474,7 @@ def _settle(
     variables = _asked_for(model, request) if partial else whole
     report.missing = [v.path for v in variables if id(v) not in {*journal.assigned, *untrained}]
     report.mismatched = file.mismatched
+    report.unmatched = request.unmatched(name.removeprefix("model_weights/") for name in file.where)
     report.cast = journal.cast
     report.bytes = file.image.bytes
     report.crc = file.image.crc
@@ -484,13 +485,13 @@ def _settle(
         raised = IncompleteLoadError(f"The load is not complete.\n\n{differences}")
         raised.path, raised.report = report.path, report
         raise raised
+    if partial:
+        report.warn_of_nothing()
     _state.count(engine=report.engine, loads=1, bytes_read=report.bytes, tensors_read=file.image.tensors)
     _report.remember(report)
 
 
 def _asked_for(model: Any, request: Request) -> list[Any]:
-    if request.only is None and not request.skip and request.name_map is None:
-        return []  # by name: what the file lacks keeps its value
     return [
         v for _, group, variables in _owners(model) for v in variables if _selected(_names(model, group, v), request)
     ]

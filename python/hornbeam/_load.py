@@ -392,6 +392,7 @@ def _settle(
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
+    report.unmatched = request.unmatched(names)
     report.cast = journal.cast
     report.bytes = sum(image.bytes for image in store.images)
     crcs = {image.crc for image in store.images}
@@ -405,6 +406,8 @@ def _settle(
         raise raised
     if errors:
         saving_lib._raise_loading_failure(errors, warn_only=True)
+    if request.partial:
+        report.warn_of_nothing()
     for image in store.images:
         _state.count(engine=image.weights.engine)
     _state.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
@@ -446,6 +449,7 @@ def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], s
     listed = {v.path for saveable, _ in errors.values() for v in getattr(saveable, "variables", ())}
     starts = tuple(f"{place}/vars/" for place, _ in report.mismatched)
     lines += [f"  {name}: not in the file" for name in report.missing if name not in listed]
+    lines += [f"  {name}: in `name_map`, but not in the file" for name in report.unmatched]
     lines += [
         f"  {name}: in the file, but not in the model"
         for name in report.unexpected

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import threading
 import time
+import warnings
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class LoadReport:
         mismatched: `(object, why)` of what did not fit.
         refused: Names in the file that belong to those; with `skip_mismatch`, some of their values may have been set,
             as in Keras.
+        unmatched: Names that `name_map` has and the file has not.
         initialised: Variables that got their initial value because the file had none; only `load_model` does that.
         cast: `(variable, dtype in the file, dtype of the variable)` of what was converted.
         bytes: Bytes of the tensors taken.
@@ -41,6 +43,7 @@ class LoadReport:
     skipped: list[str] = dataclasses.field(default_factory=list)
     mismatched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     refused: list[str] = dataclasses.field(default_factory=list)
+    unmatched: list[str] = dataclasses.field(default_factory=list)
     initialised: list[str] = dataclasses.field(default_factory=list)
     cast: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     bytes: int = 0
@@ -57,7 +60,16 @@ class LoadReport:
 
         And nothing in the file was left over, but what is in `skipped`.
         """
-        return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched)
+        return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched or self.unmatched)
+
+    def warn_of_nothing(self) -> None:
+        """Warns where what was asked for is not in the file: names that fit nothing are mostly misspelt."""
+        what = f"'{self.path or 'a file object'}'"
+        if self.missing and not self.loaded:
+            named = f"the model has {shorten(self.missing, 3)}"
+            warnings.warn(f"Nothing was loaded from {what}: no name in it fits; {named}.", stacklevel=2)
+        elif self.unmatched:
+            warnings.warn(f"`name_map` has names that are not in {what}: {shorten(self.unmatched)}.", stacklevel=2)
 
     def stage(self, name: str) -> None:
         """Ends a stage that began where the last one ended."""
@@ -77,7 +89,7 @@ class LoadReport:
             ("checksum", self.crc),
             ("engine", self.engine),
         ]
-        for name in ("missing", "unexpected", "mismatched", "refused", "initialised", "cast", "skipped"):
+        for name in ("missing", "unexpected", "mismatched", "refused", "unmatched", "initialised", "cast", "skipped"):
             items = [_item(i) for i in getattr(self, name)]
             if items:
                 rows.append((name, f"{len(items)}: {shorten(items)}"))

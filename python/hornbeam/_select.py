@@ -44,6 +44,10 @@ class Request:
         """Whether not simply everything goes where Keras would put it."""
         return self.only is not None or bool(self.skip) or self.name_map is not None or self.by_name
 
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """What a mapping has names for, though the file, which has these, does not."""
+        return sorted(set(self.name_map).difference(names)) if isinstance(self.name_map, Mapping) else []
+
 
 class Structure(RecordStore):
     """What a model would store, and under which names: its variables themselves, not their values."""

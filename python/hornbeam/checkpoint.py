@@ -23,6 +23,7 @@ from hornbeam import _async, _core, _durable, _paths, _processes, _random, _rete
 from hornbeam._async import Handle
 from hornbeam._copies import BeginsAnew
 from hornbeam._lock import FileLock
+from hornbeam._open import File
 from hornbeam._save import checksum
 from hornbeam._state import logger, options
 from hornbeam.errors import CheckpointError
@@ -327,14 +328,18 @@ class CheckpointManager(BeginsAnew):
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
         _training_state.check(model, state["model"], where)
         for name, item in extra.items():
-            _training_state.check_given(item, state["extra"][name], f"{where}: {name}")
+            _training_state.check_given(item, state["extra"][name], f"{where}: {name}", model)
+        with File(chosen.model) as file:
+            groups = {tensor.rpartition("/")[0] for tensor in file}
+            named = {group: file.attributes(group).get("name") for group in groups.intersection(file.groups)}
+        _training_state.check_places(model, {g: n for g, n in named.items() if n is not None}, str(chosen.model))
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
         load_weights(model, chosen.model, strict=True)
         _training_state.apply(model, state["model"], where)
         for name, item in extra.items():
-            _training_state.give_state(item, state["extra"][name], f"{where}: {name}")
+            _training_state.give_state(item, state["extra"][name], f"{where}: {name}", model)
         self.random = state["model"]["random"]
         if random_state and _processes.is_chief():  # last: what was called above may have drawn numbers
             _random.restore(state["model"]["random"])
