@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from os import PathLike, fspath
-from typing import Any
+from os import PathLike
+from typing import IO, Any
 
 import keras
 import keras.saving as _stock
@@ -12,6 +12,7 @@ from keras.src.saving import saving_api
 
 from hornbeam import _async
 from hornbeam._async import Handle
+from hornbeam._file_objects import is_file_object, plain
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
@@ -28,7 +29,7 @@ Progressed = Callable[[Progress], Any] | bool | None
 
 def save_model(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
@@ -77,6 +78,7 @@ def save_model(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    filepath = plain(filepath)
     if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
@@ -87,7 +89,7 @@ def save_model(
 
 
 def load_model(
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
@@ -113,19 +115,20 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    filepath = plain(filepath)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
         model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
             raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {filepath}")
-        remember(LoadReport(fspath(filepath)))
+        remember(LoadReport(_path(filepath)))
     return model
 
 
 def save_weights(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
@@ -172,6 +175,7 @@ def save_weights(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    filepath = plain(filepath)
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
@@ -181,7 +185,7 @@ def save_weights(
 
 def load_weights(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     skip_mismatch: bool = False,
     *,
     strict: bool = False,
@@ -229,7 +233,8 @@ def load_weights(
         name_map=name_map,
         by_name=bool(by_name),
     )
-    if not str(filepath).endswith(_IN_PART):
+    filepath = plain(filepath)
+    if not is_file_object(filepath) and not str(filepath).endswith(_IN_PART):
         if request != Request():
             raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {filepath}")
         kwargs["by_name"] = by_name
@@ -238,7 +243,7 @@ def load_weights(
         saving_api.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()
     if report is None or report is before:
-        report = LoadReport(fspath(filepath))
+        report = LoadReport(_path(filepath))
         remember(report)
     return report
 
@@ -254,8 +259,13 @@ def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request |
     if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
         return request.handle
     if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one
-        remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
+        remember(SaveReport(_path(filepath)))
     return None
+
+
+def _path(filepath: Any) -> str | None:
+    """What a report calls it."""
+    return filepath if isinstance(filepath, str) else None
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
