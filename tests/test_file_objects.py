@@ -258,7 +258,7 @@ def test_save_by_name(given: tuple[Path, Any], tmp_path: Path, api: dict[str, An
     with path.open(mode) as file:
         api["save_model" if suffix in (".keras", ".h5") else "save_weights"](model, file)
         file.flush()
-        assert file.tell() == os.fstat(file.fileno()).st_size > 10_000  # nothing of the old content
+        assert file.tell() == os.fstat(file.fileno()).st_size > 2000  # nothing of the old content
         assert not file.closed
     loaded = _model(2)
     hornbeam.saving.load_weights(loaded, path, strict=suffix != ".h5")

@@ -124,18 +124,21 @@ def explained(source: Any, *kinds: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         found = look(source)
         if found is not None and found.kind not in kinds:
-            _add(error, str(found))
+            _add(error, found, _file_objects.plain(source))
         raise
 
 
-def _add(error: BaseException, text: str) -> None:
-    if text in str(error):  # said already, further inside
+def _add(error: BaseException, found: Content, source: Any) -> None:
+    text, said = str(found), str(error)
+    if text.removeprefix("It ") in said:  # further inside
         return
+    if isinstance(source, str) and source not in said:
+        text = f"'{source}' {text.removeprefix('It ')}"
     if isinstance(error, OSError) and isinstance(error.strerror, str):
         error.strerror = f"{error.strerror}. {text}"
         error.args = (error.args[0], error.strerror, *error.args[2:])
     elif len(error.args) == 1 and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0].rstrip()} {text}",)
+        error.args = (f"{error.args[0].rstrip().rstrip('.')}. {text}",)
     else:
         error.add_note(text)
 
@@ -197,12 +200,13 @@ def _zip(file: Any, size: int) -> Content:
 
 def _hdf5(begin: bytes, size: int) -> Content:
     """The superblock says how long the file is (III.A of the HDF5 file format specification)."""
+    if size < 48:  # the shortest superblock
+        return Content(None, f"an HDF5 file that is cut off after {size} bytes", _AGAIN)
     version = begin[8]
     at = {0: 40, 1: 44, 2: 28, 3: 28}.get(version)
-    width = begin[13 if version < 2 else 9] if len(begin) > 13 else 0
-    if at is not None and width == 8:
+    if at is not None and begin[13 if version < 2 else 9] == 8:  # bytes of an address
         whole = int.from_bytes(begin[at : at + 8], "little")
-        if len(begin) < at + 8 or size < whole < 1 << 62:
+        if size < whole < 1 << 62:
             return Content(None, f"an HDF5 file that is cut off: {size} of {whole} bytes are there", _AGAIN)
     return Content("h5", "an HDF5 file", "Give it a name that ends in `.h5`, or `.weights.h5` if it has weights only.")
 

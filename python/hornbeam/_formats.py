@@ -94,14 +94,14 @@ def load_model(
 
         return _savedmodel.load_model(filepath, custom_objects, compile, safe_mode)
     if not str(filepath).endswith((".h5", ".hdf5")):
-        head = _content.head(filepath)
-        if head.startswith(_content.HDF5):  # Keras 2 called it `.keras`, too
+        hdf5 = _content.head(filepath).startswith(_content.HDF5)
+        _check_content(filepath, hdf5=hdf5)
+        if hdf5:  # Keras 2 called it `.keras`, too
             return legacy_h5_format.load_model_from_hdf5(filepath, custom_objects, compile, safe_mode)
-        _check_content(filepath)
     return stock(filepath, custom_objects, compile, safe_mode)
 
 
-def _check_content(filepath: Any) -> None:
+def _check_content(filepath: Any, *, hdf5: bool) -> None:
     """Refuses what stands at a local path and is no model, where stock Keras would say that no file is there.
 
     Raises:
@@ -113,10 +113,10 @@ def _check_content(filepath: Any) -> None:
     if os.path.isdir(filepath):
         if not archive or os.path.exists(os.path.join(filepath, "config.json")) or _has_steps(filepath):
             return  # a directory of Keras', or a checkpoint of Orbax
-    elif archive and zipfile.is_zipfile(filepath):
+    elif archive and os.path.isfile(filepath) and zipfile.is_zipfile(filepath):  # a pipe would be waited for
         return
     found = _content.look(filepath)
-    if found is not None:
+    if found is not None and not (hdf5 and found.kind == "h5"):
         what = "no `.keras` archive" if archive else "not a file that Keras loads as a model"
         raise ConfigError(f"'{filepath}' is {what}. {found}")
 
@@ -210,7 +210,8 @@ def _weights_source(file: Any) -> Stream:
     if head.startswith(b"PK"):
         return Stream(file, ".keras")
     if head.startswith(_content.HDF5):
-        opened = _core.open(_file_objects.source(file), archive=False).weights(engine=_state.current().engine)
+        with _content.explained(file, "h5"):
+            opened = _core.open(_file_objects.source(file), archive=False).weights(engine=_state.current().engine)
         legacy = any(name == "layer_names" for name, _ in opened.attributes)
         legacy = legacy or any(name == "model_weights" for name, _ in opened.groups())
         return Stream(file, ".h5" if legacy else ".weights.h5")

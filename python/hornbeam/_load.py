@@ -86,7 +86,7 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
     if reason is not None:
         return _hand_over(request, reason, path, stock, *arguments)
     report = LoadReport(path)
-    with _content.explained(fileobj, "keras"):
+    with _content.explained(path or fileobj, "keras"):
         file = _core.open(place, archive=True)
         sizes = {name: size for name, size, _ in file.members()}
         if saving_lib._CONFIG_FILENAME not in sizes:

@@ -502,6 +502,8 @@ def _decode(text: str | bytes, where: str) -> Any:
         return _core.decode_json(text, trusted=False)
     except HornbeamError as e:
         raise type(e)(f"'{where}': {e}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"'{where}': it is no JSON, for it is no text: {e}") from e
 
 
 def _similar(wanted: str, names: Iterable[str]) -> list[str]:

@@ -12,7 +12,8 @@ from keras.src.saving import saving_api
 
 from hornbeam import _async
 from hornbeam._async import Handle
-from hornbeam._file_objects import is_file_object, plain
+from hornbeam._file_objects import is_file_object
+from hornbeam._file_objects import plain as _plain
 from hornbeam._keras import scope
 from hornbeam._load import requested
 from hornbeam._progress import Progress
@@ -78,7 +79,7 @@ def save_model(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    filepath = plain(filepath)
+    filepath = _plain(filepath)
     if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
         raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
@@ -115,7 +116,7 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
-    filepath = plain(filepath)
+    filepath = _plain(filepath)
     before = last_report()
     with scope(), options(progress=progress), requested(Request(strict=strict)):
         model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
@@ -175,7 +176,7 @@ def save_weights(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    filepath = plain(filepath)
+    filepath = _plain(filepath)
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
@@ -233,7 +234,7 @@ def load_weights(
         name_map=name_map,
         by_name=bool(by_name),
     )
-    filepath = plain(filepath)
+    filepath = _plain(filepath)
     if not is_file_object(filepath) and not str(filepath).endswith(_IN_PART):
         if request != Request():
             raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {filepath}")
