@@ -71,7 +71,10 @@ def _latest_hdf5() -> bytes:
     return memory.getvalue()[:9000]
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e\nsize 132735\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 132735\n"
+)
 _TORCH_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 #: What it is → its content, and what the error must say of it and of what to do.
 THINGS: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str, str]] = {
