@@ -123,7 +123,8 @@ def state():
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     left = [n for n in os.listdir(root) if "hornbeam-" in n] + os.listdir(root + "/tmp")
-    return resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count(), left
+    descriptors, tasks = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    return resident, descriptors, tasks, threading.active_count(), left
 
 
 names, found = dict(globals()), []

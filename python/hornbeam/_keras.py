@@ -207,8 +207,10 @@ def patch(module: ModuleType) -> None:
             original = getattr(*_place(where, name), None)
             if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
                 continue
-            known, dispatcher = _made.get((where, name), (None, original))
-            if known is not original:
+            made = _made.get((where, name))
+            if made is not None and made[0] is original:
+                dispatcher = made[1]
+            else:
                 dispatcher = _dispatcher(where, name, original)
                 if getattr(sys.modules.get(original.__module__), name, None) is original:
                     dispatcher.__module__ = where  # else `pickle` would look where the original comes from

@@ -27,6 +27,7 @@ from keras.src.saving import object_registration, serialization_lib
 from hornbeam import (
     _async,
     _build,
+    _content,
     _core,
     _journal,
     _load,
@@ -37,6 +38,7 @@ from hornbeam import (
     _state,
     _tensors,
 )
+from hornbeam._file_objects import Stream, openable, path_of, plain
 from hornbeam._legacy_save import top_level_weights, unsupported
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, _fits, _selected
@@ -54,18 +56,22 @@ def load_model_from_hdf5(
     stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`legacy_h5_format.load_model_from_hdf5`."""
+    filepath = plain(filepath)
     _async.settle(filepath, loads=True)
     request = _load.take_request()
     reason = unsupported(filepath)
     if reason is not None:
         path = filepath if isinstance(filepath, str | os.PathLike) else None
         return _load._hand_over(request, reason, path, stock, filepath, custom_objects, compile, safe_mode)
-    text = os.fspath(filepath)
-    report = LoadReport(text)
-    weights = _core.open(text, archive=False).weights(engine=_state.current().engine)
+    text = str(filepath)
+    report = LoadReport(path_of(filepath))
+    weights = _open(filepath)
     attributes = dict(weights.attributes)
     if "model_config" not in attributes:
-        raise ValueError(f"No model config found in the file at {filepath}.")
+        raise ValueError(
+            f"No model config found in the file at {filepath}. It has weights and no architecture: build the model, "
+            "and call `model.load_weights` with it."
+        )
     known = {**(custom_objects or {}), **object_registration.GLOBAL_CUSTOM_OBJECTS}
     known.update(global_state.get_global_attribute("custom_objects_scope_dict", {}))
     with ExitStack() as stack:
@@ -74,7 +80,7 @@ def load_model_from_hdf5(
         file = _File(weights, text, None if compile else _is_no_slot, _load._read_ahead())
         stack.callback(file.store.close)
         image = file.image
-        stack.enter_context(_progress.watch("load", text, image.nbytes, lambda: image.done))
+        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
         report.stage("open")
         config = _decode(attributes["model_config"], known)
         safe = serialization_lib.SafeModeScope(safe_mode)
@@ -124,20 +130,21 @@ def load_weights(
     stock = functools.partial(stock, objects_to_skip=objects_to_skip, by_name=by_name, **kwargs)
     if kwargs or objects_to_skip is not None:
         return stock(model, filepath, skip_mismatch)  # raises
+    filepath = plain(filepath)
     _async.settle(filepath, loads=True)
     request = _load.take_request()
     reason = unsupported(filepath)
     if reason is not None:
         return _load._hand_over(request, reason, str(filepath), stock, model, filepath, skip_mismatch)
-    text = os.fspath(filepath)
+    text = str(filepath)
     by_name = bool(by_name) or request.by_name
-    report = LoadReport(text)
-    weights = _core.open(text, archive=False).weights(engine=_state.current().engine)
+    report = LoadReport(path_of(filepath))
+    weights = _open(filepath)
     with ExitStack() as stack:
         file = _File(weights, text, _is_no_slot, _load._ALL)
         stack.callback(file.store.close)
         image = file.image
-        stack.enter_context(_progress.watch("load", text, image.nbytes, lambda: image.done))
+        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
         inside = not any(name == "layer_names" for name, _ in weights.attributes) and "model_weights" in file.groups
         root = "model_weights" if inside else ""
         plan = file.by_name if by_name else file.by_order
@@ -158,6 +165,12 @@ def load_weights(
         partial = request.partial or by_name
         _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=partial)
     return report
+
+
+def _open(place: str | Stream) -> _core.Weights:
+    """The index of a legacy file."""
+    with _content.explained(place, "h5"):
+        return _core.open(openable(place), archive=False).weights(engine=_state.current().engine)
 
 
 def _is_no_slot(path: str) -> bool:

@@ -23,7 +23,8 @@ from keras.src.legacy.saving import serialization as legacy_serialization
 from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _async, _cast, _core, _durable, _patch, _progress, _save, _state, _tensors
+from hornbeam import _async, _cast, _core, _durable, _patch, _save, _state, _tensors
+from hornbeam._file_objects import Stream, path_of, plain
 from hornbeam._store import Dataset, RecordStore
 from hornbeam.errors import UnsupportedError
 
@@ -35,6 +36,8 @@ _local = threading.local()
 
 def unsupported(filepath: Any) -> str | None:
     """Why stock Keras must do it, if it must."""
+    if isinstance(filepath, Stream):
+        return None
     if not isinstance(filepath, str | os.PathLike):
         return "an open HDF5 file"
     if saving_lib.file_utils.is_remote_path(str(filepath)):
@@ -46,6 +49,7 @@ def save_model_to_hdf5(
     stock: Stock, model: Any, filepath: Any, overwrite: bool = True, include_optimizer: bool = True
 ) -> Any:
     """`legacy_h5_format.save_model_to_hdf5`: the old file stays until the new one is complete."""
+    filepath = plain(filepath)
     _async.refuse("the legacy HDF5 format")
     _async.settle(filepath)
     smaller = _cast.take_request()
@@ -57,7 +61,7 @@ def save_model_to_hdf5(
     if reason is not None:
         with _cast.requested(dataclasses.replace(smaller, include_optimizer=True)):  # that, stock Keras does as well
             return _save._hand_over(reason, filepath, stock, model, filepath, overwrite, include_optimizer)
-    text = os.fspath(filepath)
+    text = str(filepath)
     if not overwrite and os.path.isfile(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
     options = _state.current()
@@ -74,14 +78,11 @@ def save_model_to_hdf5(
             shuffle=options.shuffle,
             chunk_bytes=options.chunk_bytes,
         )
-        with _durable.directories(text, durable=options.durable):
-            os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
-        buffers = _save._buffers(file.store)
-        save = plan.start(text, buffers, archive=False, atomic=options.atomic, durable=options.durable)
-        with _progress.watch("save", text, plan.nbytes, lambda: save.written):
-            info = save.finish([], _save._puller(file.store))
-    _save.log_placed(info["in_place"], info["lost"], text)
-    _save._count_save(plan, file.store, info["bytes"], text)
+        if not isinstance(filepath, Stream):
+            with _durable.directories(text, durable=options.durable):
+                os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
+        info = _save.write_image(plan, file.store, filepath)
+    _save._count_save(plan, file.store, info["bytes"], path_of(filepath))
     return None
 
 

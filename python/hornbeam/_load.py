@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from keras.src.saving import saving_lib
 from hornbeam import (
     _async,
     _build,
+    _content,
     _core,
     _journal,
     _keras,
@@ -33,6 +33,7 @@ from hornbeam import (
     _state,
     _tensors,
 )
+from hornbeam._file_objects import Stream, openable, path_of, plain, source
 from hornbeam._report import LoadReport
 from hornbeam._select import Request, Selection, Structure
 from hornbeam._store import AssetStore, Image, LoadStore
@@ -84,18 +85,19 @@ def _read_ahead() -> int:
 def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
     """`saving_lib._load_model_from_fileobj`."""
     request = take_request()
-    source = _source(fileobj)
-    path = source if isinstance(source, str) else None
+    place = source(fileobj)
+    path = place if isinstance(place, str) else None
     arguments = (fileobj, custom_objects, compile, safe_mode)
     reason = _keras.unsupported()
     if reason is not None:
         return _hand_over(request, reason, path, stock, *arguments)
     report = LoadReport(path)
-    file = _core.open(source, archive=True)
-    _check_archive(file, path)
-    sizes = {name: size for name, size, _ in file.members()}
-    if saving_lib._CONFIG_FILENAME not in sizes:
-        raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
+    with _content.explained(path or fileobj, "keras"):
+        file = _core.open(place, archive=True)
+        _check_archive(file, path)
+        sizes = {name: size for name, size, _ in file.members()}
+        if saving_lib._CONFIG_FILENAME not in sizes:
+            raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
     config = _read_member(file, saving_lib._CONFIG_FILENAME)
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
@@ -222,6 +224,7 @@ def load_weights_only(
 
     Whatever fails, the model is bit for bit what it was.
     """
+    filepath = plain(filepath)
     _async.settle(filepath, loads=True)
     request = take_request()
     text = str(filepath)
@@ -229,9 +232,12 @@ def load_weights_only(
         return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
     reason = _keras.unsupported(path=text)
     if reason is not None:
+        if isinstance(filepath, Stream):
+            raise UnsupportedError(f"Stock Keras must do this load ({reason}), and reads weights from paths only.")
         return _hand_over(request, reason, text, stock, model, filepath, skip_mismatch, objects_to_skip)
-    report = LoadReport(text)
-    opened = _open_weights(text)
+    report = LoadReport(path_of(filepath))
+    with _content.explained(filepath, *_kinds(text)):
+        opened = _open_weights(filepath)
     visited = {id(o) for o in objects_to_skip or ()}
     selection = None
     named = text.endswith(_SAFETENSORS)
@@ -257,7 +263,8 @@ def load_weights_only(
             store = LoadStore(images, selection.source, own)
         stack.callback(store.close)
         total = sum(image.nbytes for image in images)
-        stack.enter_context(_progress.watch("load", text, total, lambda: sum(image.done for image in images)))
+        watch = _progress.watch("load", report.path, total, lambda: sum(image.done for image in images))
+        stack.enter_context(watch)
         report.stage("open")
         store.complete(drop_rest=False)
         report.stage("read")
@@ -272,9 +279,15 @@ def load_weights_only(
     return report
 
 
-def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
-    """The image, or the shards, of a weights file."""
-    engine = _state.current().engine
+def _kinds(text: str) -> tuple[str, ...]:
+    """What a weights file of that name holds."""
+    kinds = {".keras": "keras", ".weights.json": "shards", ".json": "shards", ".safetensors": "safetensors"}
+    return (next((kind for suffix, kind in kinds.items() if text.endswith(suffix)), "h5"),)
+
+
+def _open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
+    """The image, or the shards, of a weights file; also of one in a file object."""
+    text, engine = str(place), _state.current().engine
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
@@ -284,8 +297,8 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
     if text.endswith(_SAFETENSORS):
         from hornbeam._safetensors import open_weights
 
-        return open_weights(text)
-    file = _core.open(text, archive=text.endswith(".keras"))
+        return open_weights(place)
+    file = _core.open(openable(place), archive=text.endswith(".keras"))
     if text.endswith(".keras"):
         name = saving_lib._VARS_FNAME_H5
         if all(name != member for member, *_ in file.members()):
@@ -293,21 +306,6 @@ def _open_weights(text: str) -> list[tuple[str, _core.Weights]]:
         _check_archive(file, text)
         _check_expansion(file, name)
     return [(text, file.weights(engine=engine))]
-
-
-def _source(fileobj: Any) -> Any:
-    """What the core reads from: a path where the file object stands for one, memory, or the object itself."""
-    if type(fileobj) is io.BufferedReader and isinstance(fileobj.name, str | bytes):
-        try:
-            if os.path.samestat(os.fstat(fileobj.fileno()), os.stat(fileobj.name)):
-                return os.fsdecode(fileobj.name)
-        except OSError:
-            pass
-    if type(fileobj) is io.BytesIO:
-        return fileobj.getvalue()  # no copy, and the object stays free to be written to
-    if not fileobj.seekable():
-        return fileobj.read()
-    return fileobj
 
 
 def _from_config(config: bytes, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:

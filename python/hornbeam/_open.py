@@ -7,6 +7,7 @@ import difflib
 import functools
 import heapq
 import html
+import io
 import itertools
 import math
 import mmap as _mmap
@@ -16,11 +17,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
-from hornbeam import _async, _core, _paths, _state, _tensors
+from hornbeam import _async, _content, _core, _file_objects, _paths, _state, _tensors
+from hornbeam._file_objects import Stream
 from hornbeam.errors import (
     ConfigError,
     HornbeamError,
@@ -40,12 +42,13 @@ _HTML_ROWS = 1000
 _PART = re.compile("[/._]")
 
 
-def open(path: str | os.PathLike[str], *, mmap: bool = False) -> File:
+def open(path: str | bytes | os.PathLike[str] | IO[bytes], *, mmap: bool = False) -> File:
     """Opens a model file for reading its tensors one by one; which kind of file it is, its content says.
 
     Args:
         path: A `.keras`, `.weights.h5`, `.h5` or `.safetensors` file, a `.weights.json` or `.safetensors.index.json`
-            of sharded weights, or the directory of a save with `zipped=False`.
+            of sharded weights, or the directory of a save with `zipped=False`. Or a binary file object, read from its
+            beginning, which must stay open; one that cannot go back is read into memory.
         mmap: Map the file into memory: tensors that lie in it as NumPy needs them become read-only views of it, not
             copies. Another process that truncates the file then ends this one with SIGBUS, so it is never the default.
 
@@ -58,6 +61,7 @@ def open(path: str | os.PathLike[str], *, mmap: bool = False) -> File:
             limit allows (`LimitError`), points outside itself (`UnsafeFileError`) or is of no kind known here
             (`UnsupportedError`).
     """
+    path = _file_objects.plain(path)
     _async.settle(path, loads=True)
     return File(path, mmap=mmap)
 
@@ -223,55 +227,63 @@ class File(Mapping[str, np.ndarray]):
     Threads may read at the same time. A pickled file is its path, opened again.
 
     Attributes:
-        path: Its absolute path.
+        path: Its absolute path; `None` for a file object that stands for none.
         format: `"keras"`, `"h5"`, `"shards"`, `"directory"` or `"safetensors"`.
     """
 
     __hash__ = object.__hash__
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = False) -> None:
-        self.path: str = _paths.absolute(path)
+    def __init__(self, path: str | bytes | os.PathLike[str] | IO[bytes], *, mmap: bool = False) -> None:
+        self.path: str | None = None
+        self._place = _placed(path)
+        if isinstance(self._place, str):
+            self.path = self._place
+        elif mmap:
+            raise UnsupportedError(f"Only files are mapped into memory, not what a file object gives: {path!r}")
         self._mmap = mmap
         self._archive: _core.File | None = None
         self._texts: dict[str, bytes] = {}  # JSON files of a directory
         self._index: dict[str, Any] = {}  # of shards
         self._parts: list[_core.Weights] | None = []
         self._maps: list[_mmap.mmap | None] = []
-        self.format: Format = self._open()
+        with _content.explained(self._place, "keras", "h5", "safetensors", "shards", "directory"):
+            self.format: Format = self._open()
         names = [weights.names() for weights in self._parts]
         self._starts = list(itertools.accumulate(map(len, names), initial=0))
         self._where: dict[str, int] = dict(zip(itertools.chain(*names), itertools.count(), strict=False))
         if len(self._where) != self._starts[-1]:
             twice = Counter(itertools.chain(*names)).most_common(1)[0][0]
-            raise WeightsFileError(f"'{twice}' is in two shards of '{self.path}'")
+            raise WeightsFileError(f"'{twice}' is in two shards of '{self._place}'")
         if self.engine == "safetensors":
             missing = next((name for name in self._index.get("weight_map", ()) if name not in self._where), None)
             if missing is not None:
-                raise WeightsFileError(f"'{self.path}' names '{missing}', which is in none of its shards")
+                raise WeightsFileError(f"'{self._place}' names '{missing}', which is in none of its shards")
 
     def _open(self) -> Format:
-        if os.path.isdir(self.path):
+        if self.path is not None and os.path.isdir(self.path):
             root = Path(self.path)
             if not (root / _WEIGHTS).exists() and (root / _NPZ).exists():
                 raise UnsupportedError(f"npz weights are not read: '{root / _NPZ}'")
             self._add(str(root / _WEIGHTS), "h5")
             self._texts = {name: (root / name).read_bytes() for name in (_CONFIG, _METADATA) if (root / name).exists()}
             return "directory"
-        kind = _kind(self.path)
+        kind = _kind(self._place)
         if kind == "shards":
+            if self.path is None:
+                raise UnsupportedError("An index of shards names other files: pass its path instead of a file object.")
             index = Path(self.path)
             self._index, names = read_index(index)
             for name in names:
                 shard = str(index.with_name(name))
                 self._add(shard, _kind(shard))
         else:
-            self._add(self.path, kind)
+            self._add(self._place, kind)
         return kind
 
-    def _add(self, path: str, kind: Format) -> None:
+    def _add(self, path: str | Stream, kind: Format) -> None:
         """Indexes one file of weights, and maps it if it is to be."""
-        before = _identity(os.stat(path)) if self._mmap else None
-        file = _core.open(path, archive=kind == "keras")
+        before = _identity(os.stat(path)) if self._mmap and isinstance(path, str) else None
+        file = _core.open(_file_objects.openable(path), archive=kind == "keras")
         engine = _state.current().engine
         if kind == "keras":
             sizes = {name: size for name, size, _ in file.members()}
@@ -287,7 +299,7 @@ class File(Mapping[str, np.ndarray]):
         weights = file.weights(engine=engine)
         self._opened().append(weights)
         mapped = None
-        if before is not None:
+        if before is not None and isinstance(path, str):
             with builtins.open(path, "rb") as f:
                 if _identity(os.fstat(f.fileno())) != before:
                     raise StorageError(f"'{path}' was replaced or changed while it was opened; open it again")
@@ -313,7 +325,7 @@ class File(Mapping[str, np.ndarray]):
         near = list(itertools.islice((n for n in self._where if n.startswith(f"{wanted}/")), 3))
         near = near or difflib.get_close_matches(wanted, _similar(wanted, self._where), 3, 0.5)
         hint = f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
-        return KeyError(f"there is no {what} {name!r} in '{self.path}'{hint}")
+        return KeyError(f"there is no {what} {name!r} in '{self._place}'{hint}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensor(name).read()
@@ -391,7 +403,7 @@ class File(Mapping[str, np.ndarray]):
         text: str | bytes | None = self._text(_CONFIG)
         if self.format == "h5":
             text = self.attributes().get("model_config")
-        return None if text is None else _decode(text, f"{_CONFIG} of {self.path}")
+        return None if text is None else _decode(text, f"{_CONFIG} of {self._place}")
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
@@ -403,7 +415,7 @@ class File(Mapping[str, np.ndarray]):
         if self.format in ("h5", "safetensors"):
             return dict(self.attributes())
         text = self._text(_METADATA)
-        found = self._index.get("metadata") if text is None else _decode(text, f"{_METADATA} of {self.path}")
+        found = self._index.get("metadata") if text is None else _decode(text, f"{_METADATA} of {self._place}")
         return found if isinstance(found, dict) else {}
 
     def _text(self, name: str) -> bytes | None:
@@ -444,12 +456,14 @@ class File(Mapping[str, np.ndarray]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._opened()
+        if self.path is None:
+            raise UnsupportedError("What is read from a file object cannot be pickled, as a path can.")
         return _reopen, (self.path, self._mmap)
 
     def __repr__(self) -> str:
         if self._parts is None:
-            return f"<closed hornbeam.File {self.path!r}>"
-        return f"<hornbeam.File {self.path!r}: {self.format}, {len(self)} tensors, {_size(self.nbytes)}>"
+            return f"<closed hornbeam.File '{self._place}'>"
+        return f"<hornbeam.File '{self._place}': {self.format}, {len(self)} tensors, {_size(self.nbytes)}>"
 
     def _repr_html_(self) -> str:
         if self._parts is None:
@@ -463,6 +477,17 @@ class File(Mapping[str, np.ndarray]):
             rows.append(row.format(f"… and {len(self) - _HTML_ROWS} more", "", "", ""))
         head = "<tr><th>name</th><th>dtype</th><th>shape</th><th>size</th></tr>"
         return f"<p>{html.escape(repr(self))}</p><table>{head}{''.join(rows)}</table>"
+
+
+def _placed(path: Any) -> str | Stream:
+    """The absolute path, or the file object where there is none."""
+    if not _file_objects.is_file_object(path):
+        return _paths.absolute(path)
+    _file_objects.check(path, "read")
+    found = _file_objects.source(path)
+    if isinstance(found, str):
+        return _paths.absolute(found)
+    return Stream(path if found is path else io.BytesIO(found), "")
 
 
 def _reopen(path: str, mmap: bool) -> File:
@@ -479,6 +504,8 @@ def _decode(text: str | bytes, where: str) -> Any:
         return _core.decode_json(text, trusted=False)
     except HornbeamError as e:
         raise type(e)(f"'{where}': {e}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"'{where}': it is no JSON, for it is no text: {e}") from e
 
 
 def _similar(wanted: str, names: Iterable[str]) -> list[str]:
@@ -506,14 +533,14 @@ def _identity(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _kind(path: str) -> Format:
+def _kind(path: str | Stream) -> Format:
     """What a file is: by its first bytes; where those say nothing, its name decides whose error is raised."""
-    file = _core.open(path, archive=False)  # errors of the file system are our own
-    with builtins.open(path, "rb") as f:
-        head = f.read(16)
+    if isinstance(path, str):
+        _core.open(path, archive=False)  # errors of the file system are our own
+    head = _content.head(path)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "keras"
-    if file.is_hdf5():
+    if _content.is_hdf5(path):
         return "h5"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:
         return "safetensors"
@@ -526,7 +553,7 @@ def _kind(path: str) -> Format:
         ".json": "shards",
         ".safetensors": "safetensors",
     }
-    found = suffixes.get(os.path.splitext(path)[1].lower())
+    found = suffixes.get(os.path.splitext(str(path))[1].lower())
     if found is None:
         raise UnsupportedError(
             f"'{path}' is no model file: expected an archive, HDF5, safetensors or an index of shards, "

@@ -22,6 +22,7 @@ from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 
 from hornbeam import _async, _core, _load, _save, _shards, _state
+from hornbeam._file_objects import Stream, openable, path_of, plain
 from hornbeam._open import read_index
 from hornbeam._report import SaveReport
 from hornbeam._select import Structure
@@ -54,6 +55,7 @@ def save_weights(
     Raises:
         ValueError: When the model is not built, or two of its variables have one name.
     """
+    filepath = plain(filepath)
     text = str(filepath)
     if not model.built:
         inspect.unwrap(saving_lib.save_weights_only)(model, filepath)  # raises
@@ -71,12 +73,12 @@ def save_weights(
         named = _name(store)
         shards = _split(named, None if max_shard_size is None else max_shard_size * 1024**3)
         places = None if len(shards) == 1 and text.endswith(_SUFFIX) else _Places(text, len(shards))
-        replaced = [Path(text)] if places is None else places.replaced()
+        replaced = [] if isinstance(filepath, Stream) else [Path(text)] if places is None else places.replaced()
         there = ", ".join(str(path) for path in replaced if path.exists())
         if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
             return
         if places is None:
-            _save_one(named, text)
+            _save_one(named, filepath)
         else:
             _save_shards(shards, places)
 
@@ -163,13 +165,10 @@ def _split(named: _Named, limit: float | None) -> list[_Named]:
     return shards or [named]
 
 
-def _save_one(named: _Named, text: str) -> None:
-    options = _state.current()
+def _save_one(named: _Named, place: str | Stream) -> None:
     plan = named.plan()
-    save = plan.start(text, _save._buffers(named), archive=False, atomic=options.atomic, durable=options.durable)
-    info = _save._finish(save, plan, named, text)
-    _save.log_placed(info["in_place"], info["lost"], text)
-    _save._count_save(plan, named, info["bytes"], text)
+    info = _save.write_image(plan, named, place)
+    _save._count_save(plan, named, info["bytes"], path_of(place))
 
 
 class _Places:
@@ -249,16 +248,17 @@ def load_weights(
         _load.load_weights_only(stock, model, filepath, skip_mismatch, objects_to_skip)
 
 
-def open_weights(text: str) -> list[tuple[str, _core.Weights]]:
+def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     """The file, or the shards that the index names.
 
     Raises:
         WeightsFileError: When a tensor that the index names is not there.
     """
+    text = str(place)
     if text.endswith(_SUFFIX):
         index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"
-        if os.path.exists(text) or not os.path.exists(index):
-            return [(text, _core.open(text, archive=False).weights(engine="safetensors"))]
+        if isinstance(place, Stream) or os.path.exists(text) or not os.path.exists(index):
+            return [(text, _core.open(openable(place), archive=False).weights(engine="safetensors"))]
         text = index
     path = Path(text)
     content, names = read_index(path)

@@ -26,6 +26,7 @@ from hornbeam import (
     _cast,
     _core,
     _durable,
+    _file_objects,
     _keras,
     _patch,
     _paths,
@@ -35,6 +36,7 @@ from hornbeam import (
     _state,
     _tensors,
 )
+from hornbeam._file_objects import Stream, path_of, plain
 from hornbeam._store import AssetStore, RecordStore
 from hornbeam.errors import HornbeamError, UnsupportedError
 
@@ -56,8 +58,19 @@ class _PathTarget(io.IOBase):
         self.path = path
 
 
+class _FileTarget(io.IOBase):
+    """Stands for a file object, which need not be an `io.IOBase` for us."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+
 def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> Any:
     """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
+    filepath = plain(filepath)
+    if _file_objects.is_file_object(filepath):
+        _file_objects.check(filepath, "write")
+        return stock(model, _FileTarget(filepath), weights_format, zipped)
     _async.settle(filepath)
     if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
         return stock(model, filepath, weights_format, zipped)
@@ -80,6 +93,8 @@ def _is_stream(path: str) -> bool:
 
 def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str = "h5") -> Any:
     """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
+    if isinstance(fileobj, _FileTarget):
+        fileobj = fileobj.file
     if not isinstance(fileobj, _PathTarget):
         _async.refuse("a file object")
     request = _async.claim()
@@ -102,8 +117,9 @@ def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format
         elif type(fileobj) is io.BytesIO:
             info = _write_memory(model, plan, store, assets, fileobj, options)
         else:
-            base = fileobj.tell() if fileobj.seekable() else 0
+            base = fileobj.tell() if _file_objects.is_seekable(fileobj) else 0
             info = _write(model, plan, store, assets, fileobj, base=base, options=options)
+            _cut(fileobj, base + info["bytes"])
     _count_save(plan, store, info["bytes"], target if isinstance(target, str) else None)
     return None
 
@@ -186,6 +202,7 @@ def save_weights_only(
     objects_to_skip: Any = None,
 ) -> Any:
     """`saving_lib.save_weights_only`: one `.weights.h5`, or shards with an index."""
+    filepath = plain(filepath)
     text = str(filepath)
     suffix = ".weights.h5" if max_shard_size is None else ("weights.h5", "weights.json")
     if not model.built or not text.endswith(suffix):
@@ -197,6 +214,8 @@ def save_weights_only(
     reason = _keras.unsupported("h5", text)
     if reason is not None:
         _check_synchronous(request, reason)
+        if isinstance(filepath, Stream):
+            raise UnsupportedError(f"Stock Keras must do this save ({reason}), and writes weights to paths only.")
         place = text if max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
         return _hand_over(reason, place, stock, model, filepath, max_shard_size, objects_to_skip)
     options = _state.current()
@@ -211,10 +230,8 @@ def save_weights_only(
         if request is not None:
             _defer(request, plan, store, text, options)
             return None
-        save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
-        info = _finish(save, plan, store, text)
-        log_placed(info["in_place"], info["lost"], text)
-    _count_save(plan, store, info["bytes"], text)
+        info = write_image(plan, store, filepath)
+    _count_save(plan, store, info["bytes"], path_of(filepath))
     return None
 
 
@@ -382,7 +399,52 @@ def _write(
     return info
 
 
-def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str) -> dict[str, Any]:
+def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, Any]:
+    """Writes a bare weights image to a path or a `Stream`.
+
+    Raises:
+        UnsupportedError: For a file object that is not at its beginning: the formats have no place for what is before.
+    """
+    options = _state.current()
+    if not isinstance(place, Stream):
+        text = str(place)
+        save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
+        info = _finish(save, plan, store, text)
+        log_placed(info["in_place"], info["lost"], text)
+        return info
+    file = place.file
+    if _file_objects.is_seekable(file) and file.tell() != 0:
+        raise UnsupportedError(
+            f"A `{place.suffix}` file begins where the file object does, and it is at byte {file.tell()}. "
+            "Call `seek(0)` first, or save to another one."
+        )
+    before = file.getvalue() if type(file) is io.BytesIO else None
+    try:
+        info = _finish(plan.start(file, _buffers(store), archive=False), plan, store, None)
+    except BaseException:
+        if before is not None:
+            _restore(file, before)
+        raise
+    _cut(file, info["bytes"])
+    return info
+
+
+def _cut(file: Any, end: int) -> None:
+    """Puts a file object at the end of what was written, and drops what was behind it before."""
+    if _file_objects.is_seekable(file):
+        file.seek(end)
+        if callable(getattr(file, "truncate", None)):
+            file.truncate()
+
+
+def _restore(file: io.BytesIO, content: bytes) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(content)
+    file.seek(0)
+
+
+def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str | None) -> dict[str, Any]:
     """Waits for a bare weights image."""
     info = _finishing(save, path, plan.nbytes, lambda: save.finish([], _puller(store)))
     _written.crc = info["crc"]
@@ -426,8 +488,7 @@ def _write_memory(
 
 
 def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
-    """Tells that the old content was not safe meanwhile, unless that was asked for or there was none; and what the new
-    file could not take over."""
+    """Tells that the old content was not safe meanwhile, and what the new file could not take over."""
     if in_place not in (None, "atomic=False", "the target is empty"):
         _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, in_place)
     if lost is not None:

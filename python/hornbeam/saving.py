@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Any
 
 import keras
 import keras.saving as _stock
@@ -13,6 +13,7 @@ from keras.src.saving import saving_api
 
 from hornbeam import _async, _names
 from hornbeam._async import Handle
+from hornbeam._file_objects import is_file_object, plain
 from hornbeam._keras import scope
 from hornbeam._progress import Progress
 from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report, remember
@@ -32,7 +33,7 @@ Progressed = Callable[[Progress], Any] | bool | None
 
 def save_model(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
@@ -53,8 +54,9 @@ def save_model(
 
     Args:
         model: The model.
-        filepath: Where to; ends in `.keras`, or in `.h5` or `.hdf5` for the legacy format, which `save_format="h5"`
-            writes under any other name, too. Without an extension, or with `save_format="tf"`, it is a SavedModel.
+        filepath: Where to, a path or a binary file object (`docs/formats.md`). Ends in `.keras`, or in `.h5` or `.hdf5`
+            for the legacy format, which `save_format="h5"` writes under any other name, too. Without an extension, or
+            with `save_format="tf"`, it is a SavedModel.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
@@ -81,17 +83,18 @@ def save_model(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    if asynchronous and str(filepath).endswith((".h5", ".hdf5")):
-        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {filepath}")
+    place: Any = plain(filepath)
+    if asynchronous and str(place).endswith((".h5", ".hdf5")):
+        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {place}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
-        saving_api.save_model(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-    return _outcome(filepath, before, request)
+        saving_api.save_model(model, place, overwrite=overwrite, zipped=zipped, **kwargs)
+    return _outcome(place, before, request)
 
 
 def load_model(
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
@@ -102,7 +105,7 @@ def load_model(
     """Loads a model saved by `save_model` or by stock Keras.
 
     Args:
-        filepath: The file or directory.
+        filepath: The file or directory, or a binary file object, which is read from its beginning.
         custom_objects: Names of custom classes and functions, and what they stand for.
         compile: Compile the model as it was when saved.
         safe_mode: Refuse to run code that the file holds.
@@ -117,19 +120,20 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
+    place: Any = plain(filepath)
     before = last_report()
     with scope(), options(progress=progress), _requested(strict=strict):
-        model = saving_api.load_model(filepath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        model = saving_api.load_model(place, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     if last_report() is before:  # a format that is stock Keras' own
         if strict:
-            raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {filepath}")
-        remember(LoadReport(fspath(filepath)))
+            raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {place}")
+        remember(LoadReport(_path(place)))
     return model
 
 
 def save_weights(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
@@ -148,8 +152,8 @@ def save_weights(
 
     Args:
         model: The model; it must be built.
-        filepath: Ends in `.weights.h5` or `.safetensors`; for shards, in `.weights.json`, `.safetensors` or
-            `.safetensors.index.json`.
+        filepath: A path or a binary file object. Ends in `.weights.h5` or `.safetensors`; for shards, in
+            `.weights.json`, `.safetensors` or `.safetensors.index.json`.
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
         include_optimizer: Save the optimizer's state.
@@ -176,16 +180,17 @@ def save_weights(
         OSError: When the target cannot be written.
     """
     how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
+    place: Any = plain(filepath)
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
     with scope(), how, _async.asked(asynchronous, latest_wins) as request:
-        saving_api.save_weights(model, filepath, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    return _outcome(filepath, before, request)
+        saving_api.save_weights(model, place, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
+    return _outcome(place, before, request)
 
 
 def load_weights(
     model: keras.Model,
-    filepath: str | PathLike[str],
+    filepath: str | bytes | PathLike[str] | IO[bytes],
     skip_mismatch: bool = False,
     *,
     strict: bool = False,
@@ -207,7 +212,7 @@ def load_weights(
 
     Args:
         model: The model; it must be built.
-        filepath: The file.
+        filepath: The file, or a binary file object, which is read from its beginning.
         skip_mismatch: Warn about layers that do not fit, instead of raising.
         strict: Raise unless the load is complete, optimizer state included.
         only: Patterns of the variables to load; the others keep their values.
@@ -233,16 +238,17 @@ def load_weights(
         "name_map": name_map,
         "by_name": bool(by_name),
     }
-    if not str(filepath).endswith(_IN_PART):
+    place: Any = plain(filepath)
+    if not is_file_object(place) and not str(place).endswith(_IN_PART):
         if request != _WHOLE:
-            raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {filepath}")
+            raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {place}")
         kwargs["by_name"] = by_name
     with scope(), options(progress=progress), _requested(**request):
         before = last_report()
-        saving_api.load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
+        saving_api.load_weights(model, place, skip_mismatch=skip_mismatch, **kwargs)
         report = last_report()
     if report is None or report is before:
-        report = LoadReport(fspath(filepath))
+        report = LoadReport(_path(place))
         remember(report)
     return report
 
@@ -269,8 +275,13 @@ def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request |
     if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
         return request.handle
     if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one
-        remember(SaveReport(fspath(filepath) if isinstance(filepath, str | PathLike) else None))
+        remember(SaveReport(_path(filepath)))
     return None
+
+
+def _path(filepath: Any) -> str | None:
+    """What a report calls it."""
+    return filepath if isinstance(filepath, str) else None
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
