@@ -51,7 +51,8 @@ def save_model(
     Args:
         model: The model.
         filepath: Where to, a path or a binary file object (`docs/formats.md`). Ends in `.keras`, or in `.h5` or `.hdf5`
-            for the legacy format, which `save_format="h5"` writes under any other name, too. Without an extension, or with `save_format="tf"`, it is a SavedModel.
+            for the legacy format, which `save_format="h5"` writes under any other name, too. Without an extension, or
+            with `save_format="tf"`, it is a SavedModel.
         overwrite: Replace an existing file without asking.
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
