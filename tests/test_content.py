@@ -244,3 +244,21 @@ def test_good_files_are_left_alone(files: dict[str, bytes], tmp_path: Path) -> N
         assert "It is a" not in str(caught.value)
     assert _content.look(tmp_path / "nothing") is None
     assert _content.look(3.5) is None
+
+
+@pytest.mark.parametrize("name", ["x.weights.json", "x.safetensors.index.json", "directory"])
+def test_a_part_of_many_files(model: Any, tmp_path: Path, name: str) -> None:
+    """One of the shards, or the weights in a directory, as a clone without Git LFS has them."""
+    if name == "directory":
+        hornbeam.saving.save_model(model, tmp_path / name, zipped=False)
+        calls = [lambda path: hornbeam.saving.load_model(path), hornbeam.open]
+        part = tmp_path / name / "model.weights.h5"
+    else:
+        hornbeam.saving.save_weights(model, tmp_path / name, max_shard_size=1)
+        calls = [lambda path: hornbeam.saving.load_weights(model, path), hornbeam.open]
+        part = next(path for path in tmp_path.iterdir() if path.suffix != ".json")
+    part.write_bytes(LFS)
+    for call in calls:
+        with pytest.raises((OSError, ValueError), match="git lfs pull") as caught:
+            call(tmp_path / name)
+        assert part.name in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import mmap
 import os
@@ -108,6 +109,15 @@ def _kept(file: Any) -> Iterator[Any]:
     assert not getattr(file, "closed", False)
 
 
+class Silent(Duck):
+    """Its `seek` says nothing, like that of TensorFlow's files."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        seek = self.seek
+        self.seek = lambda *rest: [seek(*rest)].clear()  # type: ignore[assignment]
+
+
 #: Kind → what a load gets for a path.
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "str": lambda path: contextlib.nullcontext(str(path)),
@@ -123,6 +133,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "nameless raw": lambda path: _kept(Nameless(path.read_bytes())),
     "pipe": lambda path: _kept(io.BufferedReader(Once(path.read_bytes()))),
     "duck": lambda path: _kept(Duck(path.read_bytes())),
+    "silent": lambda path: _kept(Silent(path.read_bytes())),
     "temporary": lambda path: _filled(tempfile.NamedTemporaryFile(), path),  # noqa: SIM115
     "spooled": lambda path: _filled(tempfile.SpooledTemporaryFile(max_size=64), path),  # noqa: SIM115
     "mmap": lambda path: mmap.mmap(os.open(path, os.O_RDONLY), 0, access=mmap.ACCESS_READ),
@@ -295,6 +306,19 @@ def test_save_format_and_compression(given: tuple[Path, Any]) -> None:
     assert hornbeam.saving.load_weights(_model(2), file, strict=True).complete
 
 
+def test_what_only_goes_forward(given: tuple[Path, Any]) -> None:
+    """A `GzipFile` says that it can seek, but goes back for nobody."""
+    _, model = given
+    memory = io.BytesIO()
+    with gzip.GzipFile(fileobj=memory, mode="wb") as file:
+        hornbeam.saving.save_weights(model, file)
+    memory.seek(0)
+    loaded = _model(2)
+    with gzip.GzipFile(fileobj=memory) as file:
+        hornbeam.saving.load_weights(loaded, file)
+    assert _weights(loaded) == _weights(model)
+
+
 def test_saving_lib_itself(given: tuple[Path, Any]) -> None:
     """The reported case: a reader over a stream without a name."""
     from keras.src.saving import saving_lib
@@ -340,6 +364,9 @@ def test_a_failed_save_leaves_memory_as_it_was(given: tuple[Path, Any], monkeypa
         (lambda model, file: hornbeam.saving.save_model(model, _closed()), "closed file"),
         (lambda model, file: hornbeam.saving.save_model(model, io.BufferedReader(Nameless())), "not open to write"),
         (lambda model, file: hornbeam.saving.load_model(io.BufferedWriter(Nameless())), "not open to read"),
+        (lambda model, file: hornbeam.saving.save_model(model, _appending()), "only appends"),
+        (lambda model, file: hornbeam.saving.save_weights(model, _appending()), "only appends"),
+        (lambda model, file: hornbeam.saving.save_weights(model, Duck(bytes(100_000))), "cannot be cut"),
         (lambda model, file: hornbeam.saving.load_weights(model, file), "empty"),
         (lambda model, file: hornbeam.saving.load_model(file), "empty"),
         (lambda model, file: hornbeam.saving.load_weights(model, io.BytesIO(b'{"weight_map": {}}')), "pass its path"),
@@ -356,6 +383,10 @@ def test_what_cannot_be_done(given: tuple[Path, Any], call: Callable[..., Any], 
 def _at(file: io.BytesIO, position: int) -> io.BytesIO:
     file.write(b"\0" * position)
     return file
+
+
+def _appending() -> Any:
+    return tempfile.NamedTemporaryFile("ab")
 
 
 def _closed() -> io.BytesIO:

@@ -60,6 +60,11 @@ def check(file: Any, operation: str) -> None:
     if isinstance(file, io.TextIOBase) or isinstance(getattr(file, "file", None), io.TextIOBase):
         wanted = "rb" if operation == "read" else "wb"
         raise UnsupportedError(f"Models are bytes, and this file object is open for text: open it with {wanted!r}.")
+    mode = getattr(file, "mode", "")
+    if operation == "write" and isinstance(mode, str) and "a" in mode:
+        raise UnsupportedError(
+            "A save goes back to complete what it wrote, and this file object only appends: open it with 'wb'."
+        )
     able = getattr(file, "readable" if operation == "read" else "writable", None)
     if not callable(getattr(file, operation, None)) or (callable(able) and not able()):
         raise UnsupportedError(f"This file object is not open to {operation}: {file!r}")
@@ -97,7 +102,20 @@ def source(file: Any) -> Any:
         return memoryview(file)
     if not is_seekable(file):
         return file.read()
-    return file
+    return file if isinstance(file, io.IOBase) else _Reader(file)
+
+
+class _Reader:
+    """A file object of somebody else's class; where theirs says nothing, `seek` says where it is."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.read = file.read
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As `io.IOBase.seek`."""
+        self.file.seek(offset, whence)
+        return int(self.file.tell())
 
 
 def openable(place: Any) -> Any:

@@ -204,7 +204,7 @@ def patch(module: ModuleType) -> None:
         return  # a backend that exports nothing
     with _lock:
         for name in _REPLACED[where]:
-            original = getattr(*_place(where, name), None)
+            original: Any = getattr(*_place(where, name), None)
             if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
                 continue
             made = _made.get((where, name))

@@ -145,7 +145,8 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
         stack.callback(store.close)
         return store
 
-    weights = _core.open(str(weights_path), archive=False).weights(engine=_state.current().engine)
+    with _content.explained(weights_path, "h5"):
+        weights = _core.open(str(weights_path), archive=False).weights(engine=_state.current().engine)
     return _load_model(
         report,
         request,
@@ -291,7 +292,10 @@ def _open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
     if text.endswith("weights.json"):
         from hornbeam._shards import open_shards
 
-        shards = [(name, file.weights(engine=engine)) for name, file in open_shards(text)]
+        shards = []
+        for name, file in open_shards(text):
+            with _content.explained(os.path.join(os.path.dirname(text), name), "h5"):
+                shards.append((name, file.weights(engine=engine)))
         _core.check_expansion([weights for _, weights in shards])
         return shards
     if text.endswith(_SAFETENSORS):

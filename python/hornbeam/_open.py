@@ -264,7 +264,9 @@ class File(Mapping[str, np.ndarray]):
             root = Path(self.path)
             if not (root / _WEIGHTS).exists() and (root / _NPZ).exists():
                 raise UnsupportedError(f"npz weights are not read: '{root / _NPZ}'")
-            self._add(str(root / _WEIGHTS), "h5")
+            weights = str(root / _WEIGHTS)
+            with _content.explained(weights, "h5"):
+                self._add(weights, "h5")
             self._texts = {name: (root / name).read_bytes() for name in (_CONFIG, _METADATA) if (root / name).exists()}
             return "directory"
         kind = _kind(self._place)
@@ -275,7 +277,8 @@ class File(Mapping[str, np.ndarray]):
             self._index, names = read_index(index)
             for name in names:
                 shard = str(index.with_name(name))
-                self._add(shard, _kind(shard))
+                with _content.explained(shard, "h5", "safetensors"):
+                    self._add(shard, _kind(shard))
         else:
             self._add(self._place, kind)
         return kind
@@ -487,7 +490,7 @@ def _placed(path: Any) -> str | Stream:
     found = _file_objects.source(path)
     if isinstance(found, str):
         return _paths.absolute(found)
-    return Stream(path if found is path else io.BytesIO(found), "")
+    return Stream(io.BytesIO(found) if isinstance(found, bytes) else path, "")
 
 
 def _reopen(path: str, mmap: bool) -> File:

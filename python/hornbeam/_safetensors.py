@@ -21,7 +21,7 @@ import keras
 from keras.src.saving import saving_lib
 from keras.src.utils import io_utils
 
-from hornbeam import _async, _core, _load, _save, _shards, _state
+from hornbeam import _async, _content, _core, _load, _save, _shards, _state
 from hornbeam._file_objects import Stream, openable, path_of, plain
 from hornbeam._open import read_index
 from hornbeam._report import SaveReport
@@ -262,9 +262,11 @@ def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
         text = index
     path = Path(text)
     content, names = read_index(path)
-    opened = [
-        (name, _core.open(str(path.with_name(name)), archive=False).weights(engine="safetensors")) for name in names
-    ]
+    opened = []
+    for name in names:
+        shard = str(path.with_name(name))
+        with _content.explained(shard, "safetensors"):
+            opened.append((name, _core.open(shard, archive=False).weights(engine="safetensors")))
     there = {name for _, weights in opened for name in weights.names()}
     missing = next((name for name in content["weight_map"] if name not in there), None)
     if missing is not None:

@@ -431,10 +431,21 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
 
 def _cut(file: Any, end: int) -> None:
     """Puts a file object at the end of what was written, and drops what was behind it before."""
-    if _file_objects.is_seekable(file):
-        file.seek(end)
-        if callable(getattr(file, "truncate", None)):
+    if not _file_objects.is_seekable(file):
+        return
+    try:
+        file.seek(0, io.SEEK_END)
+        more = file.tell() > end
+    except (OSError, ValueError):  # it only goes forward, like those that compress: nothing is behind
+        return
+    file.seek(end)
+    if more:
+        try:
             file.truncate()
+        except (AttributeError, io.UnsupportedOperation) as error:
+            raise UnsupportedError(
+                f"What was in {file!r} before is longer than what was saved, and cannot be cut: save to an empty one."
+            ) from error
 
 
 def _restore(file: io.BytesIO, content: bytes) -> None:
