@@ -38,6 +38,9 @@ pub const MIN_CHUNK_BYTES: u64 = 16;
 /// Entries of an array of chunks beyond one for every 8 bytes of its image: those of what was never written.
 pub const MAX_EMPTY_CHUNKS: u64 = 1 << 20;
 
+/// A compressed weights member is a bomb when it stands for more than `BOMB_FLOOR_BYTES` and this many times what it
+/// stores (Keras).
+pub const MAX_MEMBER_EXPANSION: u64 = 100;
 /// Members of an archive; Python's zipfile writes zip64 from here on.
 pub const MAX_MEMBERS: u64 = 1 << 20;
 /// Bytes of the central directory.

@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, try_with_capacity};
 use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
-use crate::io::buffer::{Block, vec_with_capacity};
-use crate::io::fetch::{Extent, Fetch, Interrupt, Request, Slot};
+use crate::io::buffer::Block;
+use crate::io::fetch::{Extent, Fetch, Interrupt, POLL, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
 use crate::limits;
 use crate::safetensors::Safetensors;
@@ -114,15 +115,20 @@ fn together(decoded: u64, stored: u64) -> Result<()> {
 
 /// What the HDF5 library may read from: its lock is held meanwhile, and waited for by `fork`, so nobody else's code may
 /// run then, which might wait for whoever forks.
-fn ours(source: &Arc<dyn ReadAt>, image: Extent) -> Result<(Arc<dyn ReadAt>, Extent)> {
-    const PART: usize = 1 << 20;
+fn ours(source: &Arc<dyn ReadAt>, image: Extent, interrupt: Interrupt<'_>) -> Result<(Arc<dyn ReadAt>, Extent)> {
+    const STEP: usize = 1 << 20;
     if source.is_ours() {
         return Ok((Arc::clone(source), image));
     }
-    let mut bytes = vec_with_capacity(image.len as usize);
+    let mut bytes: Vec<u8> = try_with_capacity(image.len as usize)?;
+    let mut asked = Instant::now();
     while (bytes.len() as u64) < image.len {
+        if asked.elapsed() >= POLL {
+            interrupt()?;
+            asked = Instant::now();
+        }
         let at = bytes.len();
-        bytes.resize(at + PART.min(image.len as usize - at), 0);
+        bytes.resize(at + STEP.min(image.len as usize - at), 0);
         source.read_at(&mut bytes[at..], image.offset + at as u64)?;
     }
     Ok((Arc::new(bytes), Extent { offset: 0, len: image.len }))
@@ -134,24 +140,45 @@ impl Weights {
     /// # Errors
     /// Those of the engine.
     pub fn open(source: Arc<dyn ReadAt>, choice: Choice) -> Result<Self> {
+        Self::open_interruptibly(source, None, choice, &|| Ok(()))
+    }
+
+    /// As [`Weights::open_member`], or without members as [`Weights::open`], until `interrupt` returns an error.
+    ///
+    /// # Errors
+    /// As these, or what `interrupt` returns.
+    pub fn open_interruptibly(
+        source: Arc<dyn ReadAt>,
+        members: Option<&Members>,
+        choice: Choice,
+        interrupt: Interrupt<'_>,
+    ) -> Result<Self> {
+        if let Some(members) = members {
+            return Self::member(&source, members, choice, interrupt);
+        }
         let image = Extent { offset: 0, len: source.len() };
-        Self::open_image(source, image, None, choice)
+        Self::open_image(source, image, None, choice, interrupt)
     }
 
     /// Indexes the weights member of an archive; a compressed one is inflated into memory.
     ///
     /// # Errors
-    /// `Archive` when there is none, those of the engine.
+    /// `Archive` when there is none, `Limit` when it stands for far more bytes than it stores, those of the engine.
     pub fn open_member(source: &Arc<dyn ReadAt>, members: &Members, choice: Choice) -> Result<Self> {
+        Self::open_interruptibly(Arc::clone(source), Some(members), choice, &|| Ok(()))
+    }
+
+    fn member(source: &Arc<dyn ReadAt>, members: &Members, choice: Choice, interrupt: Interrupt<'_>) -> Result<Self> {
         let member = members
             .get(WEIGHTS)
             .ok_or_else(|| Error::new(Kind::Archive, format!("There is no item named '{WEIGHTS}' in the archive")))?;
         let opened = match member.method {
             Method::Stored => {
                 let image = Extent { offset: member.offset, len: member.size };
-                Self::open_image(Arc::clone(source), image, Some(member), choice)
+                Self::open_image(Arc::clone(source), image, Some(member), choice, interrupt)
             }
             Method::Deflated => {
+                member.check_expansion(limits::BOMB_FLOOR_BYTES, limits::MAX_MEMBER_EXPANSION)?;
                 let whole = Self::open(Arc::new(member.read(&**source)?), choice); // which compares its CRC
                 whole.map(|w| Self { crc: Some(member.crc), checked: true, stored: member.stored, ..w })
             }
@@ -160,7 +187,13 @@ impl Weights {
     }
 
     /// `member` is what the image is of an archive, if it is of one.
-    fn open_image(source: Arc<dyn ReadAt>, image: Extent, member: Option<&Member>, choice: Choice) -> Result<Self> {
+    fn open_image(
+        source: Arc<dyn ReadAt>,
+        image: Extent,
+        member: Option<&Member>,
+        choice: Choice,
+        interrupt: Interrupt<'_>,
+    ) -> Result<Self> {
         let check = || member.map_or(Ok(()), |m| m.check(&*source));
         let engine = choice.writer()?;
         let opened = |source: Arc<dyn ReadAt>, image: Extent, engine: Box<dyn Engine>, checked| {
@@ -171,17 +204,19 @@ impl Weights {
         // The C library sees no byte that a checksum could tell to be wrong.
         let through_library = |engine| {
             check()?;
-            let (source, image) = ours(&source, image)?;
+            let (source, image) = ours(&source, image, interrupt)?;
             opened(source, image, engine, true)
         };
-        match engine.name() {
-            "libhdf5" => through_library(engine),
-            "direct" => opened(Arc::clone(&source), image, engine, false).or_else(|e| match (e.kind(), libhdf5()) {
-                (Kind::Unsupported, Ok(other)) if choice == Choice::Auto => through_library(other),
-                // What cannot be understood has most likely changed after it was written, and then that is the news.
-                _ => check().and(Err(e)),
-            }),
-            _ => opened(source, image, engine, false),
+        match choice {
+            Choice::LibHdf5 => through_library(engine),
+            Choice::Auto | Choice::Direct => {
+                opened(Arc::clone(&source), image, engine, false).or_else(|e| match (e.kind(), libhdf5()) {
+                    (Kind::Unsupported, Ok(other)) if choice == Choice::Auto => through_library(other),
+                    // What cannot be understood has most likely changed after it was written, and then that is the news.
+                    _ => check().and(Err(e)),
+                })
+            }
+            Choice::Safetensors => opened(source, image, engine, false),
         }
     }
 
@@ -208,12 +243,12 @@ impl Weights {
         }
     }
 
-    /// Bytes `start..end` of dataset `i`, read by the calling thread and not checked. What is no run of bytes of the
-    /// file is read whole.
+    /// Bytes `start..end` of dataset `i`, not checked. What is no run of bytes of the file is read whole, by a thread of
+    /// its own, so that the caller can be interrupted.
     ///
     /// # Errors
-    /// `Invalid` when the dataset has no such bytes, `Io`, those of the engine, or what `interrupt` returns.
-    pub fn read_part(&self, i: usize, start: u64, end: u64, interrupt: Interrupt<'_>) -> Result<Slot> {
+    /// `Invalid` when the dataset has no such bytes, `Io`, `Memory`, those of the engine, or what `interrupt` returns.
+    pub fn read_part(self: &Arc<Self>, i: usize, start: u64, end: u64, interrupt: Interrupt<'_>) -> Result<Slot> {
         let dataset = &self.index.datasets[i];
         let read = || {
             if let Storage::Unreadable(reason) = &dataset.storage {
@@ -228,13 +263,16 @@ impl Weights {
                 Storage::Contiguous(at) => {
                     Slot::read_from(&*self.source, self.image.offset + at + start, len, interrupt)
                 }
-                Storage::Empty | Storage::Unreadable(_) => Ok(Slot { block: Arc::new(Block::new(len)), start: 0, len }),
-                Storage::Compact(bytes) => Ok(Slot::copy_of(&bytes[start as usize..end as usize], Block::new(len))),
+                Storage::Empty | Storage::Unreadable(_) => {
+                    Ok(Slot { block: Arc::new(Block::new(len)?), start: 0, len })
+                }
+                Storage::Compact(bytes) => Slot::copy_of(&bytes[start as usize..end as usize]),
                 Storage::Engine => {
-                    let mut bytes = vec![0; dataset.nbytes as usize];
-                    let window = Window::new(&*self.source, self.image.offset, self.image.len);
-                    self.engine.read(&window, &[&dataset.path], &mut [&mut bytes])?;
-                    Ok(Slot::copy_of(&bytes[start as usize..end as usize], Block::new(len)))
+                    let whole = self.fetch(&[i], false, 0)?.take(i, interrupt)?.expect("asked for, and not taken");
+                    if len == whole.len {
+                        return Ok(whole);
+                    }
+                    Slot::copy_of(&whole.bytes()[start as usize..end as usize])
                 }
             }
         };
@@ -246,10 +284,14 @@ impl Weights {
     ///
     /// # Errors
     /// `Limit` when what must be decoded is a bomb, else those of [`Fetch::start`].
+    ///
+    /// # Panics
+    /// When there is no dataset at one of the positions.
     pub fn fetch(self: &Arc<Self>, wanted: &[usize], verify: bool, read_ahead: u64) -> Result<Reading> {
-        let mut positions = vec![None; self.index.datasets.len()];
         let datasets = &self.index.datasets;
-        let mut tensors = Vec::new();
+        let mut positions = try_with_capacity(datasets.len())?;
+        positions.resize(datasets.len(), None);
+        let mut tensors = try_with_capacity(wanted.len())?;
         // What has several names is read ahead by the first that is wanted, and for the others when they are taken.
         let mut first = HashSet::new();
         let is_first = |i: &usize| !self.index.shared || first.insert(datasets[*i].object);
@@ -289,7 +331,7 @@ impl Weights {
     }
 
     /// A dataset that was not read ahead: because that takes no reading, or because it has another name.
-    fn at_hand(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Slot> {
+    fn at_hand(self: &Arc<Self>, i: usize, interrupt: Interrupt<'_>) -> Result<Slot> {
         let dataset = &self.index.datasets[i];
         match &dataset.storage {
             Storage::Contiguous(_) | Storage::Engine if !self.index.shared => {
@@ -322,9 +364,13 @@ impl Reading {
     /// Waits for dataset `i` and takes it; `None` if it was taken before.
     ///
     /// # Errors
-    /// Whatever stopped the reader.
+    /// `Invalid` when there is no such dataset, or it was not asked for; whatever stopped the reader.
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
-        match self.positions[i] {
+        let position = self.positions.get(i).ok_or_else(|| {
+            Error::new(Kind::Invalid, "no dataset has this position")
+                .with_found(format_args!("less than {}", self.positions.len()), i)
+        })?;
+        match *position {
             Some(position) => self.fetch.take(position, interrupt),
             None => self.weights.at_hand(i, interrupt).map(Some),
         }

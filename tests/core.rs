@@ -865,9 +865,7 @@ mod replacing {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o666.into()).unwrap();
         let (done, waiting) = std::sync::mpsc::channel();
         let pipe = path.clone();
-        std::thread::spawn(move || {
-            done.send((Pending::create(&pipe, ATOMIC).map(drop), load::open(&pipe).map(drop)))
-        });
+        std::thread::spawn(move || done.send((Pending::create(&pipe, ATOMIC).map(drop), load::open(&pipe).map(drop))));
         let (written, read) = waiting.recv_timeout(std::time::Duration::from_secs(60)).expect("it hangs");
         for error in [written.unwrap_err(), read.unwrap_err()] {
             assert!(matches!(error.kind(), Kind::Io(_)) && error.path() == Some(&path), "{error}");
@@ -1511,6 +1509,51 @@ fn an_error_of_a_helper_is_the_outcome() {
 }
 
 #[test]
+fn an_error_of_a_background_worker_beside_a_helping_caller_is_an_error() {
+    #[derive(Default)]
+    struct Source {
+        step: Mutex<usize>, // 1: both read; 2: the background worker has failed
+        changed: Condvar,
+        hashed: AtomicBool,
+    }
+    impl ReadAt for Source {
+        fn len(&self) -> u64 {
+            16 * MIB
+        }
+
+        fn read_at(&self, buf: &mut [u8], _: u64) -> Result<()> {
+            buf.fill(0);
+            let step = self.step.lock().unwrap();
+            if std::thread::current().name() == Some("hornbeam-fetch") {
+                let mut step = self.changed.wait_while(step, |s| *s < 1).unwrap();
+                *step = 2;
+                self.changed.notify_all();
+                return Err(Error::new(Kind::Io(std::io::Error::from_raw_os_error(5)), "disk"));
+            }
+            let mut step = step;
+            if *step == 0 {
+                *step = 1;
+                self.changed.notify_all();
+            }
+            drop(self.changed.wait_while(step, |s| *s < 2).unwrap());
+            // Long enough that the worker could have said that all is over.
+            while !self.hashed.swap(true, Ordering::SeqCst) {
+                assert_eq!(crc32fast::hash(&vec![0; 64 << 20]), crc32fast::hash(&vec![0; 64 << 20]));
+            }
+            Ok(())
+        }
+    }
+    for last in [true, false] {
+        let source = Arc::new(Source::default());
+        let tensors = vec![Extent { offset: 0, len: 16 * MIB }];
+        let fetch = Fetch::start(request(source, 16 * MIB, tensors, u64::MAX)).unwrap();
+        let error = if last { fetch.take(0, WAIT).map(drop) } else { fetch.complete(WAIT) }.unwrap_err();
+        assert!(matches!(error.kind(), Kind::Io(e) if e.raw_os_error() == Some(5)), "{error}");
+        assert!(fetch.complete(WAIT).is_err());
+    }
+}
+
+#[test]
 fn tensors_that_overlap_or_leave_the_image_are_refused() {
     let e = |offset, len| Extent { offset, len };
     let refused = [
@@ -1778,7 +1821,7 @@ mod safetensors {
         file.write_all(&bytes).unwrap();
         let source = load::open(file.path()).unwrap();
         let members = Members::open(&*source).unwrap();
-        let weights = Weights::open_member(&source, &members, Choice::Direct).unwrap();
+        let weights = Arc::new(Weights::open_member(&source, &members, Choice::Direct).unwrap());
         for (i, d) in weights.index().datasets.iter().enumerate() {
             let whole = weights.read_part(i, 0, d.nbytes, WAIT).unwrap();
             match weights.offset(i) {

@@ -1,15 +1,17 @@
 //! Memory that tensors are read into: aligned so that TensorFlow and JAX can share it, in huge pages where they help.
 #![allow(unsafe_code)] // aligned allocation, and handing out disjoint parts of one block
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
+use crate::error::{Result, out_of_memory};
 use crate::h5::ALIGNMENT;
 
 /// Bytes of a huge page on every platform that has them for ordinary memory.
 const HUGE_PAGE: usize = 2 << 20;
-/// From this size on a tensor gets a block of its own, so that a long-lived one pins no other.
-pub const OWN_BLOCK: usize = 4 << 20;
+/// From this size on a tensor gets a block of its own, so that a long-lived one pins no other. Small in unit tests, so
+/// that a tensor of several parts can be tried often.
+pub const OWN_BLOCK: usize = if cfg!(test) { 256 } else { 4 << 20 };
 
 /// Zeroed, aligned, owned memory of fixed size. It may be written through a shared reference ([`Block::slot`]), so
 /// whoever shares it must keep slots disjoint.
@@ -37,17 +39,20 @@ unsafe impl Sync for Block {}
 
 impl Block {
     /// `len` zero bytes at a multiple of 64.
-    pub fn new(len: usize) -> Self {
+    ///
+    /// # Errors
+    /// `Memory`.
+    pub fn new(len: usize) -> Result<Self> {
         #[cfg(unix)]
         if len >= HUGE_PAGE
             && let Some(block) = Self::mapped(len)
         {
-            return block;
+            return Ok(block);
         }
-        let layout = Layout::from_size_align(len.max(1), ALIGNMENT as usize).expect("tensors are below 2^60 bytes");
+        let layout = Layout::from_size_align(len.max(1), ALIGNMENT as usize).map_err(|_| out_of_memory(len))?;
         // SAFETY: the layout's size is not zero.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
-        Self { start, len, memory: Memory::Heap(layout) }
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| out_of_memory(len))?;
+        Ok(Self { start, len, memory: Memory::Heap(layout) })
     }
 
     /// Fresh pages at a multiple of the huge page size; zero without being touched.
@@ -135,7 +140,7 @@ mod tests {
     #[test]
     fn blocks_are_aligned_zero_and_writable() {
         for len in [0, 1, 63, 4096, HUGE_PAGE - 1, HUGE_PAGE, OWN_BLOCK + 5] {
-            let block = Block::new(len);
+            let block = Block::new(len).unwrap();
             assert_eq!(block.as_ptr() as usize % 64, 0, "{len}");
             // SAFETY: the only slot.
             let bytes = unsafe { block.slot(0, len) };
@@ -145,9 +150,16 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        for len in [usize::MAX, usize::MAX / 2, 1 << 60, 1 << 50] {
+            assert!(matches!(Block::new(len).unwrap_err().kind(), crate::error::Kind::Memory), "{len}");
+        }
+    }
+
+    #[test]
     #[should_panic(expected = "past its block")]
     fn slots_are_bounded() {
-        let block = Block::new(8);
+        let block = Block::new(8).unwrap();
         // SAFETY: panics before there is a slice.
         let _ = unsafe { block.slot(4, 5) };
     }

@@ -117,10 +117,8 @@ impl File {
     #[pyo3(signature = (*, engine = "auto"))]
     fn weights(&self, py: Python<'_>, engine: &str) -> PyResult<Weights> {
         let choice = choice(engine)?;
-        let open = || match &self.members {
-            Some(members) => load::Weights::open_member(&self.source, members, choice),
-            None => load::Weights::open(Arc::clone(&self.source), choice),
-        };
+        let open =
+            || load::Weights::open_interruptibly(Arc::clone(&self.source), self.members.as_ref(), choice, &interrupt);
         let weights = run(py, || placed(open(), self.path.as_ref()))?;
         Ok(Weights { weights: Arc::new(weights), path: self.path.clone() })
     }
@@ -228,7 +226,7 @@ impl Reading {
         self.reading().done()
     }
 
-    /// Waits for a dataset and takes it; `None` if it was taken before.
+    /// Waits for a dataset and takes it; `None` if it was taken before. A ValueError when there is none at `i`.
     fn take(&self, py: Python<'_>, i: usize) -> PyResult<Option<Block>> {
         let slot = run(py, || placed(self.reading().take(i, &interrupt), self.path.as_ref()))?;
         Ok(slot.map(Block::new))
