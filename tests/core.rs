@@ -883,9 +883,7 @@ mod replacing {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o666.into()).unwrap();
         let (done, waiting) = std::sync::mpsc::channel();
         let pipe = path.clone();
-        std::thread::spawn(move || {
-            done.send((Pending::create(&pipe, ATOMIC).map(drop), load::open(&pipe).map(drop)))
-        });
+        std::thread::spawn(move || done.send((Pending::create(&pipe, ATOMIC).map(drop), load::open(&pipe).map(drop))));
         let (written, read) = waiting.recv_timeout(std::time::Duration::from_secs(60)).expect("it hangs");
         for error in [written.unwrap_err(), read.unwrap_err()] {
             assert!(matches!(error.kind(), Kind::Io(_)) && error.path() == Some(&path), "{error}");

@@ -281,7 +281,8 @@ fn blocks(content: &Content, each: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> 
     match content {
         Content::Bytes(bytes) => each(bytes, 0),
         Content::File(path) => {
-            let mut file = crate::io::open_regular(path).during("cannot open an asset").map_err(|e| e.with_path(path))?;
+            let mut file =
+                crate::io::open_regular(path).during("cannot open an asset").map_err(|e| e.with_path(path))?;
             let mut block = vec![0; BLOCK];
             let mut at = 0;
             loop {

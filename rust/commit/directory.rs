@@ -184,4 +184,3 @@ fn is_mount_point(path: &Path) -> bool {
     let _ = path;
     false
 }
-

@@ -117,12 +117,12 @@ mod tests {
     fn writers_are_known_by_their_flags() {
         let info = |flags: &str| format!("pos:\t0\nflags:\t{flags}\nmnt_id:\t29\n");
         for (flags, writes) in [
-            ("0100000", false),  // read-only
-            ("0100001", true),   // write-only
-            ("0100002", true),   // both
-            ("02102001", true),  // append, close on exec
+            ("0100000", false),   // read-only
+            ("0100001", true),    // write-only
+            ("0100002", true),    // both
+            ("02102001", true),   // append, close on exec
             ("010000000", false), // O_PATH
-            ("02104001", false), // ours: it does not block
+            ("02104001", false),  // ours: it does not block
             ("", false),
         ] {
             assert_eq!(is_foreign_writer(&info(flags)), writes, "{flags}");
