@@ -13,6 +13,7 @@
 //! The map in README.md has the test and the benchmark of each. [`limits`] holds every limit, [`error`] the one error.
 
 const _: () = assert!(usize::BITS == 64, "tensors are addressed with 64 bits");
+const _: () = assert!(cfg!(target_endian = "little"), "tensors are written as they lie in memory");
 
 pub mod archive;
 pub mod commit;

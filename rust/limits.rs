@@ -10,6 +10,10 @@ pub const MAX_PATH_BYTES: usize = 16 << 10;
 pub const MAX_DEPTH: usize = 200;
 /// Bytes of an attribute name.
 pub const MAX_ATTRIBUTE_NAME_BYTES: usize = 1 << 10;
+/// Bytes of all tensors of an image: sums with offsets, paddings and headers stay far below 64 bits.
+pub const MAX_IMAGE_BYTES: u64 = 1 << 60;
+/// Bytes of an object header message: its size is 16 bits, and a multiple of 8.
+pub const MAX_MESSAGE_BYTES: usize = 0xfff8;
 /// Bytes of an attribute's value in an object header: what Keras splits at.
 pub const MAX_ATTRIBUTE_BYTES: usize = 64_512;
 /// Groups and datasets in one image.

@@ -8,6 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::h5::{Compression, Engine, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
 use crate::io::pack::{self, pack};
+use crate::limits::MAX_IMAGE_BYTES;
 use crate::tree::Tree;
 
 /// What will be written and where, before a payload byte moves.
@@ -153,6 +154,10 @@ pub fn write(
     progress: &Progress,
 ) -> Result<Prepared> {
     match target {
+        Target::Sink(_, base) if base > MAX_IMAGE_BYTES => {
+            Err(Error::new(Kind::Invalid, "no file is written so far behind the start of a sink")
+                .with_found(format_args!("at most {MAX_IMAGE_BYTES}"), base))
+        }
         Target::Sink(mut sink, base) => {
             let (end, crc) = fill(plan, &mut *sink, base, tensors, members, progress)?;
             Ok(Prepared { written: Written { bytes: end - base, crc, placed: Placed::default() }, pending: None })

@@ -43,6 +43,26 @@ impl Value {
         }
     }
 
+    /// Bytes of the value in an object header.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Text(_) | Self::Bytes(_) => 16,
+            Self::List(all) => all.len().saturating_mul(16),
+            Self::Fixed(length, all) => all.len().saturating_mul(*length),
+        }
+    }
+
+    /// Bytes of the object header message (HDF5 format, §IV.A.2.m, version 1), without its own header.
+    pub(crate) fn message_bytes(&self, name: &str) -> usize {
+        let (datatype, dataspace) = match self {
+            Self::Text(_) | Self::Bytes(_) => (24, 8),
+            Self::List(_) => (24, 24),
+            Self::Fixed(..) => (8, 24),
+        };
+        let fixed = 8 + (name.len() + 1).next_multiple_of(8) + datatype + dataspace;
+        self.bytes().checked_next_multiple_of(8).map_or(usize::MAX, |value| value.saturating_add(fixed))
+    }
+
     /// The string, if it is one of UTF-8.
     pub fn text(&self) -> Option<&str> {
         match self {
@@ -96,6 +116,8 @@ pub struct Tree {
     datasets: Vec<Dataset>,
     nodes: HashMap<Arc<str>, Node>,
     last_group: Option<Arc<str>>,
+    nbytes: u64,
+    attribute_bytes: u64,
     flat: bool,
 }
 
@@ -131,7 +153,7 @@ impl Tree {
     /// # Errors
     /// `Invalid` for what HDF5 cannot hold.
     pub fn set_attributes(&mut self, attributes: Vec<Attribute>) -> Result<()> {
-        check_attributes("/", &attributes)?;
+        self.check_attributes("/", &attributes)?;
         self.attributes = attributes;
         Ok(())
     }
@@ -148,7 +170,7 @@ impl Tree {
 
     /// Bytes of all tensors.
     pub fn nbytes(&self) -> u64 {
-        self.datasets.iter().map(|d| d.nbytes).sum()
+        self.nbytes
     }
 
     /// Adds a group and, implicitly, its ancestors.
@@ -156,7 +178,7 @@ impl Tree {
     /// # Errors
     /// `Invalid` when the path is malformed or already taken by a group with attributes or by a dataset.
     pub fn add_group(&mut self, path: &str, attributes: Vec<Attribute>) -> Result<()> {
-        check_attributes(path, &attributes)?;
+        self.check_attributes(path, &attributes)?;
         let path = self.claim(path, Node::Group)?;
         self.groups.push(Group { path, attributes });
         Ok(())
@@ -174,16 +196,37 @@ impl Tree {
         attributes: Vec<Attribute>,
     ) -> Result<()> {
         let shape = shape.into();
-        check_attributes(path, &attributes)?;
-        let too_large = || Error::new(Kind::Invalid, "tensor size overflows 64 bits").with_entry(path);
-        let nbytes = dtype.nbytes(&shape).filter(|&n| n < 1 << 60).ok_or_else(too_large)?;
+        self.check_attributes(path, &attributes)?;
+        let too_large = || Error::new(Kind::Invalid, "tensor is too large, alone or with the others").with_entry(path);
+        let nbytes = dtype.nbytes(&shape).ok_or_else(too_large)?;
+        let total = self.nbytes.checked_add(nbytes).filter(|&n| n <= limits::MAX_IMAGE_BYTES).ok_or_else(too_large)?;
+        if shape.iter().any(|&n| n > limits::MAX_IMAGE_BYTES) {
+            return Err(too_large()); // another dimension is 0
+        }
         if shape.len() > limits::MAX_RANK {
             return Err(Error::new(Kind::Invalid, "HDF5 has no tensors of such rank")
                 .with_found(format_args!("at most {}", limits::MAX_RANK), shape.len())
                 .with_entry(path));
         }
         let path = self.claim(path, Node::Dataset)?;
+        self.nbytes = total;
         self.datasets.push(Dataset { path, dtype, shape, attributes, nbytes });
+        Ok(())
+    }
+
+    /// Checks attributes, and counts their bytes: a reader takes so many, with something for each string.
+    fn check_attributes(&mut self, path: &str, attributes: &[Attribute]) -> Result<()> {
+        const EACH: u64 = 64;
+        check_attributes(path, attributes)?;
+        let strings = attributes.iter().flat_map(|(_, value)| value.strings());
+        let bytes = strings.map(|s| s.len() as u64 + EACH).sum::<u64>();
+        let total = self.attribute_bytes.saturating_add(bytes);
+        if total > limits::MAX_HEADER_BYTES {
+            return Err(Error::new(Kind::Invalid, "the attributes of this file are too large together")
+                .with_found(format_args!("at most {} bytes", limits::MAX_HEADER_BYTES), total)
+                .with_entry(path));
+        }
+        self.attribute_bytes = total;
         Ok(())
     }
 
@@ -244,7 +287,7 @@ impl Tree {
     }
 }
 
-/// Name and value end up in one object header message, whose size is 16 bits; variable-length strings lie elsewhere.
+/// Name and value end up in one object header message; variable-length strings lie elsewhere.
 fn check_attributes(path: &str, attributes: &[Attribute]) -> Result<()> {
     for (i, (name, value)) in attributes.iter().enumerate() {
         if name.is_empty() || name.contains('\0') || name.len() > limits::MAX_ATTRIBUTE_NAME_BYTES {
@@ -258,12 +301,8 @@ fn check_attributes(path: &str, attributes: &[Attribute]) -> Result<()> {
             return Err(Error::new(Kind::Invalid, "attribute value holds a NUL character, which HDF5 strings cannot")
                 .with_entry(path));
         }
-        let size = match value {
-            Value::Text(_) | Value::Bytes(_) => 16,
-            Value::List(all) => all.len() * 16,
-            Value::Fixed(length, all) => all.len().saturating_mul(*length),
-        };
-        if size > limits::MAX_ATTRIBUTE_BYTES {
+        let size = value.bytes();
+        if size > limits::MAX_ATTRIBUTE_BYTES || value.message_bytes(name) > limits::MAX_MESSAGE_BYTES {
             return Err(Error::new(Kind::Invalid, format!("attribute '{name}' is too large for an object header"))
                 .with_found(format_args!("at most {} bytes", limits::MAX_ATTRIBUTE_BYTES), size)
                 .with_entry(path));

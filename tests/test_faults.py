@@ -297,8 +297,9 @@ def legacy(path):
     save_model(simple, path)
 
 os.makedirs("there/d")
-for name in ("m.keras", "m.weights.h5"):
-    open("there/" + name, "w").close()
+for name in ("m.keras", "m.weights.h5"):  # the first is replaced, the second written over
+    with open("there/" + name, "w") as file:
+        file.write("old" if name == "m.keras" else "")
 ways = [
     lambda: save_model(model, "there/m.keras"),
     lambda: save_weights(model, "there/m.weights.h5"),
@@ -318,7 +319,7 @@ ways = [
 
 def there():
     found = [os.path.join(top, name) for top, inner, names in os.walk(".") for name in [*inner, *names]]
-    return {os.stat(path).st_ino: path for path in found}
+    return {(os.stat(path).st_ino, os.path.isfile(path) and os.path.getsize(path)): path for path in found}
 
 for i, way in enumerate(ways):
     before = there()
@@ -326,13 +327,122 @@ for i, way in enumerate(ways):
         way()
     with open(os.environ["HORNBEAM_SYNCED"]) as file:
         synced = {int(line) for line in file}
-    new = {inode: path for inode, path in there().items() if inode not in before}
+    new = {key[0]: path for key, path in there().items() if key not in before}
     for inode, path in new.items():
         if not path.endswith(".lock"):  # nothing is in it
             assert inode in synced, (i, path)
             assert os.stat(os.path.dirname(path)).st_ino in synced, (i, path)
     assert new, i
 assert hornbeam.stats().handovers
+print("all of it")
+"""
+
+
+REPLACING = r"""
+import errno, hashlib, logging, os, sys
+import keras, numpy as np
+from keras import layers
+import hornbeam
+from hornbeam.saving import load_model, save_model
+
+root = sys.argv[1]
+fault = os.environ["HORNBEAM_FAULT"]
+logger, records = logging.getLogger("hornbeam"), []
+class Keep(logging.Handler):
+    def emit(self, record):
+        records.append(record.getMessage())
+logger.addHandler(Keep())
+model = keras.Sequential([keras.Input((300,)), layers.Dense(1000)])
+path = os.path.join(root, "m.keras")
+
+def fill(value):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+def held(path):
+    (value,) = {float(v) for w in load_model(path).get_weights() for v in np.unique(w)}
+    return value
+
+def arm(text):
+    with open(fault + ".new", "w") as file:
+        file.write(text)
+    os.replace(fault + ".new", fault)
+
+def save(value, *faults, asynchronous=False):
+    fill(value)
+    records.clear()
+    arm(" ".join(map(str, [*faults, value])) if faults else "none 0 0")
+    try:
+        handle = save_model(model, path, asynchronous=asynchronous)
+        if asynchronous:
+            handle.result()
+    finally:
+        arm("none 0 0")
+
+def refused(number, value, *faults):
+    before, names = open(path, "rb").read(), sorted(os.listdir(root))
+    try:
+        save(value, *faults)
+    except OSError as error:
+        assert error.errno == number and path in str(error), error
+    else:
+        raise AssertionError(faults)
+    return before, names
+
+value = 1
+save(value)
+# A refusal of the replacement: over the old file, with a warning, whatever the number of the call.
+for number in (errno.EPERM, errno.EACCES, errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP):
+    for calls, asynchronous in ((1, False), (0, False), (0, True)):
+        value += 1
+        inode = os.stat(path).st_ino
+        save(value, "rename", calls, number, asynchronous=asynchronous)
+        assert os.stat(path).st_ino == inode and held(path) == value
+        assert any("wrote over" in r and path in r for r in records), records
+        assert os.listdir(root) == ["m.keras"], os.listdir(root)
+# A full or failing disk, or one that is read-only by now: an error, and the old file.
+for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM):
+    before, names = refused(number, -1, "rename", 0, number)
+    assert open(path, "rb").read() == before and sorted(os.listdir(root)) == names
+# The copy fails half way: the complete new file stays, and the error names it.
+with open(path, "rb+") as file:
+    for number in (errno.ENOSPC, errno.EIO):
+        value += 1
+        try:
+            save(value, "copy", 0, number)
+        except OSError as error:
+            (kept,) = [n for n in os.listdir(root) if n != "m.keras"]
+            kept = os.path.join(root, kept)
+            assert error.errno == number and kept in str(error) and path in str(error), error
+        else:
+            raise AssertionError("copied")
+        os.link(kept, os.path.join(root, "whole.keras"))
+        assert held(os.path.join(root, "whole.keras")) == value
+        os.remove(os.path.join(root, "whole.keras"))
+        # A save that fails leaves it there, one that is complete does not.
+        refused(errno.EIO, -1, "write", 0, errno.EIO)
+        assert os.path.exists(kept)
+        value += 1
+        save(value)
+        assert held(path) == value and os.listdir(root) == ["m.keras"]
+# An empty one is empty again.
+with open(path, "wb") as file:
+    refused(errno.ENOSPC, -1, "copy", 0, errno.ENOSPC)
+    assert os.path.getsize(path) == 0 and os.listdir(root) == ["m.keras"], os.listdir(root)
+    save(5)
+    assert held(path) == 5
+# Mode and owner are told when they are lost, and no more.
+os.chmod(path, 0o606)
+for function, what, expected in (("fchmod", "its mode", 0o644), ("none", None, 0o644)):
+    save(6, function, 0, errno.EPERM)
+    assert held(path) == 6
+    assert [r for r in records if "could not be kept" in r] == ([r for r in records if what in r] if what else [])
+    assert bool(records) == bool(what), records
+if os.geteuid() == 0:
+    os.chown(path, 12345, 12345)
+    save(7, "fchown", 0, errno.EPERM)
+    assert held(path) == 7 and any("its owner or group" in r for r in records), records
+assert os.listdir(root) == ["m.keras"]
 print("all of it")
 """
 
@@ -362,3 +472,7 @@ def test_failing_checkpoints_leave_the_newest(tmp_path: Path) -> None:
 
 def test_everything_that_is_new_reaches_stable_storage(tmp_path: Path) -> None:
     assert "all of it" in run(SYNCED, tmp_path)
+
+
+def test_what_cannot_be_replaced_is_written_over_and_never_lost(tmp_path: Path) -> None:
+    assert "all of it" in run(REPLACING, tmp_path)

@@ -7,6 +7,20 @@ use crate::error::Result;
 /// The characters of code page 437 from 128 on; the first half is ASCII.
 const CP437: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐└┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\u{a0}";
 
+/// Says why a name cannot be written, if so: readers would look for it elsewhere, or nowhere.
+pub(super) fn refuse(name: &str) -> Option<&'static str> {
+    let drive = name.as_bytes().get(1) == Some(&b':') && name.as_bytes()[0].is_ascii_alphabetic();
+    if name.is_empty() || name.contains('\0') {
+        Some("it is empty or holds a NUL")
+    } else if name.len() > usize::from(u16::MAX) {
+        Some("it has more than 65,535 bytes")
+    } else if drive || name.starts_with('/') || name.split('/').any(|part| part == "..") {
+        Some("it leads out of the archive")
+    } else {
+        None
+    }
+}
+
 /// The name that all readers give a member.
 ///
 /// # Errors

@@ -188,14 +188,15 @@ fn local(file: &dyn ReadAt, mut member: Member, header: &Header<'_>, end: u64) -
     if other_name || u16_at(&fixed, 8)? != method {
         return Err(error(bad("a member's header disagrees with the directory")));
     }
-    if flags & STREAMED_FLAG == 0 {
-        let mut sizes = [u32_at(&fixed, 22)?, u32_at(&fixed, 18)?].map(u64::from);
-        if sizes.contains(&ZIP64_LIMIT) {
-            zip64(extra, &mut sizes).map_err(error)?; // whatever else stands there, nobody reads
-        }
-        if sizes != [member.size, member.stored] || u32_at(&fixed, 14)? != member.crc {
-            return Err(error(bad("a member's header disagrees with the directory")));
-        }
+    let mut sizes = [u32_at(&fixed, 22)?, u32_at(&fixed, 18)?].map(u64::from);
+    if sizes.contains(&ZIP64_LIMIT) {
+        zip64(extra, &mut sizes).map_err(error)?; // whatever else stands there, nobody reads
+    }
+    let found = [sizes[0], sizes[1], u64::from(u32_at(&fixed, 14)?)];
+    let wanted = [member.size, member.stored, u64::from(member.crc)];
+    let streamed = flags & STREAMED_FLAG != 0; // they stand behind the data, and here zeros
+    if found.iter().zip(wanted).any(|(&found, wanted)| found != wanted && !(streamed && found == 0)) {
+        return Err(error(bad("a member's header disagrees with the directory")));
     }
     member.offset = header.offset + 30 + variable.len() as u64;
     if member.offset.checked_add(member.stored).is_none_or(|stop| stop > end) {

@@ -1,14 +1,17 @@
 //! Weights, JSON and assets → the archive around them.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::path::PathBuf;
 
 use super::{
-    CENTRAL_HEADER, DATA_DESCRIPTOR, END, END_64, END_64_LOCATOR, LOCAL_HEADER, WEIGHTS, ZIP64_EXTRA, ZIP64_LIMIT,
+    CENTRAL_HEADER, DATA_DESCRIPTOR, END, END_64, END_64_LOCATOR, LOCAL_HEADER, UTF8_FLAG, WEIGHTS, ZIP64_EXTRA,
+    ZIP64_LIMIT, name as names,
 };
 use crate::error::{Context, Error, Kind, Result};
 use crate::h5::ALIGNMENT;
 use crate::io::emit::{BLOCK, Sink};
+use crate::limits;
 
 /// Extra field of the padding that aligns the weights; the id is Android zipalign's.
 const PADDING_EXTRA: u16 = 0xd935;
@@ -20,8 +23,6 @@ const CRC_AT: u64 = 14;
 const SIZES_AT: u64 = 18;
 /// Flag bit 3: CRC and sizes follow the data (§4.4.4).
 const STREAMED: u16 = 1 << 3;
-/// Flag bit 11: the name is UTF-8.
-const UTF8: u16 = 1 << 11;
 
 /// What a member holds.
 #[derive(Debug)]
@@ -40,6 +41,7 @@ pub struct Archive {
     streamed: bool,
     directory: Vec<u8>,
     count: u64,
+    names: HashSet<String>,
     weights: Option<(u64, bool)>, // bytes as far as known, and whether the header has room for 64 bits
 }
 
@@ -135,8 +137,18 @@ impl Archive {
     /// # Errors
     /// `Invalid` for a name or file the format cannot hold, `Io`, those of the sink.
     pub fn add(&mut self, name: &str, content: &Content, sink: &mut dyn Sink) -> Result<()> {
-        if name.is_empty() || name.len() > usize::from(u16::MAX) || name.contains('\0') {
-            return Err(Error::new(Kind::Invalid, "this name cannot stand in a zip archive").with_member(name));
+        let taken = (name == WEIGHTS || self.names.contains(name)).then_some("two members would have it");
+        if let Some(why) = names::refuse(name).or(taken) {
+            let what = format!("this name cannot stand in a zip archive: {why}");
+            return Err(Error::new(Kind::Invalid, what).with_member(name));
+        }
+        let full = self.count >= limits::MAX_MEMBERS
+            || (self.directory.len() + name.len()) as u64 + 100 > limits::MAX_DIRECTORY_BYTES;
+        if full {
+            return Err(Error::new(Kind::Invalid, "an archive holds no more members").with_found(
+                format_args!("at most {}, and {} bytes of directory", limits::MAX_MEMBERS, limits::MAX_DIRECTORY_BYTES),
+                self.count,
+            ));
         }
         let mut crc = crc32fast::Hasher::new();
         let mut size = 0;
@@ -155,7 +167,7 @@ impl Archive {
                 0o100_644
             }
         };
-        let flags = if name.is_ascii() { 0 } else { UTF8 };
+        let flags = if name.is_ascii() { 0 } else { UTF8_FLAG };
         let member = Member { name, crc: crc.finalize(), size, offset: self.end, flags, mode };
         let extra = if size >= ZIP64_LIMIT { zip64_extra(&[size, size]) } else { Vec::new() };
         let header = local_header(&member, &extra);
@@ -171,6 +183,7 @@ impl Archive {
             return Err(Error::new(Kind::Invalid, "an asset changed while it was saved").with_member(name));
         }
         self.end = start + size;
+        self.names.insert(name.to_owned());
         self.list(&member);
         Ok(())
     }

@@ -96,7 +96,9 @@ impl Pending {
             (true, false) => "the target is not a regular file",
             (false, _) => "atomic=False",
         };
-        let open = |read| open_target(&target, OpenOptions::new().read(read).write(true).create(true).truncate(true));
+        let missing = replaced.is_none(); // Linux lets nobody "create" another owner's file in a sticky directory
+        let open =
+            |read| open_target(&target, OpenOptions::new().read(read).write(true).create(missing).truncate(true));
         let file = open(true).or_else(|_| open(false)).during("cannot write to this file")?;
         Ok(Self {
             file: Some(file),

@@ -40,16 +40,18 @@ pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Res
 #[cfg(target_os = "linux")]
 fn is_open_for_writing(target: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    use std::os::fd::AsFd;
+    const DESCRIPTORS: &str = "/proc/self/fd";
     // What is known of a file is enough: a descriptor of a file server that is gone must not be waited for.
-    let identity = |path: &Path| {
-        let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+    let identity = |at: std::os::fd::BorrowedFd<'_>, path: &Path| {
+        let found = statx(at, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
         Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
     };
-    let Some(wanted) = identity(target) else { return false };
-    let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") else { return false };
-    descriptors.flatten().any(|d| {
-        identity(&d.path()) == Some(wanted)
-            && std::fs::read_to_string(Path::new("/proc/self/fdinfo").join(d.file_name()))
+    let Some(wanted) = identity(CWD, target) else { return false };
+    let (Ok(directory), Ok(names)) = (File::open(DESCRIPTORS), std::fs::read_dir(DESCRIPTORS)) else { return false };
+    names.flatten().map(|entry| entry.file_name()).any(|name| {
+        identity(directory.as_fd(), name.as_ref()) == Some(wanted)
+            && std::fs::read_to_string(Path::new("/proc/self/fdinfo").join(&name))
                 .is_ok_and(|info| is_foreign_writer(&info))
     })
 }

@@ -16,6 +16,8 @@ use crate::tree::Dataset;
 /// multiples of it in the file, so that the kernel takes large pages for its cache: a quarter faster (ext4, Linux 6.18).
 pub const BLOCK: usize = 256 << 10;
 
+static ZEROS: [u8; 4096] = [0; 4096];
+
 /// The bytes of the tensors, asked for one at a time in file order.
 pub trait Tensors {
     /// The bytes of dataset `i` of the tree. They must not change until the next call.
@@ -73,8 +75,8 @@ impl Sink for &File {
 /// Memory of exactly the announced size.
 impl Sink for &mut [u8] {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
-        let end = offset as usize + bytes.len();
-        let room = self.get_mut(offset as usize..end);
+        let end = (offset as usize).checked_add(bytes.len());
+        let room = end.and_then(|end| self.get_mut(offset as usize..end));
         room.ok_or_else(|| Error::new(Kind::Invalid, "the target buffer is too small"))?.copy_from_slice(bytes);
         Ok(())
     }
@@ -168,8 +170,9 @@ impl<'a> Image<'a> {
         }
         self.flush()?;
         self.sink.write_at(bytes, self.base + at)?;
-        let zeros = vec![0; bytes.len()];
-        self.patches.push((end, crc32fast::hash(bytes) ^ crc32fast::hash(&zeros)));
+        let mut zeros = crc32fast::Hasher::new();
+        bytes.chunks(ZEROS.len()).for_each(|part| zeros.update(&ZEROS[..part.len()]));
+        self.patches.push((end, crc32fast::hash(bytes) ^ zeros.finalize()));
         Ok(())
     }
 
@@ -196,12 +199,11 @@ impl<'a> Image<'a> {
     }
 
     fn zeros_up_to(&mut self, at: u64) -> Result<()> {
-        const ZEROS: [u8; 4096] = [0; 4096];
         loop {
             match at.checked_sub(self.position()) {
                 None => return Err(Error::new(Kind::Invalid, "the layout overlaps itself")),
                 Some(0) => return Ok(()),
-                Some(gap) => self.put(&ZEROS[..gap.min(4096) as usize])?,
+                Some(gap) => self.put(&ZEROS[..gap.min(ZEROS.len() as u64) as usize])?,
             }
         }
     }

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use flate2::{Compress, FlushCompress};
 
 use super::emit::{Image, Progress, Sink, Tensors, sized};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::h5::filters::shuffle;
 use crate::h5::{Compression, Engine};
 use crate::limits;
@@ -117,6 +117,7 @@ pub fn pack(
                 job.start.extend_from_slice(start);
                 job.raw.clear();
                 job.tensor_bytes = range.len() as u64;
+                job.raw.try_reserve(len).map_err(|_| out_of_memory(len))?;
                 job.raw.extend_from_slice(&bytes[range]);
                 job.raw.resize(len, 0);
                 line.send(job);

@@ -10,7 +10,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::run::caller;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::io::ReadAt;
 use crate::io::emit::Sink;
 use crate::io::fetch::Slot;
@@ -87,6 +87,8 @@ impl Sink for Memory {
         }
         let at = (at + inside) - size;
         if at + rest.len() > self.tail.len() {
+            let more = at + rest.len() - self.tail.len();
+            self.tail.try_reserve(more).map_err(|_| out_of_memory(more))?;
             self.tail.resize(at + rest.len(), 0);
         }
         self.tail[at..at + rest.len()].copy_from_slice(rest);
@@ -171,7 +173,10 @@ impl ReadAt for Seekable {
                 if part.is_empty() {
                     return Ok(false);
                 }
-                buf[done..done + part.len()].copy_from_slice(part);
+                let Some(room) = buf.get_mut(done..done + part.len()) else {
+                    return Err(PyOSError::new_err("the file object returned more bytes than were asked for"));
+                };
+                room.copy_from_slice(part);
                 done += part.len();
             }
             Ok(true)

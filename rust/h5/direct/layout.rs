@@ -10,6 +10,7 @@ use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
 use crate::h5::{ALIGNMENT, Layout};
 use crate::io::buffer::vec_with_capacity;
+use crate::limits;
 use crate::tree::{Attribute, Dataset, Tree, Value};
 
 /// Entries of a symbol-table node: twice the "group leaf node K" of the superblock.
@@ -27,6 +28,11 @@ const MAX_ATTRIBUTES: usize = 1000;
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {
     let (mut offsets, payload) = place(tree.datasets());
     let nodes = nodes(tree);
+    let objects = nodes.len() - 1 + tree.datasets().len();
+    if objects > limits::MAX_OBJECTS {
+        return Err(Error::new(Kind::Invalid, "too many groups and datasets for one file")
+            .with_found(format_args!("at most {}", limits::MAX_OBJECTS), objects));
+    }
     let mut w = Writer::with_capacity(96 + tree.datasets().len() * 256 + nodes.len() * 1024);
     w.superblock();
     let mut groups = vec![GroupAddress::default(); nodes.len()];
@@ -212,6 +218,11 @@ impl Writer {
                 }
             });
         }
+        if names.len() as u64 > limits::MAX_HEADER_BYTES {
+            return Err(Error::new(Kind::Invalid, "the names in this group are too long together")
+                .with_found(format_args!("at most {} bytes", limits::MAX_HEADER_BYTES), names.len())
+                .with_entry(node.path));
+        }
         let leaves = self.symbol_nodes(&symbols);
         let btree = self.btree(leaves);
         let heap = self.bytes.len() as u64;
@@ -221,10 +232,10 @@ impl Writer {
         self.u64(heap + 32);
         self.put(&names);
         let header = self.open_header(1, node.attributes).map_err(|e| e.with_entry(node.path))?;
-        self.message(message::SYMBOL_TABLE, 16, 0);
+        self.message(message::SYMBOL_TABLE, 16, 0)?;
         self.u64(btree);
         self.u64(heap);
-        self.close_header(header, node.attributes);
+        self.close_header(header, node.attributes).map_err(|e| e.with_entry(node.path))?;
         Ok(GroupAddress { header: header as u64, btree, heap })
     }
 
@@ -287,15 +298,15 @@ impl Writer {
     fn dataset(&mut self, d: &Dataset, offset: Option<u64>) -> Result<u64> {
         let header = self.open_header(4, &d.attributes).map_err(|e| e.with_entry(&d.path))?;
         let rank = d.shape.len();
-        self.message(message::DATASPACE, 8 + 16 * rank, 0);
+        self.message(message::DATASPACE, 8 + 16 * rank, 0)?;
         self.put(&[1, rank as u8, u8::from(rank > 0), 0, 0, 0, 0, 0]); // flag: maximum dimensions follow
         for &n in d.shape.iter().chain(&d.shape) {
             self.u64(n);
         }
-        self.datatype(d.dtype);
-        self.message(message::FILL_VALUE, 8, 1);
+        self.datatype(d.dtype).map_err(|e| e.with_entry(&d.path))?;
+        self.message(message::FILL_VALUE, 8, 1)?;
         self.put(&[2, 2, 2, 1, 0, 0, 0, 0]); // version 2, late allocation, written if set, default value
-        self.message(message::LAYOUT, 24, 0);
+        self.message(message::LAYOUT, 24, 0)?;
         self.put(&[3, 1]); // version 3, contiguous
         if offset.is_some() {
             self.payload_addresses.push(self.bytes.len());
@@ -303,7 +314,7 @@ impl Writer {
         self.u64(offset.unwrap_or(UNDEFINED));
         self.u64(d.nbytes);
         self.put(&[0; 6]);
-        self.close_header(header, &d.attributes);
+        self.close_header(header, &d.attributes).map_err(|e| e.with_entry(&d.path))?;
         Ok(header as u64)
     }
 
@@ -321,29 +332,35 @@ impl Writer {
         Ok(at)
     }
 
-    fn close_header(&mut self, at: usize, attributes: &[Attribute]) {
+    fn close_header(&mut self, at: usize, attributes: &[Attribute]) -> Result<()> {
         for (name, value) in attributes {
-            self.attribute(name, value);
+            self.attribute(name, value)?;
         }
         let size = (self.bytes.len() - at - 16) as u32;
         self.patch(at + 8, &size.to_le_bytes());
+        Ok(())
     }
 
-    fn message(&mut self, kind: u16, size: usize, flags: u8) {
+    fn message(&mut self, kind: u16, size: usize, flags: u8) -> Result<()> {
+        let Ok(bytes) = u16::try_from(size) else {
+            return Err(Error::new(Kind::Invalid, "an object header message is too large")
+                .with_found(format_args!("at most {} bytes", limits::MAX_MESSAGE_BYTES), size));
+        };
         self.u16(kind);
-        self.u16(size as u16); // sizes are bounded by MAX_RANK, MAX_ATTRIBUTE_NAME_BYTES and MAX_ATTRIBUTE_BYTES
+        self.u16(bytes);
         self.put(&[flags, 0, 0, 0]);
+        Ok(())
     }
 
     /// Datatype message (§IV.A.2.d), encoded as HDF5 does for h5py's types.
-    fn datatype(&mut self, dtype: DType) {
+    fn datatype(&mut self, dtype: DType) -> Result<()> {
         let size = dtype.size();
         match dtype.class() {
-            Class::Integer { .. } => self.message(message::DATATYPE, 16, 1),
-            Class::Float(..) => self.message(message::DATATYPE, 24, 1),
-            Class::Boolean => self.message(message::DATATYPE, 40, 1),
-            Class::Complex(_) => self.message(message::DATATYPE, 128, 1),
-            Class::Opaque => self.message(message::DATATYPE, 8, 1),
+            Class::Integer { .. } => self.message(message::DATATYPE, 16, 1)?,
+            Class::Float(..) => self.message(message::DATATYPE, 24, 1)?,
+            Class::Boolean => self.message(message::DATATYPE, 40, 1)?,
+            Class::Complex(_) => self.message(message::DATATYPE, 128, 1)?,
+            Class::Opaque => self.message(message::DATATYPE, 8, 1)?,
         }
         match dtype.class() {
             Class::Integer { signed } => {
@@ -375,6 +392,7 @@ impl Writer {
                 self.u32(size as u32);
             }
         }
+        Ok(())
     }
 
     /// 12 bytes: little-endian fixed-point number.
@@ -396,16 +414,16 @@ impl Writer {
     }
 
     /// Attribute message (§IV.A.2.m), as h5py writes it; variable-length strings are in the global heap.
-    fn attribute(&mut self, name: &str, value: &Value) {
-        let (type_size, row, size): (usize, _, _) = match value {
-            Value::Text(_) | Value::Bytes(_) => (20, None, 16),
-            Value::List(all) => (20, Some(all.len()), 16 * all.len()),
-            Value::Fixed(length, all) => (8, Some(all.len()), length * all.len()),
+    fn attribute(&mut self, name: &str, value: &Value) -> Result<()> {
+        let (type_size, row): (usize, _) = match value {
+            Value::Text(_) | Value::Bytes(_) => (20, None),
+            Value::List(all) => (20, Some(all.len())),
+            Value::Fixed(_, all) => (8, Some(all.len())),
         };
         let padded = (name.len() + 1).next_multiple_of(8);
         let space_size = if row.is_some() { 24 } else { 8 };
-        let size = (8 + padded + type_size.next_multiple_of(8) + space_size + size).next_multiple_of(8);
-        self.message(message::ATTRIBUTE, size, 0);
+        let size = value.message_bytes(name);
+        self.message(message::ATTRIBUTE, size, 0)?;
         let end = self.bytes.len() + size;
         self.put(&[1, 0]);
         self.u16(name.len() as u16 + 1);
@@ -450,6 +468,7 @@ impl Writer {
             }
         }
         self.bytes.resize(end, 0);
+        Ok(())
     }
 
     /// A reference to a string in the global heap.
