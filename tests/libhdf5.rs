@@ -209,7 +209,8 @@ fn errors_and_panics_of_the_source_come_back() {
     for n in 0..20 {
         let error = LibHdf5.index(&Flaky(image.clone(), n.into(), false)).unwrap_err();
         assert!(matches!(error.kind(), Kind::Io(_)) && error.to_string().contains("unplugged"), "{n}: {error}");
-        let error = LibHdf5.index(&Flaky(image.clone(), n.into(), true)).unwrap_err();
+        // The first read, for the signature, is not the library's: no C code has to be unwound.
+        let error = LibHdf5.index(&Flaky(image.clone(), (n + 1).into(), true)).unwrap_err();
         assert!(matches!(error.kind(), Kind::Io(_)) && error.to_string().contains("panic"), "{n}: {error}");
     }
     LibHdf5.index(&image).unwrap();
