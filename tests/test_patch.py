@@ -265,3 +265,19 @@ def test_a_child_does_not_keep_what_other_threads_of_its_parent_needed() -> None
         done.set()
         thread.join()
     assert stock == (saving_lib.save_model, saving_lib._walk_saveable, gc.get_threshold())
+
+
+def test_an_older_replacement_that_somebody_puts_back_goes_with_the_next() -> None:
+    def stock() -> str:
+        return "stock"
+
+    owner, patch = types.SimpleNamespace(f=stock), _patch.Patch(lambda original: lambda: f"ours {original()}")
+    with patch(owner, "f"):
+        older = owner.f
+        owner.f = lambda: f"theirs {older()}"
+    with patch(owner, "f"):
+        assert owner.f() == "ours theirs ours stock"
+    owner.f = older
+    with patch(owner, "f"):
+        assert owner.f() == "ours stock"
+    assert owner.f is stock

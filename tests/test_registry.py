@@ -153,6 +153,7 @@ def test_one_error_names_everything_that_is_missing(path: Path) -> None:
     places = f"{where}[1] ('one'), {where}[4].config.layers[1] ('deep')"
     assert f"class 'mine>Wide', defined in {__name__}: used at {places}" in text
     assert f"class 'Twice', defined in {__name__}: used at {where}[2] ('two')" in text
+    text = text.replace(f"', defined in {__name__}: used at", "': used at")  # of functions, too, from Keras 3.16 on
     assert (
         f"function 'mine>act': used at {where}[2].config.fn (of 'two'), {where}[3].config.activation (of 'three')"
         in text

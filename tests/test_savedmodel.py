@@ -228,7 +228,7 @@ def test_models_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         save_model(unbuilt, tmp_path / "m")
     model, *_ = trained()
     with monkeypatch.context() as patch:
-        patch.setattr("hornbeam._savedmodel.backend.backend", lambda: "torch")
+        patch.setattr("keras.backend.backend", lambda: "torch")
         with pytest.raises(UnsupportedError, match="from the TensorFlow and JAX backends, not from torch"):
             save_model(model, tmp_path / "m")
     with monkeypatch.context() as patch:

@@ -222,7 +222,6 @@ USES: dict[str, str] = {
         "trainers.data_adapters.data_adapter_utils.get_torch_dataloader "
         "trainers.data_adapters.data_adapter_utils.super_batch_iterator"
     ),
-    "export": "export.saved_model export.saved_model.BackendSavedModelExportArchive export.saved_model.ExportArchive",
     "models": "models.model models.model.model_from_json",
     "saving": (
         "saving.saving_api saving.saving_api.load_model saving.saving_api.load_weights "
@@ -257,7 +256,6 @@ KNOWN: dict[str, str] = {
     "backend.tensorflow.optimizer.TFOptimizer._var_key": "(self, variable)",
     "backend.tensorflow.optimizer.TFOptimizer.add_variable_from_reference": "(self, reference_variable, name, initializer)",
     "export.saved_model": "",
-    "export.saved_model.BackendSavedModelExportArchive": "- | ",
     "export.saved_model.DEFAULT_ENDPOINT_NAME": "",
     "export.saved_model.ExportArchive": "",
     "export.saved_model.get_input_signature": "(model)",

@@ -81,13 +81,17 @@ def _tell(operation: str, reason: str) -> None:
     warnings.warn(text, UnknownKerasWarning, stacklevel=level)
 
 
-def archive_class() -> Any:
-    """The class of Keras' that writes archives of endpoints, or `None`."""
+def backend_archive_class() -> Any:
+    """The class of an archive of endpoints on this backend; `object`, where there is none."""
     module: Any = sys.modules[_EXPORTS]
     # Keras 3.12 has one class for all backends, 3.16 has given it another name.
     named = ("BackendSavedModelExportArchive", "SavedModelExportArchive", "ExportArchive")
-    made = next((getattr(module, name) for name in named if hasattr(module, name)), object)
-    return next((cls for cls in made.__mro__ if "write_out" in vars(cls)), None)
+    return next((getattr(module, name) for name in named if hasattr(module, name)), object)
+
+
+def archive_class() -> Any:
+    """The class of Keras' that writes archives of endpoints, or `None`."""
+    return next((cls for cls in backend_archive_class().__mro__ if "write_out" in vars(cls)), None)
 
 
 def _look(name: str) -> str:

@@ -8,15 +8,14 @@ from typing import Any
 
 import keras
 import keras.export as _stock
-from keras.src.export import saved_model as _saved_model
 
-from hornbeam import _paths
+from hornbeam import _names, _paths
 from hornbeam._export import ExportReport, Request, last_report, requested
 from hornbeam._keras import scope
 from hornbeam.errors import UnsupportedError
 
 __all__ = ["ExportArchive", "ExportReport", "export", "last_report"]
-_Archive: Any = getattr(_saved_model, "BackendSavedModelExportArchive", _saved_model.ExportArchive)
+_Archive: Any = _names.backend_archive_class()
 
 
 def export(
