@@ -392,9 +392,12 @@ fn a_file_cut_anywhere_is_refused() {
             assert!(!text.contains("panicked"), "{text}");
             assert!(matches!(error.kind(), Kind::Archive | Kind::Hdf5 | Kind::Io(_)), "{n}: {text}");
         }
+        // Bytes behind an archive are nobody's: `zipfile` reads it as well.
         let mut longer = bytes.clone();
         longer.push(0);
-        assert!(!archive || read_all(&longer, true).is_err(), "bytes behind the archive");
+        if archive {
+            assert_eq!(read_all(&longer, true).unwrap(), read_all(&bytes, true).unwrap());
+        }
     }
 }
 
@@ -459,7 +462,7 @@ fn deflated(bytes: &[u8]) -> Vec<u8> {
         assert_eq!(done, flate2::Status::StreamEnd);
         let offset = out.len() as u32;
         let mut common = Vec::new(); // what both headers share: flags to extra length
-        for n in [0u16, 8, 0, 0x21] {
+        for n in [1u16 << 11, 8, 0, 0x21] {
             common.extend(n.to_le_bytes());
         }
         for n in [m.crc, packed.len() as u32, data.len() as u32] {
