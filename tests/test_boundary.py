@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import random
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 from helpers import script
-from hornbeam import _core, _lock
+from hornbeam import _core
 
 posix = pytest.mark.skipif(os.name != "posix", reason="no pipes in directories")
 
@@ -26,11 +24,13 @@ EXPECTED = (ValueError, TypeError, OverflowError, IndexError, KeyError, MemoryEr
 
 
 def call(function: Callable[[], Any]) -> Any:
+    error: Exception | None = None
     try:
         return function()
-    except EXPECTED as error:
-        assert "panicked" not in str(error), error
-        return None
+    except EXPECTED as raised:
+        error = raised
+    assert "panicked" not in str(error), error
+    return None
 
 
 class Generous(io.BytesIO):

@@ -1,4 +1,4 @@
-"""Archives as others write them: read where `zipfile` reads them without doubt, refused where readers could disagree."""
+"""Archives of others: read where `zipfile` reads them without doubt, refused where readers could disagree."""
 
 from __future__ import annotations
 
