@@ -175,6 +175,41 @@ impl std::error::Error for Error {
     }
 }
 
+/// The POSIX name of a kind of I/O error, which has another number on every system. For errors of Rust's own, and for
+/// those of Windows, whose numbers mean something else.
+pub fn posix_name(kind: std::io::ErrorKind) -> Option<&'static str> {
+    use std::io::ErrorKind as K;
+    Some(match kind {
+        K::NotFound => "ENOENT",
+        K::PermissionDenied => "EACCES",
+        K::AlreadyExists => "EEXIST",
+        K::WouldBlock => "EAGAIN",
+        K::NotADirectory => "ENOTDIR",
+        K::IsADirectory => "EISDIR",
+        K::DirectoryNotEmpty => "ENOTEMPTY",
+        K::ReadOnlyFilesystem => "EROFS",
+        K::StaleNetworkFileHandle => "ESTALE",
+        K::InvalidInput => "EINVAL",
+        K::TimedOut => "ETIMEDOUT",
+        K::StorageFull => "ENOSPC",
+        K::NotSeekable => "ESPIPE",
+        K::QuotaExceeded => "EDQUOT",
+        K::FileTooLarge => "EFBIG",
+        K::ResourceBusy => "EBUSY",
+        K::ExecutableFileBusy => "ETXTBSY",
+        K::Deadlock => "EDEADLK",
+        K::CrossesDevices => "EXDEV",
+        K::TooManyLinks => "EMLINK",
+        K::InvalidFilename => "ENAMETOOLONG",
+        K::ArgumentListTooLong => "E2BIG",
+        K::Interrupted => "EINTR",
+        K::Unsupported => "ENOTSUP",
+        K::OutOfMemory => "ENOMEM",
+        K::BrokenPipe => "EPIPE",
+        _ => return None,
+    })
+}
+
 /// An empty vector with room for `capacity` elements: for every size that a file or a model decides.
 ///
 /// # Errors
@@ -207,6 +242,48 @@ impl<T> Context<T> for std::io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn kinds_have_the_names_that_posix_gives_their_numbers() {
+        let numbers = [
+            ("ENOENT", 2),
+            ("EINTR", 4),
+            ("E2BIG", 7),
+            ("EAGAIN", 11),
+            ("ENOMEM", 12),
+            ("EACCES", 13),
+            ("EBUSY", 16),
+            ("EEXIST", 17),
+            ("EXDEV", 18),
+            ("ENOTDIR", 20),
+            ("EISDIR", 21),
+            ("EINVAL", 22),
+            ("ETXTBSY", 26),
+            ("EFBIG", 27),
+            ("ENOSPC", 28),
+            ("ESPIPE", 29),
+            ("EROFS", 30),
+            ("EMLINK", 31),
+            ("EPIPE", 32),
+            ("EDEADLK", 35),
+            ("ENAMETOOLONG", 36),
+            ("ENOTEMPTY", 39),
+            ("ENOTSUP", 95),
+            ("ETIMEDOUT", 110),
+            ("ESTALE", 116),
+            ("EDQUOT", 122),
+        ];
+        for (name, number) in numbers {
+            let kind = std::io::Error::from_raw_os_error(number).kind();
+            assert_eq!(posix_name(kind), Some(name), "{kind:?}");
+        }
+        // A number without a name of its own, and Rust's own kinds, have none.
+        let other = std::io::Error::from_raw_os_error(5).kind();
+        for kind in [other, std::io::ErrorKind::Other, std::io::ErrorKind::UnexpectedEof] {
+            assert_eq!(posix_name(kind), None);
+        }
+    }
 
     #[test]
     fn display_names_every_place_and_inner_wins() {

@@ -374,9 +374,12 @@ fn a_file_cut_anywhere_is_refused() {
             assert!(!text.contains("panicked"), "{text}");
             assert!(matches!(error.kind(), Kind::Archive | Kind::Hdf5 | Kind::Io(_)), "{n}: {text}");
         }
+        // Bytes behind an archive are nobody's: `zipfile` reads it as well.
         let mut longer = bytes.clone();
         longer.push(0);
-        assert!(!archive || read_all(&longer, true).is_ok(), "bytes behind the archive");
+        if archive {
+            assert_eq!(read_all(&longer, true).unwrap(), read_all(&bytes, true).unwrap());
+        }
     }
 }
 

@@ -22,6 +22,7 @@ import hornbeam
 from helpers import script
 from hornbeam.saving import load_weights, save_model, save_weights
 
+
 @pytest.fixture(autouse=True)
 def _installed() -> Any:
     with hornbeam.installed(), hornbeam.options(strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,10 @@ from hornbeam._state import logger
 
 #: What a file system without locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+#: Links are not followed, and pipes not waited for.
+_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
 class FileLock:
@@ -27,10 +32,13 @@ class FileLock:
 
         Raises:
             BlockingIOError: Somebody holds it.
-            OSError: The file cannot be made.
+            OSError: The file cannot be made, or something stands there that is no file: a link, a pipe.
         """
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _CAREFULLY, 0o666)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.release()
+            raise OSError(errno.EINVAL, "a lock must be a file; remove what stands there", os.fspath(path))
         try:
             _lock(self._descriptor)
         except BlockingIOError:

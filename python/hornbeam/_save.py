@@ -499,7 +499,7 @@ def _write_memory(
 
 
 def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
-    """Tells that the old content was not safe meanwhile, and what the new file could not take over."""
+    """Warns when old content was not safe meanwhile, unless that was asked for, and of what the new file lacks."""
     if in_place not in (None, "atomic=False", "the target is empty"):
         _state.logger.warning("wrote over '%s' instead of replacing it: %s", path, in_place)
     if lost is not None:

@@ -4,7 +4,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, posix_name};
 
 /// The Python exception for `error`, with its place as attributes.
 pub(crate) fn to_py(error: Error) -> PyErr {
@@ -41,19 +41,18 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     place.set_item("expected", error.expected())?;
     place.set_item("found", error.found())?;
     if let Kind::Io(io) = error.kind() {
-        place.set_item("errno", errno(io))?;
+        place.set_item("errno", errno(py, io)?)?;
     }
     let make = py.import("hornbeam.errors")?.getattr("_from_core")?;
     Ok(PyErr::from_value(make.call((kind, error.to_string()), Some(&place))?))
 }
 
-/// Rust's own errors carry a kind instead of the system's number.
-fn errno(io: &std::io::Error) -> Option<i32> {
-    io.raw_os_error().or(match io.kind() {
-        std::io::ErrorKind::NotFound => Some(2),
-        std::io::ErrorKind::PermissionDenied => Some(13),
-        std::io::ErrorKind::IsADirectory => Some(21),
-        std::io::ErrorKind::ResourceBusy => Some(16),
-        _ => None,
-    })
+/// The number that Python's `errno` gives the error. The system's own, except on Windows, where it is another kind of
+/// number: there, and for Rust's own errors, the kind decides.
+fn errno(py: Python<'_>, io: &std::io::Error) -> PyResult<Option<i32>> {
+    match (io.raw_os_error(), posix_name(io.kind())) {
+        (Some(number), _) if !cfg!(windows) => Ok(Some(number)),
+        (_, Some(name)) => py.import("errno")?.getattr_opt(name)?.map(|number| number.extract()).transpose(),
+        _ => Ok(None),
+    }
 }

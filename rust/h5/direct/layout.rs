@@ -421,14 +421,14 @@ impl Writer {
             Value::Fixed(_, all) => (8, Some(all.len())),
         };
         let padded = (name.len() + 1).next_multiple_of(8);
-        let space_size = if row.is_some() { 24 } else { 8 };
+        let space_size: u16 = if row.is_some() { 24 } else { 8 };
         let size = value.message_bytes(name);
         self.message(message::ATTRIBUTE, size, 0)?;
         let end = self.bytes.len() + size;
         self.put(&[1, 0]);
         self.u16(name.len() as u16 + 1);
         self.u16(type_size as u16);
-        self.u16(space_size as u16);
+        self.u16(space_size);
         let at = self.bytes.len();
         self.put(name.as_bytes());
         self.bytes.resize(at + padded, 0);

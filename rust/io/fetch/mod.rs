@@ -149,13 +149,11 @@ impl Fetch {
         for _ in 0..wanted {
             let own = Arc::clone(&shared);
             shared.lock().background += 1;
-            match Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background()) {
-                Ok(thread) => threads.push(thread),
-                Err(_) => {
-                    shared.lock().background -= 1;
-                    break;
-                }
-            }
+            let Ok(thread) = Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background()) else {
+                shared.lock().background -= 1;
+                break;
+            };
+            threads.push(thread);
         }
         Ok(Self { shared: ManuallyDrop::new(shared), threads, process: std::process::id() })
     }
