@@ -16,18 +16,18 @@ from helpers import script
 from zoo import TRAINABLE_BACKEND
 
 ROUNDS = 2000 if os.environ.get("HORNBEAM_SOAK") else 50
-#: Bytes that a round may grow by. The tensors of a round have half a megabyte: one kept in two rounds shows.
-SLACK = 256 << 10
+#: Bytes that a round may grow by. A tensor of a round has 360 KB: one of them kept every third time shows.
+SLACK = 100 << 10
 
 KINDS = {
     "keras": "save_model(model, root + '/m.keras'); load_model(root + '/m.keras')",
-    "keras into memory": "f = io.BytesIO(); save_model(model, f); f.seek(0); load_model(f)",
+    "keras into memory": "f = io.BytesIO(); saving_lib.save_model(model, f); f.seek(0); saving_lib.load_model(f)",
     "compressed": "save_model(model, root + '/m.keras', compression=1); load_model(root + '/m.keras')",
     "weights": "save_weights(model, root + '/m.weights.h5'); load_weights(model, root + '/m.weights.h5')",
     "part": "save_weights(model, root + '/m.weights.h5'); load_weights(model, root + '/m.weights.h5', only='*kernel')",
     "h5": "save_model(model, root + '/m.h5'); load_model(root + '/m.h5')",
     "safetensors": "save_weights(model, root + '/m.safetensors'); load_weights(model, root + '/m.safetensors')",
-    "shards": "p = root + '/m.weights.json'; save_weights(model, p, max_shard_size=3e-4); load_weights(model, p)",
+    "shards": "p = root + '/m.weights.json'; save_weights(model, p, max_shard_size=5e-4); load_weights(model, p)",
     "directory": "save_model(model, root + '/m', zipped=False); load_model(root + '/m')",
     "open": """
 p = root + '/m.keras'
@@ -91,6 +91,7 @@ if keras.backend.backend() != "tensorflow":
 CODE = """
 import copy, ctypes, gc, io, os, pickle, sys, tempfile, threading, warnings
 import numpy as np, keras, hornbeam
+from keras.src.saving import saving_lib
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
@@ -101,7 +102,7 @@ os.mkdir(root + "/tmp")
 tempfile.tempdir = root + "/tmp"
 hornbeam.install()
 inputs = keras.Input((300,))
-model = keras.Model(inputs, keras.layers.Dense(300)(keras.layers.Dense(100)(inputs)))
+model = keras.Model(inputs, keras.layers.Dense(300)(keras.layers.Dense(300)(inputs)))
 other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
 trained = keras.Sequential([keras.Input((4,)), keras.layers.Dense(300), keras.layers.Dense(1)])
 trained.compile("adam", "mse")
@@ -122,8 +123,9 @@ def state():
             thread.join(60)
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    left = [n for n in os.listdir(root) if "hornbeam-" in n] + os.listdir(root + "/tmp")
-    descriptors, tasks = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    left = [n for n in os.listdir(root) if "hornbeam-" in n]
+    left += [n for n in os.listdir(root + "/tmp") if not n.startswith("__autograph")]  # TensorFlow's, till the end
+    descriptors, tasks = (len(os.listdir("/proc/self/" + name)) for name in ("fd", "task"))
     return resident, descriptors, tasks, threading.active_count(), left
 
 
@@ -147,6 +149,7 @@ def test_nothing_grows(kind: str, tmp_path: object) -> None:
     assert done.returncode == 0, done.stderr
     first, last = eval(done.stdout.partition("found ")[2])
     half = rounds - rounds // 2
+    print(f"{kind}: {(last[0] - first[0]) / half:.0f} bytes a round, of {first[0] / 1e6:.0f} MB")
     assert last[0] - first[0] <= slack * half, f"{(last[0] - first[0]) / half:.0f} bytes a round"
     assert last[1] <= first[1], "descriptors"
     assert last[2] <= first[2] + 2, "threads of the system"  # the backend's pools may still grow
