@@ -331,7 +331,17 @@ def _rewritten(path, to, block=0, version="earliest", extras=(), **options):
         {"chunks": True, "compression": "gzip", "fletcher32": True, "extras": (_others,)},
         {"chunks": True, "fletcher32": True},
     ],
-    ids=str,
+    ids=[
+        "as it is",
+        "a user block",
+        "a user block and the latest version",
+        "the latest version",
+        "other datasets beside",
+        "hard links behind a user block",
+        "lzf",
+        "gzip and a checksum",
+        "a checksum",
+    ],
 )
 def test_weights_load_as_stock_keras_loads_them(name, options, tmp_path):
     model = _model()

@@ -18,7 +18,7 @@ import hornbeam.callbacks
 from helpers import script
 from hornbeam import _displaced, _keras
 
-NAMES = [(module, name) for module, names in _keras._SIGNATURES.items() for name in names]
+NAMES = [(module, name) for module, names in _keras._REPLACED.items() for name in names]
 
 
 def _in_place(module: str, name: str) -> Any:
@@ -127,7 +127,7 @@ import importlib, inspect
 for text in open(sys.argv[1]).read().split():
     found = pickle.loads(bytes.fromhex(text))
     import hornbeam._keras as k
-    places = [k._place(m, n) for m, names in k._SIGNATURES.items() for n in names if importlib.import_module(m)]
+    places = [k._place(m, n) for m, names in k._REPLACED.items() for n in names if importlib.import_module(m)]
     assert any(inspect.unwrap(found) is inspect.unwrap(getattr(*place, len)) for place in places), found
     print(found.__name__)
 """

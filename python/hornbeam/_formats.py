@@ -128,7 +128,9 @@ def _check_content(filepath: Any, *, hdf5: bool) -> None:
     found = _content.look(filepath)
     if found is not None and not (hdf5 and found.kind == "h5"):
         what = "no `.keras` archive" if archive else "not a file that Keras loads as a model"
-        raise ConfigError(f"'{filepath}' is {what}. {found}")
+        error = ConfigError(f"'{filepath}' is {what}. {found}")
+        error.path, error.found = filepath, found.what
+        raise error
 
 
 def _has_steps(path: str) -> bool:
