@@ -710,6 +710,7 @@ fn a_failing_save_leaves_the_old_file_and_nothing_else() {
 
 #[cfg(unix)]
 mod replacing {
+    use std::os::unix::ffi::OsStringExt;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
     use std::os::unix::process::CommandExt;
     use std::process::Command;
@@ -833,7 +834,7 @@ mod replacing {
         symlink("nothing", name(2)).unwrap();
         fs::create_dir(name(3)).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(name(4)).unwrap();
-        rustix::fs::mkfifoat(rustix::fs::CWD, &name(5), 0o666.into()).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, name(5), 0o666.into()).unwrap();
         symlink("/dev/zero", name(6)).unwrap();
         for similar in ["0123456789ABCDEF", "0123456789abcdeg", "0123456789abcde", "0123456789abcdef0"] {
             fs::write(root.join(format!(".m.keras.{similar}.hornbeam-tmp")), b"not ours").unwrap();
@@ -959,7 +960,6 @@ mod replacing {
     #[test]
     fn long_names_leave_room_for_the_temporary_one() {
         let directory = tempfile::tempdir().unwrap();
-        use std::os::unix::ffi::OsStringExt;
         let text = |name: String| std::ffi::OsString::from(name);
         let bytes = std::ffi::OsString::from_vec;
         for name in [text("n".repeat(255)), text("ß".repeat(127)), bytes(vec![0xff; 255]), bytes(vec![0xff; 3])] {

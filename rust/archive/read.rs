@@ -266,6 +266,9 @@ fn central(b: &[u8]) -> Result<Central<'_>> {
     Ok(Central { member, raw_name, flags, header, used })
 }
 
+/// The upper half of code page 437.
+const UPPER: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐└┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\u{a0}";
+
 /// UTF-8 if the flag says so, else code page 437 (appendix D). Without the flag some readers try UTF-8 all the same: a
 /// name that could be both is refused.
 fn decode_name(raw: &[u8], flags: u16) -> Result<String> {
@@ -275,7 +278,6 @@ fn decode_name(raw: &[u8], flags: u16) -> Result<String> {
     if let Ok(text) = std::str::from_utf8(raw) {
         return Err(bad("a name is UTF-8 without saying so: some readers find another one").with_member(text));
     }
-    const UPPER: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐└┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\u{a0}";
     let table: Vec<char> = UPPER.chars().collect();
     Ok(raw.iter().map(|&b| if b.is_ascii() { char::from(b) } else { table[usize::from(b) - 128] }).collect())
 }
