@@ -692,6 +692,7 @@ fn a_failing_save_leaves_the_old_file_and_nothing_else() {
 
 #[cfg(unix)]
 mod replacing {
+    use std::os::unix::ffi::OsStringExt;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
     use std::os::unix::process::CommandExt;
     use std::process::Command;
@@ -940,8 +941,11 @@ mod replacing {
 
     #[test]
     fn long_names_leave_room_for_the_temporary_one() {
+<<<<<<< HEAD
         use std::os::unix::ffi::OsStringExt;
 
+=======
+>>>>>>> h/r3
         let directory = tempfile::tempdir().unwrap();
         let text = |name: String| std::ffi::OsString::from(name);
         let bytes = std::ffi::OsString::from_vec;

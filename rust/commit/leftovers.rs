@@ -264,6 +264,7 @@ enum Lock {
     Ours,
     Taken,
     /// The file system has no locks: leave other files alone.
+    #[cfg_attr(not(unix), allow(dead_code))]
     Unknown,
 }
 
