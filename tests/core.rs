@@ -941,11 +941,8 @@ mod replacing {
 
     #[test]
     fn long_names_leave_room_for_the_temporary_one() {
-<<<<<<< HEAD
         use std::os::unix::ffi::OsStringExt;
 
-=======
->>>>>>> h/r3
         let directory = tempfile::tempdir().unwrap();
         let text = |name: String| std::ffi::OsString::from(name);
         let bytes = std::ffi::OsString::from_vec;

@@ -149,7 +149,6 @@ fn central(b: &[u8]) -> Result<(Member, Header<'_>, usize)> {
     Ok((Member { name, offset: 0, size, stored, crc: u32_at(b, 16)?, method }, header, used))
 }
 
-<<<<<<< HEAD
 /// The data of the extra field `id` (§4.5). Up to three bytes behind the last field are padding.
 fn extra_field(mut extra: &[u8], id: u16) -> Result<Option<&[u8]>> {
     let mut found = None;
@@ -158,32 +157,6 @@ fn extra_field(mut extra: &[u8], id: u16) -> Result<Option<&[u8]>> {
         let data = extra.get(4..4 + n).ok_or_else(|| bad("an extra field is cut short"))?;
         if u16_at(extra, 0)? == id && found.replace(data).is_some() {
             return Err(bad("an extra field is there twice"));
-=======
-/// The upper half of code page 437.
-const UPPER: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐└┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\u{a0}";
-
-/// UTF-8 if the flag says so, else code page 437 (appendix D). Without the flag some readers try UTF-8 all the same: a
-/// name that could be both is refused.
-fn decode_name(raw: &[u8], flags: u16) -> Result<String> {
-    if raw.is_ascii() || flags & UTF8 != 0 {
-        return Ok(std::str::from_utf8(raw).map_err(|_| bad("a name is not UTF-8"))?.to_owned());
-    }
-    if let Ok(text) = std::str::from_utf8(raw) {
-        return Err(bad("a name is UTF-8 without saying so: some readers find another one").with_member(text));
-    }
-    let table: Vec<char> = UPPER.chars().collect();
-    Ok(raw.iter().map(|&b| if b.is_ascii() { char::from(b) } else { table[usize::from(b) - 128] }).collect())
-}
-
-/// Id of the extra field with a name in UTF-8 (§4.6.9).
-const UNICODE_PATH: u16 = 0x7075;
-
-/// The records of an extra field: id and data. Up to three bytes behind the last are padding.
-fn fields(mut extra: &[u8]) -> impl Iterator<Item = Result<(u16, &[u8])>> {
-    std::iter::from_fn(move || {
-        if extra.len() < 4 {
-            return None;
->>>>>>> h/r3
         }
         extra = &extra[4 + n..];
     }

@@ -421,11 +421,7 @@ impl Writer {
             Value::Fixed(_, all) => (8, Some(all.len())),
         };
         let padded = (name.len() + 1).next_multiple_of(8);
-<<<<<<< HEAD
         let space_size: u16 = if row.is_some() { 24 } else { 8 };
-=======
-        let space_size: usize = if row.is_some() { 24 } else { 8 };
->>>>>>> h/r3
         let size = value.message_bytes(name);
         self.message(message::ATTRIBUTE, size, 0)?;
         let end = self.bytes.len() + size;
