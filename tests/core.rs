@@ -941,8 +941,6 @@ mod replacing {
 
     #[test]
     fn long_names_leave_room_for_the_temporary_one() {
-        use std::os::unix::ffi::OsStringExt;
-
         let directory = tempfile::tempdir().unwrap();
         let text = |name: String| std::ffi::OsString::from(name);
         let bytes = std::ffi::OsString::from_vec;
