@@ -300,16 +300,8 @@ def with_duplicate(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def with_tail(data: bytes) -> bytes:
-    return data + b"\0"
-
-
 def with_second(data: bytes) -> bytes:
     return data + data
-
-
-def with_gap(data: bytes) -> bytes:
-    return b"#!/bin/sh\n" + data
 
 
 def with_encryption(data: bytes) -> bytes:
@@ -330,9 +322,7 @@ REFUSED = {
     with_overlap: "disagrees with the directory",
     with_reach: "share bytes",
     with_duplicate: "two members of the same name",
-    with_tail: "no end record",
     with_second: "not where the end record says",
-    with_gap: "not where the end record says",
     with_encryption: "encrypted",
     with_other_end64: "not where its locator says",
 }

@@ -126,7 +126,7 @@ fn directory(file: &dyn ReadAt) -> Result<Directory> {
             let at = end.checked_sub(20 + 56).ok_or_else(|| bad("a record lies outside the file"))?;
             let record = read(file, at, 56)?;
             if !record.starts_with(&END_64.to_le_bytes()) {
-                return Err(bad("the zip64 end record is not in front of its locator"));
+                return Err(bad("the zip64 end record is not where its locator says"));
             }
             let large = [u64_at(&record, 32)?, u64_at(&record, 40)?, u64_at(&record, 48)?];
             let small = [(count, 0xffff), (size, ZIP64_LIMIT), (start, ZIP64_LIMIT)];
@@ -145,7 +145,9 @@ fn directory(file: &dyn ReadAt) -> Result<Directory> {
         return Err(bad("the zip64 end record is not where its locator says"));
     }
     if prefix > 0 && read(file, 0, 4)? == LOCAL_HEADER.to_le_bytes() {
-        return Err(bad("another archive stands before it, or bytes are missing from it"));
+        return Err(bad(
+            "its directory is not where the end record says: another archive stands before it, or bytes are missing",
+        ));
     }
     if count > limits::MAX_MEMBERS || size > limits::MAX_DIRECTORY_BYTES {
         return Err(Error::new(Kind::Limit, "the archive has too many members")
