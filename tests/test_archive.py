@@ -306,6 +306,7 @@ def with_second(data: bytes) -> bytes:
     return data + data
 
 
+<<<<<<< HEAD
 def with_comment_that_is_an_end(data: bytes) -> bytes:
     """One reader takes the first end record, another the one in its comment."""
     return put(data, len(data) - 2, b"\x16\0") + data[-22:]
@@ -366,6 +367,8 @@ def renamed(data: bytes, name: bytes, *, flags: int = 0, extra: bytes = b"", loc
     return data[:start] + local + data[start:-22] + central + end
 
 
+=======
+>>>>>>> h/r3
 def with_encryption(data: bytes) -> bytes:
     at = central_offset(data, "config.json") + 8
     return put(data, at, b"\1\0")
@@ -385,6 +388,7 @@ REFUSED = {
     with_reach: "share bytes",
     with_duplicate: "two members of the same name",
     with_second: "not where the end record says",
+<<<<<<< HEAD
     with_comment_that_is_an_end: "two end records",
     with_prefix_that_is_read: "not where the end record says",
     with_outer_directory_cut: "not where the end record says",
@@ -393,6 +397,8 @@ REFUSED = {
     with_flag_and_no_utf8: "its flag says that it is",
     with_flag_in_one_header: "disagrees with the directory",
     with_unicode_name: "two names",
+=======
+>>>>>>> h/r3
     with_encryption: "encrypted",
     with_other_end64: "not where its locator says",
 }
