@@ -80,18 +80,18 @@ pub(super) fn directory(file: &dyn ReadAt) -> Result<Directory> {
     Ok(Directory { start: start + prefix, size, count, prefix })
 }
 
-/// Where the end record starts in the last bytes of a file: the last one, as in `zipfile`.
+/// Where the end record starts in the last bytes of a file: at the last signature there is, as in `zipfile`.
 fn end_record(bytes: &[u8]) -> Result<usize> {
     let signature = END.to_le_bytes();
-    let is_exact = |&at: &usize| u16_at(bytes, at + 20).is_ok_and(|n| at + RECORD + usize::from(n) == bytes.len());
-    let last = bytes.len().checked_sub(RECORD).ok_or_else(|| bad("it has no end record"))?;
-    let found: Vec<usize> = (0..=last).filter(|&at| bytes[at..].starts_with(&signature)).collect();
+    let length = |at: usize| u16_at(bytes, at + 20).map(|n| RECORD + usize::from(n));
+    let found: Vec<usize> =
+        (0..bytes.len().saturating_sub(3)).filter(|&at| bytes[at..].starts_with(&signature)).collect();
     let &at = found.last().ok_or_else(|| bad("it has no end record"))?;
-    if at + RECORD + usize::from(u16_at(bytes, at + 20)?) > bytes.len() {
-        return Err(bad("its comment is cut short"));
+    if length(at).ok().and_then(|n| at.checked_add(n)).is_none_or(|end| end > bytes.len()) {
+        return Err(bad("its end record is cut short"));
     }
     // A reader that trusts the length of the comment would take the other one.
-    if found.iter().filter(|&&other| other != at).any(is_exact) {
+    if found.iter().any(|&other| other != at && length(other).is_ok_and(|n| other + n == bytes.len())) {
         return Err(bad("it has two end records"));
     }
     Ok(at)

@@ -129,8 +129,11 @@ fn central(b: &[u8]) -> Result<(Member, Header<'_>, usize)> {
     }
     let mut large = [u32_at(b, 24)?, u32_at(b, 20)?, u32_at(b, 42)?].map(u64::from); // size, stored, offset
     zip64(extra, &mut large).map_err(error)?;
-    let other = extra_field(extra, UNICODE_NAME_EXTRA).map_err(error)?;
-    if other.is_some_and(|data| data.get(5..) != Some(name.as_bytes())) {
+    // Readers that know this field take the name in it where it is meant for this one (§4.6.9).
+    if let Some([1, a, b, c, d, other @ ..]) = extra_field(extra, UNICODE_NAME_EXTRA).map_err(error)?
+        && crc32fast::hash(raw) == u32::from_le_bytes([*a, *b, *c, *d])
+        && other != name.as_bytes()
+    {
         return Err(error(bad("a member has two names")));
     }
     let [size, stored, offset] = large;
@@ -185,7 +188,7 @@ fn local(file: &dyn ReadAt, mut member: Member, header: &Header<'_>, end: u64) -
     let (name, extra) = variable.split_at(usize::from(name_length));
     let method = if member.method == Method::Stored { 0 } else { 8 };
     let other_name = name != header.name || !name.is_ascii() && (flags ^ header.flags) & UTF8_FLAG != 0;
-    if other_name || u16_at(&fixed, 8)? != method {
+    if other_name || flags & ENCRYPTED_FLAGS != 0 || u16_at(&fixed, 8)? != method {
         return Err(error(bad("a member's header disagrees with the directory")));
     }
     let mut sizes = [u32_at(&fixed, 22)?, u32_at(&fixed, 18)?].map(u64::from);
