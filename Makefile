@@ -18,7 +18,8 @@ WHEEL := README.md LICENSE $(RUST) $(wildcard python/hornbeam/*.py python/hornbe
 # What is worth running again on another backend or Keras.
 MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py tests/test_names.py
 BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_rescue.py \
-  tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_keras_suite.py::test_our_model_checkpoint
+  tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_matching.py \
+  tests/test_untrained.py tests/test_chdir.py tests/test_keras_suite.py::test_our_model_checkpoint
 NIGHTLY_TESTS ?= $(MATRIX_TESTS) tests/test_install.py tests/test_patch.py tests/test_checkpoint.py \
   tests/test_backup.py tests/test_data.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
@@ -35,7 +36,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python soak soak-resume check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-rust test-python soak soak-leaks soak-resume check fmt bench docs wheel test-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -65,7 +66,10 @@ soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2)
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
 	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_crash.py \
 	  tests/test_faults.py $(PYTEST_ARGS)
-	$(MAKE) soak-resume
+	$(MAKE) soak-leaks soak-resume
+
+soak-leaks: setup ## 2,000 saves and loads of every kind: memory, descriptors and threads stay what they are
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) -o faulthandler_timeout=36000 tests/test_leaks.py $(PYTEST_ARGS)
 
 soak-resume: setup .venv-torch/.wheel ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
 	for backend in tensorflow jax; do \
