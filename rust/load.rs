@@ -89,17 +89,28 @@ pub struct Weights {
     engine: Box<dyn Engine>,
 }
 
-/// Refuses images whose decoded datasets take far more memory, together, than their files say: each of them may be just
-/// below the limit for one.
+/// Refuses images whose datasets at some positions take far more memory when they are decoded, together, than their
+/// files say: each of them may be just below the limit for one.
 ///
 /// # Errors
-/// `Limit`.
-pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Result<()> {
-    let decoded = |d: &&Found| d.storage == Storage::Engine;
-    let sums = images.into_iter().map(|w| (w.index.datasets.iter().filter(decoded).map(|d| d.nbytes), w.stored));
-    let (decoded, stored) =
-        sums.fold((0, 0), |(all, stored), (sizes, more)| (sizes.fold(all, u64::saturating_add), stored + more));
+/// `Limit`, and `Invalid` for positions that there are not.
+pub fn check_expansion<'a>(images: impl IntoIterator<Item = (&'a Weights, &'a [usize])>) -> Result<()> {
+    let (mut decoded, mut stored) = (0u64, 0u64);
+    for (weights, positions) in images {
+        stored = stored.saturating_add(weights.stored);
+        for &i in positions {
+            let found = weights.index.datasets.get(i).ok_or_else(|| nowhere(weights.index.datasets.len(), i))?;
+            if found.storage == Storage::Engine {
+                decoded = decoded.saturating_add(found.nbytes);
+            }
+        }
+    }
     together(decoded, stored)
+}
+
+#[cold]
+fn nowhere(datasets: usize, i: usize) -> Error {
+    Error::new(Kind::Invalid, "no dataset has this position").with_found(format_args!("less than {datasets}"), i)
 }
 
 fn together(decoded: u64, stored: u64) -> Result<()> {
@@ -220,6 +231,13 @@ impl Weights {
     /// Groups and datasets.
     pub fn index(&self) -> &Index {
         &self.index
+    }
+
+    /// The datasets whose bytes are not in the file as they are, by their positions: compressed, in chunks, or never
+    /// written. A small file can have large ones.
+    pub fn decoded(&self) -> impl Iterator<Item = usize> {
+        let decoded = |d: &Found| matches!(d.storage, Storage::Engine | Storage::Empty) && d.nbytes > 0;
+        self.index.datasets.iter().enumerate().filter(move |(_, d)| decoded(d)).map(|(i, _)| i)
     }
 
     /// The engine that read the index.
@@ -358,10 +376,7 @@ impl Reading {
     /// # Errors
     /// `Invalid` when there is no such dataset, or it was not asked for; whatever stopped the reader.
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
-        let position = self.positions.get(i).ok_or_else(|| {
-            Error::new(Kind::Invalid, "no dataset has this position")
-                .with_found(format_args!("less than {}", self.positions.len()), i)
-        })?;
+        let position = self.positions.get(i).ok_or_else(|| nowhere(self.positions.len(), i))?;
         match *position {
             Some(position) => self.fetch.take(position, interrupt),
             None => self.weights.at_hand(i).map(Some),

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 
 from hornbeam import _keras, _tensors
+from hornbeam._store import LoadStore, Unread
 
 _local = threading.local()
 _assign_patch = _keras._Patch()
@@ -169,6 +171,19 @@ def current() -> Journal | None:
     return getattr(_local, "journal", None)
 
 
+class _OfShape:
+    """A variable for `KerasVariable.assign` to compare its shape with another, without a value; the error is its own."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable, self._dtype, self.shape = variable, variable._dtype, variable.shape
+
+    def _convert_to_tensor(self, value: Unread, dtype: Any = None) -> Any:
+        return SimpleNamespace(shape=_tensors.native_shape(value.shape))
+
+    def __str__(self) -> str:
+        return str(self._variable)
+
+
 def _dispatch_assign(self: Any, value: Any) -> Any:
     """`KerasVariable.assign`; a tensor of ours becomes the variable's memory where that is safe."""
     journal = current()
@@ -176,6 +191,10 @@ def _dispatch_assign(self: Any, value: Any) -> Any:
         return _assign_patch.original(self, value)
     if value is self:  # what is not loaded keeps its value
         return value
+    if isinstance(value, Unread):
+        if value.shape != tuple(self.shape):
+            _assign_patch.original(_OfShape(self), value)  # raises
+        value = value.read()
     journal.before(self)
     adopted = (
         isinstance(value, np.ndarray)
@@ -204,6 +223,32 @@ def _dispatch_load(saveable: Any, weights_store: Any, assets_store: Any, inner_p
     finally:
         for restore in kept:
             restore()
+
+
+class _Walk(Journal):
+    """Notes what Keras comes to, and loads nothing."""
+
+    def __init__(self, visit: Callable[[Any, str], None]) -> None:
+        super().__init__(undoable=False)
+        self._visit = visit
+
+    def visit(self, saveable: Any, path: str) -> None:
+        if id(saveable) not in self.places:
+            self.places[id(saveable)] = path
+            self._visit(saveable, path)
+
+
+def walk(model: Any, store: LoadStore, visited: set[int], visit: Callable[[Any, str], None]) -> None:
+    """Calls `visit` with every object whose state a load of `model` asks `store` for, and its path; loads nothing."""
+    outer = current()
+    store.passes = True
+    with _load_patch(saving_lib, "_load_state", _dispatch_load), _keras.fast_walk():
+        _local.journal = _Walk(lambda o, path: visit(o, path) if hasattr(o, "load_own_variables") else None)
+        try:
+            saving_lib._load_state(model, store, None, "", visited_saveables=set(visited))
+        finally:
+            _local.journal = outer
+            store.passes = False
 
 
 @contextlib.contextmanager
