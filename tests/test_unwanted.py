@@ -162,14 +162,15 @@ def test_another_shape_is_an_error_before_it_is_read(
     stock, ours = small(), small()
     first = values(ours)
     if skip:
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="could not be loaded|mismatch"):
             hornbeam.saving.load_weights(ours, path, skip_mismatch=True)
-        assert values(ours)[0] == first[0] and values(ours)[2] != first[2]
+        assert values(ours)[0] == first[0]
+        assert values(ours)[2] != first[2]
     else:
-        with pytest.raises(ValueError) as ours_says:
+        with pytest.raises(ValueError, match="hape") as ours_says:
             hornbeam.saving.load_weights(ours, path)
         assert values(ours) == first
-        with hornbeam_off(), pytest.raises(ValueError) as stock_says:
+        with hornbeam_off(), pytest.raises(ValueError, match="hape") as stock_says:
             stock.load_weights(path)
         assert told(stock_says.value) == told(ours_says.value)
     assert max(decoded, default=0) < MB

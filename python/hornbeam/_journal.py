@@ -172,7 +172,7 @@ def current() -> Journal | None:
 
 
 class _OfShape:
-    """A variable for `KerasVariable.assign` to compare its shape with another, without a value; the error is its own."""
+    """A variable for `KerasVariable.assign` to compare its shape with another's, without a value."""
 
     def __init__(self, variable: Any) -> None:
         self._variable, self._dtype, self.shape = variable, variable._dtype, variable.shape

@@ -158,13 +158,12 @@ impl Fetch {
         for _ in 0..wanted {
             let own = Arc::clone(&shared);
             shared.lock().background += 1;
-            match Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background()) {
-                Ok(thread) => threads.push(thread),
-                Err(_) => {
-                    shared.lock().background -= 1;
-                    break;
-                }
-            }
+            let started = Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background());
+            let Ok(thread) = started else {
+                shared.lock().background -= 1;
+                break;
+            };
+            threads.push(thread);
         }
         Ok(Self { shared: ManuallyDrop::new(shared), threads, process: std::process::id() })
     }
