@@ -1,5 +1,6 @@
 //! A load from file to buffers: open, index, fetch.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -86,16 +87,22 @@ pub struct Weights {
     engine: Box<dyn Engine>,
 }
 
-/// Refuses images whose decoded datasets take far more memory, together, than their files say: each of them may be just
-/// below the limit for one.
+/// Refuses images whose datasets at some positions take far more memory when they are decoded, together, than their
+/// files say: each of them may be just below the limit for one.
 ///
 /// # Errors
-/// `Limit`.
-pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Result<()> {
-    let decoded = |d: &&Found| d.storage == Storage::Engine;
-    let sums = images.into_iter().map(|w| (w.index.datasets.iter().filter(decoded).map(|d| d.nbytes), w.stored));
-    let (decoded, stored) =
-        sums.fold((0, 0), |(all, stored), (sizes, more)| (sizes.fold(all, u64::saturating_add), stored + more));
+/// `Limit`, and `Invalid` for positions that there are not.
+pub fn check_expansion<'a>(images: impl IntoIterator<Item = (&'a Weights, &'a [usize])>) -> Result<()> {
+    let (mut decoded, mut stored) = (0u64, 0u64);
+    for (weights, positions) in images {
+        stored = stored.saturating_add(weights.stored);
+        for &i in positions {
+            let found = weights.index.datasets.get(i).ok_or_else(|| nowhere(weights.index.datasets.len(), i))?;
+            if found.storage == Storage::Engine {
+                decoded = decoded.saturating_add(found.nbytes);
+            }
+        }
+    }
     together(decoded, stored)
 }
 
@@ -103,6 +110,11 @@ pub fn check_expansion<'a>(images: impl IntoIterator<Item = &'a Weights>) -> Res
 fn unreadable(reason: &str) -> Error {
     Error::new(Kind::Unsupported, format!("this dataset holds no numbers that can be read: {reason}"))
         .with_advice("Everything else in the file can be read.")
+}
+
+#[cold]
+fn nowhere(datasets: usize, i: usize) -> Error {
+    Error::new(Kind::Invalid, "no dataset has this position").with_found(format_args!("less than {datasets}"), i)
 }
 
 fn together(decoded: u64, stored: u64) -> Result<()> {
@@ -225,6 +237,13 @@ impl Weights {
         &self.index
     }
 
+    /// The datasets whose bytes are not in the file as they are, by their positions: compressed, in chunks, or never
+    /// written. A small file can have large ones.
+    pub fn decoded(&self) -> impl Iterator<Item = usize> {
+        let decoded = |d: &Found| matches!(d.storage, Storage::Engine | Storage::Empty) && d.nbytes > 0;
+        self.index.datasets.iter().enumerate().filter(move |(_, d)| decoded(d)).map(|(i, _)| i)
+    }
+
     /// The engine that read the index.
     pub fn engine(&self) -> &'static str {
         self.engine.name()
@@ -293,17 +312,20 @@ impl Weights {
         positions.resize(datasets.len(), None);
         let mut tensors = try_with_capacity(wanted.len())?;
         // What has several names is read ahead by the first that is wanted, and for the others when they are taken.
-        let mut first = HashSet::new();
-        let is_first = |i: &usize| !self.index.shared || first.insert(datasets[*i].object);
-        let wanted: Vec<usize> = wanted.iter().copied().filter(is_first).collect();
-        for &i in &wanted {
+        let wanted = if self.index.shared {
+            let mut objects = HashSet::new();
+            Cow::Owned(wanted.iter().copied().filter(|&i| objects.insert(datasets[i].object)).collect())
+        } else {
+            Cow::Borrowed(wanted)
+        };
+        for &i in &*wanted {
             if let (Storage::Contiguous(offset), None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len());
                 tensors.push(Extent { offset: *offset, len: datasets[i].nbytes });
             }
         }
         let mut chunked = Vec::new();
-        for &i in &wanted {
+        for &i in &*wanted {
             if let (Storage::Engine, None) = (&datasets[i].storage, positions[i]) {
                 positions[i] = Some(tensors.len() + chunked.len());
                 chunked.push(i);
@@ -366,10 +388,7 @@ impl Reading {
     /// # Errors
     /// `Invalid` when there is no such dataset, or it was not asked for; whatever stopped the reader.
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
-        let position = self.positions.get(i).ok_or_else(|| {
-            Error::new(Kind::Invalid, "no dataset has this position")
-                .with_found(format_args!("less than {}", self.positions.len()), i)
-        })?;
+        let position = self.positions.get(i).ok_or_else(|| nowhere(self.positions.len(), i))?;
         match *position {
             Some(position) => self.fetch.take(position, interrupt),
             None => self.weights.at_hand(i, interrupt).map(Some),

@@ -547,12 +547,14 @@ fn many_datasets_together_are_no_bomb() {
     assert!(matches!(open((4 << 30) + 1).err().unwrap().kind(), Kind::Limit), "Keras' limit for one");
     let half = open(2 << 30).unwrap();
     assert!(half.index().datasets[0].nbytes == 2 << 30);
-    load::check_expansion([&*half, &*half]).unwrap();
-    let error = load::check_expansion([&*half, &*half, &*half]).unwrap_err();
+    let (all, none) = ((0..half.index().datasets.len()).collect::<Vec<_>>(), &[][..]);
+    load::check_expansion([(&*half, &all[..]), (&*half, &all)]).unwrap();
+    load::check_expansion([(&*half, &all[..]), (&*half, &all), (&*half, none)]).unwrap();
+    let error = load::check_expansion([(&*half, &all[..]), (&*half, &all), (&*half, &all)]).unwrap_err();
     assert!(matches!(error.kind(), Kind::Limit) && error.to_string().contains("together"), "{error}");
     // What is written may be of any size: what a file can hold, it may ask for.
     let small = open(40_009).unwrap();
-    load::check_expansion(vec![&*small; 200_000]).unwrap();
+    load::check_expansion(vec![(&*small, &[0usize][..]); 200_000]).unwrap();
 }
 
 #[test]

@@ -204,8 +204,8 @@ class Directory:
 def open(target: _Path | _Buffer | _Seekable, *, archive: bool) -> File:
     """Opens an archive, or a bare weights image, at a path, in memory, or behind a file object."""
 
-def check_expansion(images: Sequence[Weights]) -> None:
-    """Refuses images whose chunked datasets take far more memory, together, than their files say.
+def check_expansion(images: Sequence[tuple[Weights, Sequence[int]]]) -> None:
+    """Refuses datasets of several images, by their positions, that take far more memory than the files say, together.
 
     Raises:
         LimitError: When they do. `Weights.fetch` checks what is wanted of one image.
@@ -243,6 +243,8 @@ class Weights:
         """`(path, attributes)` of every group but the root."""
     def datasets(self) -> list[_Dataset]:
         """`(path, dtype, shape, attributes)` of every dataset; the dtype `object` is for what cannot be read."""
+    def decoded(self) -> list[int]:
+        """The positions of those whose bytes are not in the file as they are: compressed, in chunks, never written."""
     @property
     def attributes(self) -> _Attributes:
         """Attributes of the root; the metadata of a safetensors file."""

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +16,9 @@ from keras.src.backend.common.variables import Variable as KerasVariable
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 
-from hornbeam import _tensors
+from hornbeam import _keras, _tensors
 from hornbeam._patch import Patch
+from hornbeam._store import LoadStore, Unread
 
 _local = threading.local()
 
@@ -170,6 +172,19 @@ def current() -> Journal | None:
     return getattr(_local, "journal", None)
 
 
+class _OfShape:
+    """A variable for `KerasVariable.assign` to compare its shape with another's, without a value."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable, self._dtype, self.shape = variable, variable._dtype, variable.shape
+
+    def _convert_to_tensor(self, value: Unread, dtype: Any = None) -> Any:
+        return SimpleNamespace(shape=_tensors.native_shape(value.shape))
+
+    def __str__(self) -> str:
+        return str(self._variable)
+
+
 def _assign(original: Callable[..., Any]) -> Callable[..., Any]:
     """`KerasVariable.assign`; a tensor of ours becomes the variable's memory where that is safe."""
 
@@ -179,6 +194,10 @@ def _assign(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, value)
         if value is self:  # what is not loaded keeps its value
             return value
+        if isinstance(value, Unread):
+            if value.shape != tuple(self.shape):
+                original(_OfShape(self), value)  # raises
+            value = value.read()
         journal.before(self)
         adopted = (
             isinstance(value, np.ndarray)
@@ -217,6 +236,32 @@ def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _assign_patch = Patch(_assign)
 _load_patch = Patch(_load_state)
+
+
+class _Walk(Journal):
+    """Notes what Keras comes to, and loads nothing."""
+
+    def __init__(self, visit: Callable[[Any, str], None]) -> None:
+        super().__init__(undoable=False)
+        self._visit = visit
+
+    def visit(self, saveable: Any, path: str) -> None:
+        if id(saveable) not in self.places:
+            self.places[id(saveable)] = path
+            self._visit(saveable, path)
+
+
+def walk(model: Any, store: LoadStore, visited: set[int], visit: Callable[[Any, str], None]) -> None:
+    """Calls `visit` with every object whose state a load of `model` asks `store` for, and its path; loads nothing."""
+    outer = current()
+    store.passes = True
+    with _load_patch(saving_lib, "_load_state"), _keras.fast_walk():
+        _local.journal = _Walk(lambda o, path: visit(o, path) if hasattr(o, "load_own_variables") else None)
+        try:
+            saving_lib._load_state(model, store, None, "", visited_saveables=set(visited))
+        finally:
+            _local.journal = outer
+            store.passes = False
 
 
 @contextlib.contextmanager

@@ -77,10 +77,12 @@ def load_model_from_hdf5(
     with ExitStack() as stack:
         journal = stack.enter_context(_journal.journal(undoable=False))
         stack.enter_context(_build.scope())
-        file = _File(weights, text, None if compile else _is_no_slot, _load._read_ahead())
+        file = _File(weights, text)
         stack.callback(file.store.close)
-        image = file.image
-        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
+        image, verify = file.image, _state.current().verify
+        first = {i for path, i in file.where.items() if compile or _is_no_slot(path)} - image.decoded
+        image.read(None if verify else first, check=verify, read_ahead=_load._read_ahead())
+        stack.enter_context(_progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
         config = _decode(attributes["model_config"], known)
         safe = serialization_lib.SafeModeScope(safe_mode)
@@ -88,6 +90,8 @@ def load_model_from_hdf5(
             model = _model_from_config(config, known)
             report.stage("build")
             steps = file.by_order("model_weights", model, skip_mismatch=False)
+        if not verify:
+            image.read(_numbers(steps) & image.decoded, check=False, read_ahead=_load._read_ahead())
         file.assign(steps)
         if compile:
             with safe:
@@ -141,10 +145,9 @@ def load_weights(
     report = LoadReport(path_of(filepath))
     weights = _open(filepath)
     with ExitStack() as stack:
-        file = _File(weights, text, _is_no_slot, _load._ALL)
+        file = _File(weights, text)
         stack.callback(file.store.close)
         image = file.image
-        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
         inside = not any(name == "layer_names" for name, _ in weights.attributes) and "model_weights" in file.groups
         root = "model_weights" if inside else ""
         plan = file.by_name if by_name else file.by_order
@@ -153,6 +156,9 @@ def load_weights(
         else:
             steps = plan(root, model, skip_mismatch=skip_mismatch)
         steps = _part_of(steps, model, request)
+        verify = _state.current().verify
+        image.read(None if verify else _numbers(steps), check=verify, read_ahead=_load._ALL)
+        stack.enter_context(_progress.watch("load", text, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
         file.store.complete(drop_rest=False)
         report.stage("read")
@@ -194,13 +200,16 @@ class _Step:
     whole: list[Any]
 
 
+def _numbers(steps: list[_Step]) -> set[int]:
+    """The datasets that are assigned."""
+    return {i for step in steps for _, i in step.values}
+
+
 class _File:
     """A legacy file that is being read."""
 
-    def __init__(
-        self, weights: _core.Weights, name: str, wanted: Callable[[str], bool] | None, read_ahead: int
-    ) -> None:
-        self.image = Image(weights, name, wanted=wanted, read_ahead=read_ahead)
+    def __init__(self, weights: _core.Weights, name: str) -> None:
+        self.image = Image(weights, name)
         self.store = LoadStore([self.image])
         self.groups = {path: dict(attributes) for path, attributes in weights.groups()}
         self.groups[""] = dict(weights.attributes)

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 from keras.src.saving import saving_lib
 
@@ -174,18 +175,24 @@ def _load_model(
 ) -> Any:
     with ExitStack() as stack:
         # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
-        whole = compile or _state.current().verify
-        wanted = None if whole else lambda path: not path.startswith("optimizer/")
-        image = Image(weights, weights_name, wanted=wanted, read_ahead=_read_ahead())
+        verify = _state.current().verify
+        image = Image(weights, weights_name)
+        # What takes far more memory than the file has bytes waits until the model says that it has a place for it.
+        first = None if verify else {i for i, (path, *_) in enumerate(image.datasets) if compile or not _is_slot(path)}
+        first = first if first is None else first - image.decoded
+        image.read(first, check=compile or verify, read_ahead=_read_ahead())
         journal = stack.enter_context(_journal.journal(undoable=False))
         stack.enter_context(_build.scope(variables=len(image.datasets)))
         store = LoadStore([image])
         stack.callback(store.close)
-        stack.enter_context(_progress.watch("load", report.path, image.nbytes, lambda: image.done))
+        stack.enter_context(_progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
         model = _from_config(config, custom_objects, compile, safe_mode)
         report.stage("build")
         _migrate.place_optimizer(model, store, config)
+        if image.decoded and not verify:
+            plan(model, store)
+            image.read(store.fitting.get(image, set()) & image.decoded, check=False, read_ahead=_read_ahead())
         found = assets(stack)
         if isinstance(found, AssetStore):
             found.old_path = store.old_path
@@ -255,14 +262,21 @@ def load_weights_only(
             names = _safetensors.Names(opened, structure, shapes, by_name=request.by_name)
         selection = Selection(request, structure, shapes, groups, names)
     with ExitStack() as stack:
-        wanted = None if selection is None or _state.current().verify else set(selection.source.values()).__contains__
-        images = [Image(weights, name, wanted=wanted, read_ahead=_ALL) for name, weights in opened]
+        images = [Image(weights, name) for name, weights in opened]
         if selection is None:
             store = LoadStore(images)
         else:
             own = {path: v for path, v in selection.structure.values.items() if path not in selection.source}
             store = LoadStore(images, selection.source, own)
         stack.callback(store.close)
+        plan(model, store, visited, selection)
+        everything = _state.current().verify
+        wanted = [range(len(i.datasets)) if everything else sorted(store.fitting.get(i, ())) for i in images]
+        if len(images) > 1:  # of one the core judges what it is asked for
+            _core.check_expansion([(image.weights, each) for image, each in zip(images, wanted, strict=True)])
+        for image, each in zip(images, wanted, strict=True):
+            whole = selection is None or len(each) == len(image.datasets)
+            image.read(each, check=whole, read_ahead=_ALL)
         total = sum(image.nbytes for image in images)
         watch = _progress.watch("load", report.path, total, lambda: sum(image.done for image in images))
         stack.enter_context(watch)
@@ -278,6 +292,26 @@ def load_weights_only(
             report, request, journal, store, model, errors, selection, left_out=left_out, skip_mismatch=skip_mismatch
         )
     return report
+
+
+def plan(model: Any, store: LoadStore, visited: set[int] | None = None, selection: Selection | None = None) -> None:
+    """Notes which datasets the model has a place for, by their shapes, before anything is read."""
+    if selection is not None:
+        for path in selection.source:
+            store.plan_entry(path, tuple(getattr(selection.structure.values[path], "shape", ())))
+        return
+
+    def visit(saveable: Any, path: str) -> None:
+        if isinstance(saveable, keras.Layer):  # as `Layer.load_own_variables`
+            store.plan(path, saveable._trainable_variables + saveable._non_trainable_variables)
+        else:
+            store.plan(path, getattr(saveable, "variables", ()))
+
+    _journal.walk(model, store, visited or set(), visit)
+
+
+def _is_slot(path: str) -> bool:
+    return path.startswith("optimizer/")
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -296,7 +330,6 @@ def _open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
         for name, file in open_shards(text):
             with _content.explained(os.path.join(os.path.dirname(text), name), "h5"):
                 shards.append((name, file.weights(engine=engine)))
-        _core.check_expansion([weights for _, weights in shards])
         return shards
     if text.endswith(_SAFETENSORS):
         from hornbeam._safetensors import open_weights

@@ -36,8 +36,10 @@ class Progress:
 
 
 @contextlib.contextmanager
-def watch(operation: str, path: str | None, total: int, done: Callable[[], int]) -> Iterator[None]:
+def watch(operation: str, path: str | None, total: int | Callable[[], int], done: Callable[[], int]) -> Iterator[None]:
     """Shows or tells, while it lasts, what `done` says; does nothing where nobody looks.
+
+    A load learns from the model how much there is to be read, so `total` may grow.
 
     A callable of the caller's is called in a thread of its own, some ten times a second and at the end; what it raises
     is logged, and it is not called again.
@@ -52,7 +54,8 @@ def watch(operation: str, path: str | None, total: int, done: Callable[[], int])
     stop = threading.Event()
 
     def now() -> Progress:
-        return Progress(operation, path, min(done(), total), total, time.monotonic() - since)
+        known = total() if callable(total) else total
+        return Progress(operation, path, min(done(), known), known, time.monotonic() - since)
 
     def work() -> None:
         try:
@@ -91,4 +94,5 @@ def _draw(now: Callable[[], Progress], stop: threading.Event) -> None:
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{state.operation} {state.path or ''}", total=state.total)
         while not stop.wait(_INTERVAL):
-            bar.update(task, completed=now().done)
+            state = now()
+            bar.update(task, completed=state.done, total=state.total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -158,6 +158,7 @@ class LoadStore(saving_lib.H5IOStore):
 
     Attributes:
         taken: Paths in the file that were handed over.
+        fitting: What the objects planned so far have places for.
         passes: Whether nothing of the object whose turn it is is loaded; Keras asks whether the store is true.
     """
 
@@ -172,6 +173,7 @@ class LoadStore(saving_lib.H5IOStore):
         self.error: Exception | None = None
         self.taken: set[str] = set()
         self.passes = False
+        self.fitting: dict[Image, set[int]] = {}
         self._prefix: str | None = None
         in_file: dict[str, tuple[Image, int]] = {}
         for image in self.images:
@@ -228,6 +230,34 @@ class LoadStore(saving_lib.H5IOStore):
                 found.append("_layer_checkpoint_dependencies" if name == "layers" else name)
         return "/".join(found)
 
+    def plan(self, path: str, variables: Iterable[Any]) -> None:
+        """Notes which datasets an object at `path` has a place for: those with the shapes of its variables.
+
+        An object that loads its state in a way of its own may ask for others, which are then read at once.
+        """
+        try:
+            names = self.get(path).keys()
+        except ValueError:
+            return  # is raised when it loads
+        shapes = [tuple(v.shape) for v in variables]
+        if len(shapes) != len(names):
+            return
+        for place in (f"{self._prefix}/{name}" for name in names):
+            if place in self.where:
+                self._plan_entry(place, shapes)  # quantized layers have an order of their own
+
+    def plan_entry(self, path: str, shape: tuple[int, ...]) -> None:
+        """The same for one entry of the model."""
+        self._plan_entry(path, [shape])
+
+    def _plan_entry(self, path: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        image, i = self.where[path]
+        if self.shape(path) in shapes:
+            self.fitting.setdefault(image, set()).add(i)
+            image.unfit.discard(i)
+        elif i not in self.fitting.get(image, ()):
+            image.unfit.add(i)
+
     def _enter(self, path: str) -> bool:
         group = f"{path}/vars" if path else "vars"
         for place in (path, group):
@@ -257,7 +287,7 @@ class LoadStore(saving_lib.H5IOStore):
     def __contains__(self, key: object) -> bool:
         return self._prefix is not None and self.has_path(f"{self._prefix}/{key}")
 
-    def __getitem__(self, key: str) -> np.ndarray:
+    def __getitem__(self, key: str) -> Any:
         path = f"{self._prefix}/{key}"
         by_keras = _tensors.is_keras_code(sys._getframe(1))
         if self._prefix is not None and path in self.own:
@@ -268,6 +298,14 @@ class LoadStore(saving_lib.H5IOStore):
                 raise ValueError(f"Invalid H5 file, expected Dataset, received a group at '{path}'")
             raise KeyError(key)
         image, i = self.where[path]
+        if by_keras and i in image.unfit:
+            return Unread(self.shape(path), lambda: self._take(image, i))
+        array = self._take(image, i)
+        if by_keras:
+            return _tensors.give_away(array)
+        return np.array(array)  # others may keep and change it
+
+    def _take(self, image: Image, i: int) -> np.ndarray:
         try:
             array = image.take(i)
         except Exception as error:
@@ -275,9 +313,7 @@ class LoadStore(saving_lib.H5IOStore):
             self.error = self.error or error
             raise
         self.taken.add(image.datasets[i][0])
-        if by_keras:
-            return _tensors.give_away(array)
-        return np.array(array)  # others may keep and change it
+        return array
 
     def complete(self, *, drop_rest: bool) -> None:
         """Waits until every byte was read and checked.
@@ -291,61 +327,92 @@ class LoadStore(saving_lib.H5IOStore):
             image.complete(drop_rest=drop_rest)
 
 
+class Unread:
+    """A dataset that does not fit where it would go: not read unless somebody insists, by `np.asarray`, say.
+
+    `KerasVariable.assign` compares shapes, which takes no values.
+    """
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+        self.shape, self.read = shape, read
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.read(), name)
+
+
 class Image:
-    """One weights image that is being read.
+    """One weights image, of which what is asked for is read.
 
     Args:
         weights: Its index.
         name: What errors call it.
-        wanted: Which datasets are read ahead; `None` for all of them, and then every byte of the image is checked.
-        read_ahead: Bytes that may be read before they are taken.
+
+    Attributes:
+        decoded: Datasets that may take far more memory than they take in the file.
+        unfit: Datasets that have another shape than what is at their place in the model.
     """
 
-    def __init__(
-        self,
-        weights: _core.Weights,
-        name: str,
-        *,
-        wanted: Callable[[str], bool] | None = None,
-        read_ahead: int,
-    ) -> None:
+    def __init__(self, weights: _core.Weights, name: str) -> None:
         self.name = name
         self.weights = weights
         self.groups = dict(weights.groups())
         self.datasets = weights.datasets()
-        self.wanted = {i for i, (path, *_) in enumerate(self.datasets) if wanted is None or wanted(path)}
-        self.whole = len(self.wanted) == len(self.datasets)
+        self.decoded = set(weights.decoded())
+        self.unfit: set[int] = set()
         self._numpy_dtype = _tensors.own_dtype if weights.engine == "safetensors" else _tensors.numpy_dtype
-        self.reading: _core.Reading | None = weights.fetch(
-            sorted(self.wanted), verify=self.whole, read_ahead=read_ahead
-        )
+        self._readings: list[_core.Reading] | None = []
+        self._by: dict[int, _core.Reading] = {}
+        self._checked = False
         self.bytes = 0
         self.tensors = 0
+
+    def read(self, wanted: Iterable[int] | None, *, check: bool, read_ahead: int) -> None:
+        """Starts to read datasets, which are not being read yet.
+
+        Args:
+            wanted: Which, by their positions; `None` for all.
+            check: Every byte of the image is read and passes the checksum, if there is one.
+            read_ahead: Bytes that may be read before they are taken.
+        """
+        if self._readings is None:
+            raise ValueError("I/O operation on a closed store.")
+        positions = sorted(range(len(self.datasets)) if wanted is None else wanted)
+        if positions or check:
+            reading = self.weights.fetch(positions, verify=check, read_ahead=read_ahead)
+            self._readings.append(reading)
+            self._by.update(dict.fromkeys(positions, reading))
+            self._checked |= check
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read ahead."""
-        return self.reading.nbytes if self.reading is not None else 0
+        return sum(reading.nbytes for reading in self._readings or ())
 
     @property
     def done(self) -> int:
         """Bytes that were."""
-        return self.reading.done if self.reading is not None else 0
+        return sum(reading.done for reading in self._readings or ())
 
     @property
     def crc(self) -> str:
         """What `complete` has shown."""
         if not self.weights.has_crc:
             return "none"
-        return "verified" if self.whole else "partial"
+        return "verified" if self._checked else "partial"
 
     def take(self, i: int) -> np.ndarray:
         """The value of dataset `i`, in memory of its own."""
         _, name, shape, attributes = self.datasets[i]
         dtype = self._numpy_dtype(name, dict(attributes).get("dtype"))
-        if self.reading is None:
+        if self._readings is None:
             raise ValueError("I/O operation on a closed store.")
-        block: Any = self.reading.take(i) if self.whole or i in self.wanted else None
+        reading = self._by.get(i)
+        block: Any = None if reading is None else reading.take(i)
         if block is None:  # taken before, or not read ahead
             block = self.weights.read(i, 0, dtype.itemsize * math.prod(shape))
         self.tensors += 1
@@ -355,11 +422,12 @@ class Image:
         return np.frombuffer(block, np.uint8).view(dtype).reshape(shape)
 
     def complete(self, *, drop_rest: bool) -> None:
-        if self.reading is not None:
-            self.reading.complete(drop_rest=drop_rest)
+        for reading in self._readings or ():
+            reading.complete(drop_rest=drop_rest)
 
     def close(self) -> None:
-        self.reading = None
+        self._readings = None
+        self._by = {}
 
 
 class AssetStore(saving_lib.DiskIOStore):

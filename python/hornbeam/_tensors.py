@@ -292,6 +292,15 @@ def is_keras_code(frame: FrameType) -> bool:
 _given: dict[int, weakref.ref[np.ndarray]] = {}
 
 
+def native_shape(shape: tuple[int, ...]) -> Any:
+    """The shape as the backend's tensors say it, in errors too."""
+    if _backend() == "torch":
+        import torch
+
+        return torch.Size(shape)
+    return shape
+
+
 def give_away(array: np.ndarray) -> np.ndarray:
     """Marks an array that nobody but Keras' own code will ever hold, so that its memory may be shared."""
     key = id(array)

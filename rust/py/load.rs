@@ -50,10 +50,10 @@ pub(super) fn open(py: Python<'_>, target: &Bound<'_, PyAny>, archive: bool) -> 
     Ok(File { source, path, members })
 }
 
-/// Refuses images that take far more memory, together, than their files say.
+/// Refuses datasets of several images, by their positions, that take far more memory, together, than their files say.
 #[pyfunction]
-pub(super) fn check_expansion(images: Vec<PyRef<'_, Weights>>) -> PyResult<()> {
-    load::check_expansion(images.iter().map(|w| &*w.weights)).map_err(to_py)
+pub(super) fn check_expansion(images: Vec<(PyRef<'_, Weights>, Vec<usize>)>) -> PyResult<()> {
+    load::check_expansion(images.iter().map(|(w, positions)| (&*w.weights, &positions[..]))).map_err(to_py)
 }
 
 fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
@@ -159,6 +159,11 @@ impl Weights {
     #[getter]
     fn attributes(&self) -> Vec<Attribute> {
         self.weights.index().attributes.clone()
+    }
+
+    /// The positions of those whose bytes are not in the file as they are.
+    fn decoded(&self) -> Vec<usize> {
+        self.weights.decoded().collect()
     }
 
     /// The paths of `datasets()`.

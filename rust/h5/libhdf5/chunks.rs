@@ -197,7 +197,9 @@ pub(super) fn decode(image: &dyn ReadAt, mut jobs: Vec<(&str, Grid, &mut [u8])>)
         Ok(())
     };
     std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        // Threads that cannot be had are done without.
+        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads).map_while(spawn).collect();
         let join = |t: std::thread::ScopedJoinHandle<_>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
         others.into_iter().map(join).fold(work(), Result::and)
     })

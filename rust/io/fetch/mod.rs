@@ -129,6 +129,15 @@ fn workers(request: &Request, parts: usize) -> usize {
     (cores - 1).min(parts / PARTS).max(1)
 }
 
+/// Whether there is memory for what is read ahead, and for threads. A thread that starts while others take the last of it
+/// is ended by the C library, with all of the process.
+fn has_room(request: &Request) -> bool {
+    const THREADS: u64 = 16 << 20; // stacks, and what the allocator sets up for each
+    let tensors = request.tensors.iter().map(|t| t.len).chain(request.decoded.iter().copied());
+    let ahead = tensors.fold(0, u64::saturating_add).min(request.read_ahead);
+    Block::new(ahead.saturating_add(THREADS) as usize).is_ok()
+}
+
 impl Fetch {
     /// Starts to read.
     ///
@@ -136,7 +145,7 @@ impl Fetch {
     /// `Hdf5` when tensors overlap or leave the image, `Memory`.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request.tensors, request.image.len, request.crc.is_some(), request.read_ahead)?;
-        let wanted = workers(&request, plan.len());
+        let wanted = if has_room(&request) { workers(&request, plan.len()) } else { 0 };
         Self::with_workers(request, plan, wanted)
     }
 
@@ -149,7 +158,8 @@ impl Fetch {
         for _ in 0..wanted {
             let own = Arc::clone(&shared);
             shared.lock().background += 1;
-            let Ok(thread) = Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background()) else {
+            let started = Builder::new().name("hornbeam-fetch".into()).spawn(move || own.run_in_background());
+            let Ok(thread) = started else {
                 shared.lock().background -= 1;
                 break;
             };
