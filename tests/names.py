@@ -84,10 +84,10 @@ def attributes(module: str) -> set[str]:
             continue
         if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
             found.add(name)
-    return found - _own() - FOREIGN - RECOGNISED - {name.rpartition(".")[2] for name in used(module)}
+    return found - own() - FOREIGN - RECOGNISED - {name.rpartition(".")[2] for name in used(module)}
 
 
-def _own() -> set[str]:
+def own() -> set[str]:
     """What hornbeam's classes and modules define."""
     found: set[str] = set()
     for tree in SOURCES.values():

@@ -59,7 +59,10 @@ OPERATIONS: dict[str, tuple[str, str]] = {
         "",
     ),
     "training": (
-        ("_backup _fit _keras _model_checkpoint _random _save _shortcuts _store _tensors _training_state data saving"),
+        (
+            "_backup _fit _keras _matching _model_checkpoint _random _save _select _shortcuts _store _tensors "
+            "_training_state data saving"
+        ),
         "",
     ),
 }
@@ -97,7 +100,10 @@ USES: dict[str, str] = {
     ),
     "_formats": (
         "legacy.saving.legacy_h5_format legacy.saving.legacy_h5_format.load_model_from_hdf5 "
-        "legacy.saving.legacy_h5_format.save_model_to_hdf5 utils.file_utils utils.file_utils.is_remote_path"
+        "legacy.saving.legacy_h5_format.save_model_to_hdf5 saving.saving_lib "
+        "saving.saving_lib._load_model_from_fileobj saving.saving_lib.load_weights_only "
+        "saving.saving_lib.save_model saving.saving_lib.save_weights_only utils.file_utils "
+        "utils.file_utils.is_remote_path"
     ),
     "_journal": (
         "backend.common.stateless_scope.in_stateless_scope backend.common.variables.Variable "
@@ -145,6 +151,7 @@ USES: dict[str, str] = {
         "utils.io_utils.ask_to_proceed_with_overwrite"
     ),
     "_load": (
+        "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables "
         "saving.saving_lib saving.saving_lib.DiskIOStore saving.saving_lib.ObjectSharingScope "
         "saving.saving_lib._ASSETS_DIRNAME saving.saving_lib._CONFIG_FILENAME saving.saving_lib._VARS_FNAME_H5 "
         "saving.saving_lib._VARS_FNAME_NPZ saving.saving_lib._ZIP_CUMULATIVE_BOMB_FLOOR_BYTES "
@@ -213,7 +220,11 @@ USES: dict[str, str] = {
         "saving.saving_lib.get_temp_dir"
     ),
     "_tensors": "keras.Variable:_trainable keras.Variable:_value",
-    "_training_state": "keras.Layer:_flatten_layers",
+    "_matching": (
+        "keras.Layer:_flatten_layers keras.Layer:_metrics keras.Layer:_non_trainable_variables "
+        "keras.Layer:_seed_generators keras.Layer:_trainable_variables utils.naming.to_snake_case"
+    ),
+    "_training_state": "keras.Layer:_flatten_layers keras.Layer:_trainable_variables",
     "data": (
         "trainers.data_adapters.data_adapter.DataAdapter trainers.data_adapters.data_adapter_utils "
         "trainers.data_adapters.data_adapter_utils.get_jax_iterator "
@@ -261,9 +272,11 @@ KNOWN: dict[str, str] = {
     "export.saved_model.get_input_signature": "(model)",
     "keras.Layer:_flatten_layers": "(self, include_self, recursive)",
     "keras.Layer:_initialize_tracker": "(self)",
+    "keras.Layer:_metrics": "",
     "keras.Layer:_non_trainable_variables": "",
     "keras.Layer:_obj_type": "(self)",
     "keras.Layer:_tracker": "",
+    "keras.Layer:_seed_generators": "",
     "keras.Layer:_trainable_variables": "",
     "keras.Model:_compile_config": "",
     "keras.Model:_compile_metrics": "",
@@ -396,6 +409,7 @@ KNOWN: dict[str, str] = {
     "utils.io_utils.ask_to_proceed_with_overwrite": "(filepath)",
     "utils.io_utils.print_msg": "(message, line_break)",
     "utils.module_utils.tensorflow": "",
+    "utils.naming.to_snake_case": "(name)",
     "utils.python_utils.pythonify_logs": "(logs)",
     "utils.tracking": "",
     "utils.tracking.DotNotTrackScope": "",
