@@ -21,7 +21,7 @@ use std::time::Duration;
 use super::ReadAt;
 use super::buffer::Block;
 use crate::error::{Error, Kind, Result};
-use plan::plan;
+use plan::{Plan, plan};
 use state::{Goal, State};
 use sync::{Builder, JoinHandle};
 use work::{Shared, Worker};
@@ -118,24 +118,27 @@ pub struct Fetch {
     process: u32,
 }
 
-/// How many background workers read parts of so many bytes: as many as there are cores with a few parts for each, since
-/// it takes time to start one, and one less, since callers that would wait read too.
-fn workers(request: &Request, parts: usize) -> usize {
+/// How many background workers read it: as many as there are cores with a few parts for each, since it takes time to
+/// start one, and one less, since callers that would wait read too. None for what takes less time than a start, or where
+/// memory is short: a thread that starts while others take the last of it is ended by the C library, with the process.
+fn workers(request: &Request, plan: &Plan) -> usize {
     const PARTS: usize = 4;
+    const SMALL: u64 = 1 << 20;
+    const THREADS: u64 = 16 << 20; // stacks, and what the allocator sets up for each
+    let sum = |sizes: &mut dyn Iterator<Item = u64>| sizes.fold(0, u64::saturating_add);
+    let decoded = sum(&mut request.decoded.iter().copied());
+    if plan.len() <= 1 && sum(&mut (0..plan.len()).map(|n| plan.part(n).len)).saturating_add(decoded) <= SMALL {
+        return 0;
+    }
+    let ahead = sum(&mut request.tensors.iter().map(|t| t.len)).saturating_add(decoded).min(request.read_ahead);
+    if Block::new(ahead.saturating_add(THREADS) as usize).is_err() {
+        return 0;
+    }
     if !request.source.is_ours() {
         return 1; // its own lock lets one read at a time
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores - 1).min(parts / PARTS).max(1)
-}
-
-/// Whether there is memory for what is read ahead, and for threads. A thread that starts while others take the last of it
-/// is ended by the C library, with all of the process.
-fn has_room(request: &Request) -> bool {
-    const THREADS: u64 = 16 << 20; // stacks, and what the allocator sets up for each
-    let tensors = request.tensors.iter().map(|t| t.len).chain(request.decoded.iter().copied());
-    let ahead = tensors.fold(0, u64::saturating_add).min(request.read_ahead);
-    Block::new(ahead.saturating_add(THREADS) as usize).is_ok()
+    (cores - 1).min(plan.len() / PARTS).max(1)
 }
 
 impl Fetch {
@@ -145,12 +148,12 @@ impl Fetch {
     /// `Hdf5` when tensors overlap or leave the image, `Memory`.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request.tensors, request.image.len, request.crc.is_some(), request.read_ahead)?;
-        let wanted = if has_room(&request) { workers(&request, plan.len()) } else { 0 };
+        let wanted = workers(&request, &plan);
         Self::with_workers(request, plan, wanted)
     }
 
     /// Starts to read with at most so many background workers; when none can be started, callers do all the work.
-    fn with_workers(request: Request, plan: plan::Plan, wanted: usize) -> Result<Self> {
+    fn with_workers(request: Request, plan: Plan, wanted: usize) -> Result<Self> {
         let mut state = State::new(&request, &plan)?;
         state.settle(&request, &plan); // there may be nothing to do
         let shared = Arc::new(Shared::new(request, plan, state));
