@@ -248,6 +248,15 @@ impl Running {
 }
 
 impl Save {
+    /// Its threads and files are those of the process that started it: a forked child would wait for ever.
+    fn check_process(&self) -> PyResult<()> {
+        if self.process == std::process::id() {
+            return Ok(());
+        }
+        let what = "this save belongs to the process that started it, not to a forked child";
+        Err(to_py(Error::new(Kind::Cancelled, what).with_advice("Save again in the child.")))
+    }
+
     fn take(&self) -> Option<State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -280,6 +289,7 @@ impl Save {
         pull: Option<&Bound<'py, PyAny>>,
         commit: bool,
     ) -> PyResult<Bound<'py, PyDict>> {
+        self.check_process()?;
         self.begin()?;
         let Some(State::Running(mut running)) = self.take() else {
             return Err(PyRuntimeError::new_err("the save was finished before"));
@@ -326,6 +336,7 @@ impl Save {
     /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead, and
     /// what it could not take over from the old one.
     fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
+        self.check_process()?;
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
         prepared.map_or(Ok((None, None)), |p| run(py, || p.commit().map(|written| outcome(written.placed))))
     }
