@@ -36,7 +36,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python soak soak-leaks soak-resume check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-rust test-python soak soak-forks soak-leaks soak-resume check fmt bench docs wheel test-matrix clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -66,7 +66,10 @@ soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2)
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
 	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_crash.py \
 	  tests/test_faults.py $(PYTEST_ARGS)
-	$(MAKE) soak-leaks soak-resume
+	$(MAKE) soak-forks soak-leaks soak-resume
+
+soak-forks: setup ## 200 forks while each object with a thread or a lock works
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_fork.py $(PYTEST_ARGS)
 
 soak-leaks: setup ## 2,000 saves and loads of every kind: memory, descriptors and threads stay what they are
 	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) -o faulthandler_timeout=36000 tests/test_leaks.py $(PYTEST_ARGS)

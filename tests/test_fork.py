@@ -1,7 +1,7 @@
 """Every object that has a thread or a lock, after a fork: dropped, used and closed, in the child and in the parent.
 
-Each case runs in a process of its own, under a time limit, and forks 200 times while the object's threads work. A child
-that hangs, panics or dies is a failure; so is a parent whose object no longer does what it is for.
+Each case runs in a process of its own, under a time limit, and forks 200 times (`make soak-forks`; otherwise 40) while the object's threads
+work. A child that hangs, panics or dies is a failure; so is a parent whose object no longer does what it is for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from helpers import script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
+FORKS = 200 if os.environ.get("HORNBEAM_SOAK") else 40
+
 _START = r"""
 import gc, os, signal, sys, time, traceback, warnings
 import numpy as np
 from hornbeam import _core
 warnings.filterwarnings("ignore", message=".*fork.*")
 root = sys.argv[1]
-FORKS, LIMIT = 200, 20
+FORKS, LIMIT = int(os.environ["FORKS"]), 20
 
 def forked(child, n):
     "Runs `child` in a fork, n steps of the loop after now; ends with its status."
@@ -233,7 +235,8 @@ for n in range(FORKS // 10):  # a child that builds models takes a second
 
 @pytest.mark.parametrize("case", CASES)
 def test_forks(tmp_path: Path, case: str) -> None:
-    done = script(_START + CASES[case] + "\nprint('all is well')", tmp_path, timeout=250, KERAS_BACKEND="numpy")
+    code = _START + CASES[case] + "\nprint('all is well')"
+    done = script(code, tmp_path, timeout=6 * FORKS, KERAS_BACKEND="numpy", FORKS=str(FORKS))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "all is well"
     for word in ("panicked", "terminate unexpectedly"):
