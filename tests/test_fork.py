@@ -1,7 +1,8 @@
 """Every object that has a thread or a lock, after a fork: dropped, used and closed, in the child and in the parent.
 
-Each case runs in a process of its own, under a time limit, and forks 200 times (`make soak-forks`; otherwise 40) while the object's threads
-work. A child that hangs, panics or dies is a failure; so is a parent whose object no longer does what it is for.
+Each case runs in a process of its own, under a time limit, and forks 40 times (200 in `make soak-forks`) while the
+object's threads work. A child that hangs, panics or dies is a failure; so is a parent whose object no longer does what
+it is for.
 """
 
 from __future__ import annotations
