@@ -92,9 +92,14 @@ pub fn pack(
     let jobs = Mutex::new(jobs);
     std::thread::scope(|scope| {
         let (back, done) = channel();
-        for _ in 0..threads {
+        for n in 0..threads {
             let (jobs, back) = (&jobs, back.clone());
-            scope.spawn(move || Worker::new(how).run(jobs, &back));
+            let started = std::thread::Builder::new().spawn_scoped(scope, move || Worker::new(how).run(jobs, &back));
+            match started {
+                Err(e) if n == 0 => return Err(Error::new(Kind::Io(e), "cannot start a thread that compresses")),
+                Err(_) => break, // fewer do it, too
+                Ok(_) => {}
+            }
         }
         drop(back);
         let write = |job: &Job| {
