@@ -51,6 +51,9 @@ def _zip(**members: bytes) -> bytes:
 def _tar(content: bytes) -> bytes:
     memory = io.BytesIO()
     with tarfile.open(fileobj=memory, mode="w") as archive:
+        first = tarfile.TarInfo("README")  # HDF5 that came first would be HDF5 behind a user block
+        first.size = 1
+        archive.addfile(first, io.BytesIO(b"."))
         member = tarfile.TarInfo("m.keras")
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))

@@ -91,7 +91,7 @@ def test_at_every_moment_of_an_import_swap(place: tuple[str, str]) -> None:
     assert failed == []
 
 
-def test_a_wrapper_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrapper_over_ours() -> None:
     """Somebody else's stays in place: what is below it can still be pickled."""
     module = sys.modules["keras.src.saving.saving_api"]
     before = module.load_model
@@ -102,7 +102,7 @@ def test_a_wrapper_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs)
 
-    monkeypatch.setattr(module, "load_model", theirs)
+    module.load_model = theirs
     hornbeam.uninstall()
     assert pickle.loads(pickle.dumps(theirs)) is theirs
     assert pickle.loads(pickle.dumps(before)) is before
@@ -110,6 +110,18 @@ def test_a_wrapper_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     hornbeam.uninstall()
     assert module.load_model is before
     assert _is_pickled(before)
+
+
+def test_ours_that_somebody_puts_back_later() -> None:
+    """As `mock.patch` does that began while ours was in place."""
+    module = sys.modules["keras.src.saving.saving_api"]
+    before = module.load_model
+    with hornbeam.installed():
+        ours = module.load_model
+    module.load_model = ours
+    with hornbeam.installed():
+        assert module.load_model is keras.saving.load_model is keras.models.load_model is ours
+    assert module.load_model is keras.saving.load_model is keras.models.load_model is before
 
 
 def test_fit_which_stays_wrapped() -> None:

@@ -121,7 +121,7 @@ def is_hdf5(source: Any) -> bool:
         if not isinstance(source, Stream) and _file_objects.is_path(source):
             return _core.open(os.fsdecode(source), archive=False).is_hdf5()
         with _file_objects.rewound(source) as file:
-            return file is not None and _core.open(file, archive=False).is_hdf5()
+            return file is not None and _core.open(_file_objects.source(file), archive=False).is_hdf5()
     except (OSError, ValueError):
         return False
 
@@ -183,7 +183,7 @@ def _file(file: Any) -> Content:
         return _safetensors(file, size)
     if not begin.strip(b"\0"):
         return Content(None, f"{size} bytes that begin with zeros only", f"What wrote it did not finish. {_AGAIN}")
-    if _core.open(file, archive=False).is_hdf5():
+    if _core.open(_file_objects.source(file), archive=False).is_hdf5():
         return Content("h5", "an HDF5 file behind a user block", "Give it a name that ends in `.h5` or `.weights.h5`.")
     return _text(file, begin) or Content(
         None, f"of no kind known here ({size} bytes that begin with {begin[:8]!r})", "Pass the path of a model file."

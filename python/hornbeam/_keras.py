@@ -208,8 +208,8 @@ def patch(module: ModuleType) -> None:
             if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
                 continue
             made = _made.get((where, name))
-            if made is not None and made[0] is original:
-                dispatcher = made[1]
+            if made is not None and original in made:  # ours is there when somebody has put it back since
+                original, dispatcher = made
             else:
                 dispatcher = _dispatcher(where, name, original)
                 if getattr(sys.modules.get(original.__module__), name, None) is original:
