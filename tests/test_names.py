@@ -229,7 +229,7 @@ except hornbeam.UnsupportedError as error:
 """
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "m.keras")],
-        env={**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(Path(hornbeam.__file__).parents[1])},
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "PYTHONPATH": str(Path(hornbeam.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=120,
