@@ -106,7 +106,7 @@ def _set_attribute(original: Callable[..., None]) -> Callable[..., None]:
         elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
             original(self, name, value)
             return
-        elif hasattr(type(self), name):  # a property, or a default: the trackers do not set what is there already
+        elif scope.tensorflow and hasattr(type(self), name):  # a property, or a default: TensorFlow sets no same value
             try:
                 if getattr(self, name) is value:
                     return
@@ -340,10 +340,15 @@ def _taken(shortcut: str) -> Iterator[None]:
     yield
 
 
+class _WithDefault(keras.layers.Layer):
+    default = False
+
+
 # None of them may draw from a random state: Python's and NumPy's belong to the process.
 def _try_attributes() -> bool:
     def work() -> Any:
-        layer = keras.layers.Layer(name="hornbeam_tries")
+        layer = _WithDefault(name="hornbeam_tries")
+        layer.default = False
         atoms: list[Any] = [1, 1.5, "a", True, None, len, int, (1, "a"), (), [3], [], {"a": [4]}, {5}]
         values = [*atoms, keras.initializers.Zeros(), keras.DTypePolicy("int8"), collections.OrderedDict(a=1)]
         values += [keras.layers.Layer(name="inner"), keras.Variable(1.0), keras.random.SeedGenerator(1)]
