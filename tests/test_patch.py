@@ -205,7 +205,7 @@ def test_an_error_of_the_patching_itself_is_given_back(monkeypatch: pytest.Monke
 def _in_a_child(work: Callable[[], bool]) -> None:
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # a child that hangs is ended
+        signal.alarm(120)  # a child that hangs is ended
         code = 1
         try:
             code = 0 if work() else 2
