@@ -20,7 +20,6 @@ from typing import Any
 
 from hornbeam import _async, _displaced, _hook, _names, _state
 from hornbeam._patch import Patch, Users, reaches
-from hornbeam._patch import collector_rests as collector_rests
 from hornbeam.errors import UnsupportedError
 
 #: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.

@@ -316,7 +316,7 @@ def _is_slot(path: str) -> bool:
 
 def _kinds(text: str) -> tuple[str, ...]:
     """What a weights file of that name holds."""
-    kinds = {".keras": "keras", ".weights.json": "shards", ".json": "shards", ".safetensors": "safetensors"}
+    kinds = {".keras": "keras", ".json": "shards", ".safetensors": "safetensors"}
     return (next((kind for suffix, kind in kinds.items() if text.endswith(suffix)), "h5"),)
 
 
