@@ -14,6 +14,7 @@ from typing import Any
 _SEPARATOR, _DOT = "|", "/"  # where there is a dot, `pickle` looks for an attribute of an attribute
 #: Reference → the function that it stands for here, and the module and qualified name it has when it is in its place.
 _functions: dict[str, tuple[Any, tuple[str, str]]] = {}
+_references: dict[int, str] = {}  # by the ids of these functions, which live as long as the process
 
 
 def displace(function: Any, kind: str) -> None:
@@ -23,17 +24,22 @@ def displace(function: Any, kind: str) -> None:
         function: The function; what has no such reference, a `mock` say, stays as it is.
         kind: Tells functions that share a place from each other: `"original"`, say.
     """
+    known = _references.get(id(function))
+    if known is not None and function.__qualname__ == _functions[known][1][1]:
+        function.__qualname__, function.__module__ = known, __name__
+        return
     home = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not all(isinstance(part, str) and _SEPARATOR not in part for part in home) or home[0] == __name__:
         return
     reference = _SEPARATOR.join([kind, *map(str, home)]).replace(".", _DOT)
     if reference in _functions and _functions[reference][0] is not function:
-        reference = f"{reference}{_SEPARATOR}{id(function)}"  # they live as long as the process
+        reference = f"{reference}{_SEPARATOR}{id(function)}"
     try:
         function.__qualname__, function.__module__ = reference, __name__
     except (AttributeError, TypeError):  # not in Python
         return
     _functions[reference] = function, (str(home[0]), str(home[1]))
+    _references[id(function)] = reference
 
 
 def put_back(function: Any) -> None:

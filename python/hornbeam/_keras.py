@@ -306,10 +306,11 @@ def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
 
 
 class FastWalk:
-    """`saving_lib._walk_saveable` with the attribute names of like objects listed once.
+    """`saving_lib._walk_saveable` with the attribute names of like objects listed once, and without dead ends.
 
     Stock Keras lists `dir()` of every object, and builds a dummy layer for the set of names to skip on every call: it
-    reads the cache under one name and writes it under another. Both are pure functions of the class.
+    reads the cache under one name and writes it under another. Both are pure functions of the class. It also goes into
+    every container of strings or numbers, of which each layer has some ten.
     """
 
     def __init__(self, saving_lib: ModuleType) -> None:
@@ -330,7 +331,8 @@ class FastWalk:
                 child = getattr(saveable, name)
             except Exception:
                 continue
-            yield name, child
+            if isinstance(child, KerasSaveable) or (isinstance(child, _CONTAINERS) and _leads_on(child, KerasSaveable)):
+                yield name, child
 
     def _names(self, saveable: Any, kind: str) -> list[str]:
         skip = self.skip_names(kind)  # also for its side effect
@@ -345,6 +347,19 @@ class FastWalk:
 
     def _chosen(self, names: Iterable[str], skip: frozenset[str]) -> list[str]:
         return sorted((n for n in names if not n.startswith("__") and n not in skip), key=self.name_key)
+
+
+_CONTAINERS = (list, dict, tuple)
+
+
+def _leads_on(container: Any, saveable: type, depth: int = 2) -> bool:
+    """Whether Keras would find an object in `container`, or in containers inside it; true beyond `depth`."""
+    for item in container.values() if isinstance(container, dict) else container:
+        if isinstance(item, saveable) or (
+            isinstance(item, _CONTAINERS) and (depth == 0 or _leads_on(item, saveable, depth - 1))
+        ):
+            return True
+    return False
 
 
 def _listing(cls: type) -> Any:
@@ -455,22 +470,24 @@ _optimizer_patch = Patch(_save_optimizer)
 
 @contextlib.contextmanager
 def fast_walk() -> Iterator[None]:
-    """Walks of this thread take less time; optimizers hand variables to our store."""
+    """Walks of this thread take less time, also a second one inside; optimizers hand variables to our store."""
     from keras.src.optimizers.base_optimizer import BaseOptimizer
     from keras.src.saving import saving_lib
 
+    if getattr(_local, "walk", None) is not None:
+        yield
+        return
     with (
         _walk_patch(saving_lib, "_walk_saveable"),
         _naming_patch(saving_lib, "naming"),
         _file_utils_patch(saving_lib, "file_utils"),
         _optimizer_patch(BaseOptimizer, "save_own_variables"),
     ):
-        before = getattr(_local, "walk", None)
         _local.walk = FastWalk(saving_lib)
         try:
             yield
         finally:
-            _local.walk = before
+            _local.walk = None
 
 
 class FitWatcher:

@@ -269,6 +269,7 @@ def load_weights_only(
             own = {path: v for path, v in selection.structure.values.items() if path not in selection.source}
             store = LoadStore(images, selection.source, own)
         stack.callback(store.close)
+        stack.enter_context(_keras.fast_walk())
         plan(model, store, visited, selection)
         everything = _state.current().verify
         wanted = [range(len(i.datasets)) if everything else sorted(store.fitting.get(i, ())) for i in images]
