@@ -29,10 +29,11 @@ import numpy as np
 from keras import layers
 
 from helpers import values
-from hornbeam import _core, _statefile
+from hornbeam import _core
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
+from hornbeam.training import statefile
 
 BACKEND = keras.backend.backend()
 TICKS = {"left": -1, "seen": 0}
@@ -343,7 +344,7 @@ def attempt(case: str, root: Path, kill: int) -> dict[str, Any] | None:
 
 
 def prepare(case: str) -> None:
-    _statefile.write = ticking(_statefile.write)
+    statefile.write = ticking(statefile.write)
     _core.write_file = ticking(_core.write_file)
     if BACKEND == "tensorflow":
         import tensorflow as tf

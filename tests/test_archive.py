@@ -21,8 +21,8 @@ import pytest
 import hornbeam
 from helpers import saved, state, tree
 from hornbeam import _core
-from hornbeam._store import AssetStore
 from hornbeam.errors import ArchiveError, HornbeamError, UnsupportedError
+from hornbeam.flows.asset_store import AssetStore
 from zoo import ZOO, chain
 
 WEIGHTS = "model.weights.h5"

@@ -24,10 +24,11 @@ from keras import layers
 
 import hornbeam
 from helpers import archive_tree, saved, script, tree
-from hornbeam import _async, _tensors
+from hornbeam.base import deferred, writer
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CancelledError, UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
+from hornbeam.values import tensors
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
@@ -39,11 +40,11 @@ trains = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not
 def _nothing_is_pending() -> Iterator[None]:
     yield
     hornbeam.wait()
-    assert not [t for t in threading.enumerate() if t.name == "hornbeam-writer" and t is _async._queue.thread]
+    assert not [t for t in threading.enumerate() if t.name == "hornbeam-writer" and t is writer._queue.thread]
 
 
 @contextlib.contextmanager
-def held(values: Sequence[Any] = ()) -> Iterator[_async.Handle]:
+def held(values: Sequence[Any] = ()) -> Iterator[writer.Handle]:
     """Keeps the writer busy while the block lasts; gives the handle of the save it is busy with, which has `values`."""
     release = threading.Event()
 
@@ -51,10 +52,10 @@ def held(values: Sequence[Any] = ()) -> Iterator[_async.Handle]:
         assert release.wait(60)
         return 0
 
-    with _async.Request(False) as request:
-        _async.claim()
+    with writer.Request(False) as request:
+        writer.claim()
         request.stage(values)
-        request.submit("held", write, lambda: None, hornbeam._state.current())
+        request.submit("held", write, lambda: None, hornbeam.base.settings.current())
     try:
         yield request.handle
     finally:
@@ -188,8 +189,8 @@ def test_a_donated_array_stays_in_the_file(tmp_path: Path) -> None:
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has what the backend would share fetched as from an accelerator, large values in many pieces."""
     if SHARED:
-        monkeypatch.setitem(_tensors._VIEWERS, BACKEND, getattr(_tensors, f"_fetch_{BACKEND}"))
-        monkeypatch.setattr(_tensors, "_FETCHED", 30_000)
+        monkeypatch.setitem(tensors._VIEWERS, BACKEND, getattr(tensors, f"_fetch_{BACKEND}"))
+        monkeypatch.setattr(deferred, "_FETCHED", 30_000)
 
 
 def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,14 +200,14 @@ def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path, monke
     on_a_device(monkeypatch)
     with held():
         save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
-        memory = _async._queue.staging.memory
+        memory = writer._queue.staging.memory
         assert size <= len(memory) < size + (2 << 20) + 64 * len(model.variables)
-        assert _async._queue.staged
+        assert writer._queue.staged
         fill(model, 7)
     save_weights(model, tmp_path / "n.weights.h5", asynchronous=True)
-    assert _async._queue.staging.memory is memory
+    assert writer._queue.staging.memory is memory
     hornbeam.wait()
-    assert _async._queue.staging.memory is None
+    assert writer._queue.staging.memory is None
     assert tree(tmp_path / "m.weights.h5") == tree(tmp_path / "expected.weights.h5")
     load_weights(model, tmp_path / "n.weights.h5", strict=True)
     assert {float(x) for v in model.variables for x in np.unique(keras.ops.convert_to_numpy(v))} == {7.0}
@@ -216,18 +217,18 @@ def test_copies_are_bounded_and_their_memory_is_used_again(tmp_path: Path, monke
 def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer has a place, but the memory is another save's: the call waits for it."""
     into = (lambda memory: memory.fill(1)) if pieces else None
-    value = _tensors.Deferred(lambda: np.full((3, 5), 16843009, "int32"), "int32", (3, 5), into)
-    changed, waits = _async._queue.changed, threading.Event()
+    value = deferred.Deferred(lambda: np.full((3, 5), 16843009, "int32"), "int32", (3, 5), into)
+    changed, waits = writer._queue.changed, threading.Event()
     wait = changed.wait
     monkeypatch.setattr(changed, "wait", lambda *timeout: waits.set() or wait(*timeout))
     taken: list[Any] = []
 
     def second() -> None:
-        with _async.Request(False) as request:
+        with writer.Request(False) as request:
             taken.extend([*request.stage([value, value]), first.done()])
 
     with held([value]) as first:
-        assert _async._queue.places() == 1
+        assert writer._queue.places() == 1
         thread = threading.Thread(target=second)
         thread.start()
         assert waits.wait(60)
@@ -237,7 +238,7 @@ def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: 
     assert done
     assert (one == 16843009).all()
     assert (two == one).all()
-    memory = np.frombuffer(_async._queue.staging.memory, np.uint8)
+    memory = np.frombuffer(writer._queue.staging.memory, np.uint8)
     assert np.shares_memory(one, memory)
     assert np.shares_memory(two, memory)
     assert not np.shares_memory(one, two)
@@ -248,8 +249,8 @@ def test_shared_values_take_no_memory(tmp_path: Path) -> None:
     model = chain(layers.Dense(1000), layers.Dense(1000))
     with held():
         save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
-        assert _async._queue.staging.memory is None
-        assert not _async._queue.staged
+        assert writer._queue.staging.memory is None
+        assert not writer._queue.staged
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_a_third_save_waits_for_a_place(tmp_path: Path) -> None:
 
     with held() as first:
         save_model(model, tmp_path / "2.keras", asynchronous=True)
-        assert _async._queue.places() == 0
+        assert writer._queue.places() == 0
         thread = threading.Thread(target=third)
         thread.start()
     thread.join()
@@ -428,7 +429,7 @@ def test_options_count_for_the_save(tmp_path: Path) -> None:
 # ---- errors ----
 
 
-def break_next(model: Any, directory: Path) -> _async.Handle:
+def break_next(model: Any, directory: Path) -> writer.Handle:
     """A save that fails when it is written: its directory is gone."""
     directory.mkdir()
     with held():
@@ -513,8 +514,8 @@ def test_mistakes_are_raised_at_the_call_as_ever(tmp_path: Path) -> None:
             assert not first.done()
         hornbeam.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["directory.keras"]
-    assert _async._queue.reserved == 0
-    assert not _async._queue.staged
+    assert writer._queue.reserved == 0
+    assert not writer._queue.staged
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -555,7 +556,7 @@ def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
 def test_a_save_that_nobody_made_asynchronous_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hornbeam._keras, "_active", lambda: False)  # somebody else's `save_model`, say
+    monkeypatch.setattr(hornbeam.seam.entry, "_active", lambda: False)  # somebody else's `save_model`, say
     save_model(small(), tmp_path / "m.keras", asynchronous=True)
     assert "`asynchronous=True` did nothing" in caplog.text
     monkeypatch.undo()
@@ -659,7 +660,7 @@ os.mkdir(root + "/d")
 release = threading.Event()
 with _async.Request(False) as request:
     _async.claim()
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
 save_model(model, root + "/d/a.keras", asynchronous=True)
 for name in os.listdir(root + "/d"):
     os.unlink(root + "/d/" + name)
@@ -680,7 +681,7 @@ import gc
 release = threading.Event()
 with _async.Request(False) as request:
     _async.claim()
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
 handle = save_model(model, root + "/parent.keras", asynchronous=True)
 for how in ("exit", "_exit"):
     child = os.fork()
@@ -734,7 +735,7 @@ def in_a_callback(ask: Callable[[Path], Any], tmp_path: Path) -> list[Any]:
     """What `ask` gives, or raises, in a callback of the save before one that waits at the path it is given."""
     found: list[Any] = []
 
-    def callback(_handle: _async.Handle) -> None:
+    def callback(_handle: writer.Handle) -> None:
         try:
             found.append(ask(tmp_path / "behind.keras"))
         except Exception as error:
@@ -803,7 +804,7 @@ def test_what_a_callback_may_do(tmp_path: Path) -> None:
     """Ask, and read what was saved, also where the save that waits goes to the same place."""
     found: list[Any] = []
 
-    def callback(handle: _async.Handle) -> None:
+    def callback(handle: writer.Handle) -> None:
         found.extend([handle.result(), handle.exception(), values(tmp_path / "m.keras"), behind.done()])
         with pytest.raises(TimeoutError):
             behind.result(timeout=0)
@@ -884,7 +885,7 @@ release = threading.Event()
 with _async.Request(False) as request:
     _async.claim()
     request.stage([])
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam._state.current())
+    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
 
 def break_it():
     shutil.rmtree(f"{root}/d")

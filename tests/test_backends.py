@@ -11,7 +11,7 @@ import pytest
 
 import hornbeam
 from helpers import saved
-from hornbeam import _tensors
+from hornbeam.values import on_tensorflow, tensors
 from zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
@@ -24,11 +24,11 @@ def test_the_backend_is_the_one_asked_for() -> None:
 
 def test_variables_are_shared_where_they_cannot_change() -> None:
     variable = keras.Variable(floats(300, 300))
-    found = _tensors.view(variable)
+    found = tensors.view(variable)
     assert isinstance(found, np.ndarray) == SHARED
     before = np.array(found if SHARED else found.array())
     if SHARED:
-        again = _tensors.view(variable)
+        again = tensors.view(variable)
         assert isinstance(again, np.ndarray)
         assert np.shares_memory(found, again)
         variable.assign_add(keras.ops.ones((300, 300)))
@@ -119,12 +119,12 @@ def test_sparse_updates_do_not_make_saves_copy(rows: int) -> None:
     x, y = np.arange(512).reshape(64, 8) % 97, floats(64, 1)
     model.fit(x, y, verbose=0)
     embeddings = model.layers[1].embeddings
-    first, second = _tensors.view(embeddings), _tensors.view(embeddings)
-    assert np.shares_memory(first, second) == (first.nbytes > _tensors._COPIED)  # a small one may be copied
+    first, second = tensors.view(embeddings), tensors.view(embeddings)
+    assert np.shares_memory(first, second) == (first.nbytes > on_tensorflow._COPIED)  # a small one may be copied
     before = np.array(first)
     model.fit(x, y, verbose=0)
     np.testing.assert_array_equal(first, before)
-    assert not np.array_equal(_tensors.view(embeddings), before)
+    assert not np.array_equal(tensors.view(embeddings), before)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow compiles slots into being")
@@ -135,9 +135,9 @@ def test_slots_that_fit_made_are_shared_and_survive_further_training(dtype: str)
     x, y = floats(16, 6), floats(16, 3)
     model.fit(x, y, verbose=0)
     variables = [*model.variables, *model.optimizer.variables]
-    views = [(_tensors.view(v), _tensors.view(v)) for v in variables]
+    views = [(tensors.view(v), tensors.view(v)) for v in variables]
     assert all(np.shares_memory(a, b) or a.size == 0 for a, b in views)
     before = [a.tobytes() for a, _ in views]
     model.fit(x, y, verbose=0, epochs=3)
     assert [a.tobytes() for a, _ in views] == before
-    assert [np.array(_tensors.view(v)).tobytes() for v in variables] != before
+    assert [np.array(tensors.view(v)).tobytes() for v in variables] != before

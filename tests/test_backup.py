@@ -21,11 +21,12 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 import hornbeam
 from helpers import values
-from hornbeam import _async, _fit
+from hornbeam.base import writer
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
+from hornbeam.training import fit
 
 BACKEND = keras.backend.backend()
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
@@ -323,7 +324,7 @@ class Score(keras.callbacks.Callback):
 
 def test_a_backup_is_no_newer_than_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
-    run, finish, save = _async._Job.run, _async.finish, CheckpointManager.save
+    run, finish, save = writer._Job.run, writer.finish, CheckpointManager.save
     seen = []
 
     def slowly(job: Any) -> Any:
@@ -339,8 +340,8 @@ def test_a_backup_is_no_newer_than_the_best_model(tmp_path: Path, monkeypatch: p
         asked.clear()
         return save(self, *args, **kwargs)
 
-    monkeypatch.setattr(_async._Job, "run", slowly)
-    monkeypatch.setattr(_async, "finish", waits)
+    monkeypatch.setattr(writer._Job, "run", slowly)
+    monkeypatch.setattr(writer, "finish", waits)
     monkeypatch.setattr(CheckpointManager, "save", noted)
     best = ModelCheckpoint(tmp_path / "m.keras", "score", mode="min", save_best_only=True, asynchronous=True)
     callbacks = [Score(0.9, 0.5, 0.7), best, BackupAndRestore(tmp_path / "b", seed=1)]
@@ -514,7 +515,7 @@ def test_what_is_not_recognised_is_told_to_be_inexact(
         monkeypatch.setattr(
             epoch_iterator.EpochIterator, "reset", lambda self: (setattr(self, "_seed", 1), reset(self))
         )
-    _fit._fingerprint.cache_clear()
+    fit._fingerprint.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "hornbeam"):
             plain().fit(X, Y, verbose=0, shuffle=False, callbacks=[BackupAndRestore(tmp_path / "b", seed=1)])
@@ -522,7 +523,7 @@ def test_what_is_not_recognised_is_told_to_be_inexact(
                 again = BackupAndRestore(tmp_path / "c", save_freq=2)
                 plain().fit(resumable((X, Y)), verbose=0, callbacks=[again])
     finally:
-        _fit._fingerprint.cache_clear()
+        fit._fingerprint.cache_clear()
     told = [
         r.getMessage() for r in caplog.records if "a restart is not exact: hornbeam does not know" in r.getMessage()
     ]
@@ -535,8 +536,8 @@ def test_a_subclass_of_an_epoch_iterator_is_not_recognised() -> None:
     class EpochIteratorOfOnes(EpochIterator):
         pass
 
-    assert _fit._is_recognised(EpochIterator(X))
-    assert not _fit._is_recognised(EpochIteratorOfOnes(X))
-    assert not _fit._is_recognised(type("EpochIterator", (EpochIterator,), {})(X))
-    assert _fit._is_recognised(ArrayDataAdapter(X))
-    assert not _fit._is_recognised(type("ArrayDataAdapter", (ArrayDataAdapter,), {})(X))
+    assert fit._is_recognised(EpochIterator(X))
+    assert not fit._is_recognised(EpochIteratorOfOnes(X))
+    assert not fit._is_recognised(type("EpochIterator", (EpochIterator,), {})(X))
+    assert fit._is_recognised(ArrayDataAdapter(X))
+    assert not fit._is_recognised(type("ArrayDataAdapter", (ArrayDataAdapter,), {})(X))

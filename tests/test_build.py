@@ -21,7 +21,10 @@ from keras.src.random.seed_generator import global_seed_generator
 
 import hornbeam
 from helpers import saved, state, value, values
-from hornbeam import _build, _journal, _keras, _legacy_save, _patch, _shortcuts, _state, _tried
+from hornbeam.base import settings, trials
+from hornbeam.formats import legacy_save
+from hornbeam.seam import assignments, building, patches, walking
+from hornbeam.seam import shortcuts as shortcuts_
 from zoo import AWKWARD, ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
@@ -31,7 +34,7 @@ PATHS = {"PYTHONPATH": str(Path(hornbeam.__file__).parent.parent)}
 @pytest.fixture(autouse=True)
 def _all_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models stand for large ones here."""
-    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 0)
+    monkeypatch.setattr(shortcuts_, "WORTH_TRYING", 0)
 
 
 lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other backends build the stock way")
@@ -192,24 +195,24 @@ def _patch_points() -> list[tuple[Any, str, Any, str]]:
     from keras.src.saving import saving_lib
 
     points: list[tuple[Any, str, Any, str]] = [
-        (keras.layers.Layer, "__setattr__", _shortcuts._attribute_patch, "_make"),
-        (layer, "inspect", _shortcuts._Inspect, "signature"),
-        (operation, "inspect", _shortcuts._Inspect, "getfullargspec"),
-        (Variable, "assign", _journal._assign_patch, "_make"),
-        (saving_lib, "_load_state", _journal._load_patch, "_make"),
-        (saving_lib, "_walk_saveable", _keras._walk_patch, "_make"),
-        (saving_lib, "naming", _keras._Naming, "to_snake_case"),
-        (saving_lib, "file_utils", _keras._FileUtils, "join"),
-        (keras.Variable, "_initialize_with_initializer", _build._variable_patch, "_make"),
+        (keras.layers.Layer, "__setattr__", shortcuts_._attribute_patch, "_make"),
+        (layer, "inspect", shortcuts_._Inspect, "signature"),
+        (operation, "inspect", shortcuts_._Inspect, "getfullargspec"),
+        (Variable, "assign", assignments._assign_patch, "_make"),
+        (saving_lib, "_load_state", assignments._load_patch, "_make"),
+        (saving_lib, "_walk_saveable", walking._walk_patch, "_make"),
+        (saving_lib, "naming", walking._Naming, "to_snake_case"),
+        (saving_lib, "file_utils", walking._FileUtils, "join"),
+        (keras.Variable, "_initialize_with_initializer", building._variable_patch, "_make"),
     ]
     if BACKEND == "tensorflow":
         import tensorflow as tf
         from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
         points += [
-            (tf, "is_tensor", _shortcuts._tensor_patch, "_make"),
-            (TFOptimizer, "add_variable_from_reference", _build._slot_patch, "_make"),
-            (TFOptimizer, "_var_key", _build._key_patch, "_make"),
+            (tf, "is_tensor", shortcuts_._tensor_patch, "_make"),
+            (TFOptimizer, "add_variable_from_reference", building._slot_patch, "_make"),
+            (TFOptimizer, "_var_key", building._key_patch, "_make"),
         ]
     return points
 
@@ -223,18 +226,18 @@ def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
 
     walked = ("m.keras", "m.weights.h5")
     points: list[tuple[Any, str, Any, str, tuple[str, ...]]] = [
-        (saving_lib, "_walk_saveable", _keras._walk_patch, "_make", walked),
-        (saving_lib, "naming", _keras._Naming, "to_snake_case", walked),
-        (saving_lib, "file_utils", _keras._FileUtils, "join", walked),
-        (BaseOptimizer, "save_own_variables", _keras._optimizer_patch, "_make", walked),
-        (serialization, "serialize_keras_object", _legacy_save._serialize_patch, "_make", ("m.h5",)),
-        (functional, "copy", _shortcuts._Copy, "deepcopy", ("m.keras",)),
-        (sequential, "copy", _shortcuts._Copy, "deepcopy", ()),  # the same
+        (saving_lib, "_walk_saveable", walking._walk_patch, "_make", walked),
+        (saving_lib, "naming", walking._Naming, "to_snake_case", walked),
+        (saving_lib, "file_utils", walking._FileUtils, "join", walked),
+        (BaseOptimizer, "save_own_variables", walking._optimizer_patch, "_make", walked),
+        (serialization, "serialize_keras_object", legacy_save._serialize_patch, "_make", ("m.h5",)),
+        (functional, "copy", shortcuts_._Copy, "deepcopy", ("m.keras",)),
+        (sequential, "copy", shortcuts_._Copy, "deepcopy", ()),  # the same
     ]
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        points.append((tf, "is_tensor", _shortcuts._tensor_patch, "_make", ("m.keras",)))
+        points.append((tf, "is_tensor", shortcuts_._tensor_patch, "_make", ("m.keras",)))
     return points
 
 
@@ -248,13 +251,13 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
     model.save(tmp_path / "m.keras")
     hornbeam.saving.load_model(tmp_path / "m.keras")  # tries the shortcuts
     patched: set[tuple[Any, str]] = set()
-    original = _patch.Patch.__call__
+    original = patches.Patch.__call__
 
     def noted(self: Any, owner: Any, name: str) -> Any:
         patched.add((owner, name))
         return original(self, owner, name)
 
-    monkeypatch.setattr(_patch.Patch, "__call__", noted)
+    monkeypatch.setattr(patches.Patch, "__call__", noted)
     with hornbeam.installed(), hornbeam.options(strict=True):
         for name in ("m.keras", "m.weights.h5", "m.h5"):
             _save(model, tmp_path / name)
@@ -274,7 +277,7 @@ def test_the_walk_joins_paths_as_keras_does(path: Any) -> None:
         except ValueError as error:  # remote paths need TensorFlow
             return str(error)
 
-    assert outcome(_keras._FileUtils(file_utils).join) == outcome(file_utils.join)
+    assert outcome(walking._FileUtils(file_utils).join) == outcome(file_utils.join)
 
 
 class Injected(BaseException):
@@ -357,7 +360,7 @@ def test_an_error_at_any_patch_point_of_a_save_leaves_the_old_file(
         _save(model, path)
         old, expected = path.read_bytes(), state(model)
         for error in (Injected, RuntimeError):
-            for wanted in (0, 1) if ours is not _keras._optimizer_patch and name != "deepcopy" else (0,):
+            for wanted in (0, 1) if ours is not walking._optimizer_patch and name != "deepcopy" else (0,):
                 calls = 0
                 with monkeypatch.context() as patch, hornbeam.installed():
                     patch.setattr(ours, name, _before_each_call(ours, name, may_fail))
@@ -433,8 +436,8 @@ def test_a_shortcut_that_does_not_work_is_told_and_not_taken(
     model.save(tmp_path / "m.keras")
     verdicts = {"attributes": lambda: False, "signatures": lambda: {}["missing"]}
     for name, check in verdicts.items():
-        monkeypatch.setitem(_shortcuts._works, name, _tried.Tried(name, check))
-    monkeypatch.setattr(_shortcuts, "_set_attribute", None)  # calling it would be an error
+        monkeypatch.setitem(shortcuts_._works, name, trials.Tried(name, check))
+    monkeypatch.setattr(shortcuts_, "_set_attribute", None)  # calling it would be an error
     assert saved(hornbeam.saving.load_model(tmp_path / "m.keras", strict=True)) == saved(model)
     hornbeam.saving.load_model(tmp_path / "m.keras")
     told = [record.message for record in caplog.records if "does not work" in record.message]
@@ -447,17 +450,19 @@ def test_the_first_loads_of_a_few_variables_try_no_shortcuts(tmp_path: Path, mon
     model.save(tmp_path / "m.keras")
     count = len(model.variables) + len(model.optimizer.variables)  # more than the file has
     tried: list[str] = []
-    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 3 * count)
-    monkeypatch.setattr(_shortcuts, "_built", 0)
+    monkeypatch.setattr(shortcuts_, "WORTH_TRYING", 3 * count)
+    monkeypatch.setattr(shortcuts_, "_built", 0)
     for name in ("attributes", "variables"):
-        monkeypatch.setitem(_shortcuts._works, name, lambda name=name: bool(tried.append(name)))
+        monkeypatch.setitem(shortcuts_._works, name, lambda name=name: bool(tried.append(name)))
     for _ in range(2):
         assert saved(hornbeam.saving.load_model(tmp_path / "m.keras")) == saved(model)
     assert not tried
     hornbeam.saving.save_model(model, tmp_path / "again.keras")
     for _ in range(9):
         hornbeam.saving.load_model(tmp_path / "m.keras")
-    assert set(tried) == {"attributes", "variables"} & (_state.SHORTCUTS if BACKEND == "tensorflow" else {"attributes"})
+    assert set(tried) == {"attributes", "variables"} & (
+        settings.SHORTCUTS if BACKEND == "tensorflow" else {"attributes"}
+    )
 
 
 @keras.saving.register_keras_serializable("build")
@@ -492,14 +497,14 @@ def test_a_class_that_computes_attributes_goes_the_stock_way(tmp_path: Path) -> 
 def test_what_is_done_to_the_collector_during_a_load_stays(enabled: bool, tmp_path: Path) -> None:
     before = gc.get_threshold()
     try:
-        with _patch.collector_rests():
+        with patches.collector_rests():
             assert gc.get_threshold()[0] == 0
-            with _patch.collector_rests():
+            with patches.collector_rests():
                 (gc.enable if enabled else gc.disable)()
             assert gc.get_threshold()[0] == 0
         assert gc.isenabled() is enabled
         assert gc.get_threshold() == before
-        with _patch.collector_rests():
+        with patches.collector_rests():
             gc.set_threshold(123, 4, 5)
         assert gc.get_threshold() == (123, 4, 5)
     finally:
@@ -513,7 +518,7 @@ def test_a_child_collects_what_other_threads_of_its_parent_had_resting() -> None
     before, inside, done = gc.get_threshold(), threading.Event(), threading.Event()
 
     def rests() -> None:
-        with _patch.collector_rests(), _patch._collector_lock:
+        with patches.collector_rests(), patches._collector_lock:
             inside.set()
             done.wait()
 
@@ -523,7 +528,7 @@ def test_a_child_collects_what_other_threads_of_its_parent_had_resting() -> None
     child = os.fork()
     if child == 0:
         found = gc.get_threshold()
-        with _patch.collector_rests():
+        with patches.collector_rests():
             resting = gc.get_threshold()[0] == 0
         os._exit(0 if resting and found == gc.get_threshold() == before else 1)
     done.set()
@@ -639,12 +644,12 @@ def test_tied_weights_are_one_variable(tmp_path: Path) -> None:
 
 @lazy
 def test_training_never_writes_the_memory_that_was_read(tmp_path: Path) -> None:
-    from hornbeam import _store
+    from hornbeam.flows import serving
 
     model, x, y = ZOO["functional"]()
     model.save(tmp_path / "m.keras")
     blocks: list[np.ndarray] = []
-    take = _store.Image.take
+    take = serving.Image.take
 
     def keep(self: Any, i: int) -> np.ndarray:
         array = take(self, i)
@@ -652,7 +657,7 @@ def test_training_never_writes_the_memory_that_was_read(tmp_path: Path) -> None:
         return array
 
     with pytest.MonkeyPatch.context() as patch, hornbeam.installed():
-        patch.setattr(_store.Image, "take", keep)
+        patch.setattr(serving.Image, "take", keep)
         loaded = keras.models.load_model(tmp_path / "m.keras")
     before = [block.tobytes() for block in blocks]
     loaded.fit(x, y, verbose=0, epochs=3)

@@ -23,8 +23,9 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 from helpers import reported, saved, state
-from hornbeam import _cast, saving
+from hornbeam import saving
 from hornbeam.errors import InvalidError, UnsupportedError
+from hornbeam.flows import casts
 from zoo import ZOO, chain, floats, train
 
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -358,7 +359,7 @@ def test_the_next_save_is_whole_again(tmp_path: Path) -> None:
 def test_file_objects_too() -> None:
     model, *_ = ZOO["functional"]()
     file = io.BytesIO()
-    with hornbeam.installed(), _cast.requested(_cast.Smaller(dtype="float16", include_optimizer=False)):
+    with hornbeam.installed(), casts.requested(casts.Smaller(dtype="float16", include_optimizer=False)):
         saving_lib.save_model(model, file)
     assert len(hornbeam.last_save_report().cast) == 4
     with zipfile.ZipFile(file) as archive, h5py.File(archive.open("model.weights.h5")) as weights:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hornbeam
-from hornbeam import _async, _paths
+from hornbeam.base import locations, writer
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
@@ -66,7 +66,7 @@ def test_who_reads_the_file_by_another_name_waits(places: Places) -> None:
     with held() as first:
         handle = save_model(model, "m.keras", asynchronous=True)
         leave()
-        _async.settle(str(here / "other.keras"), loads=True)
+        writer.settle(str(here / "other.keras"), loads=True)
         assert not first.done()
     load_model(here / "m.keras")
     assert handle.done()
@@ -253,7 +253,7 @@ def test_an_export(places: Places) -> None:
 
 def test_remote_paths_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _paths.absolute("gs://bucket/m.keras") == "gs://bucket/m.keras"
-    assert _paths.absolute(b"m.keras") == str(tmp_path / "m.keras")
-    assert _paths.absolute("./a//m.keras") == str(tmp_path / "a" / "m.keras")
-    assert _paths.absolute("a/../m.keras") == f"{tmp_path}/a/../m.keras"
+    assert locations.absolute("gs://bucket/m.keras") == "gs://bucket/m.keras"
+    assert locations.absolute(b"m.keras") == str(tmp_path / "m.keras")
+    assert locations.absolute("./a//m.keras") == str(tmp_path / "a" / "m.keras")
+    assert locations.absolute("a/../m.keras") == f"{tmp_path}/a/../m.keras"

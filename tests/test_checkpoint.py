@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import hornbeam
 from helpers import script, values
-from hornbeam import _random, _statefile
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
+from hornbeam.training import statefile
+from hornbeam.values import randomness
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
 TRAINS = keras.backend.backend() != "numpy"
@@ -190,7 +191,7 @@ def test_keras_generator_without_its_constant(monkeypatch: pytest.MonkeyPatch) -
     from keras.src.random import seed_generator
 
     keras.random.normal((1,))  # makes Keras' own generator
-    spec = importlib.util.spec_from_file_location("older", _random.__file__)
+    spec = importlib.util.spec_from_file_location("older", randomness.__file__)
     assert spec is not None
     assert spec.loader is not None
     older = importlib.util.module_from_spec(spec)
@@ -198,7 +199,7 @@ def test_keras_generator_without_its_constant(monkeypatch: pytest.MonkeyPatch) -
         patch.delattr(seed_generator, "GLOBAL_SEED_GENERATOR", raising=False)
         spec.loader.exec_module(older)
     state = older.capture()
-    np.testing.assert_array_equal(state["keras"], _random.capture()["keras"])
+    np.testing.assert_array_equal(state["keras"], randomness.capture()["keras"])
     drawn = keras.ops.convert_to_numpy(keras.random.normal((3,)))
     older.restore(state)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(keras.random.normal((3,))), drawn)
@@ -355,7 +356,7 @@ def test_what_crashes_leave(tmp_path: Path) -> None:
         (tmp_path / f".step-00000003.{name}.hornbeam-tmp").touch()
         (tmp_path / f".step-00000003.{name}.hornbeam-dir").mkdir()
     (tmp_path / "mine.txt").touch()
-    held = hornbeam._lock.FileLock(tmp_path / f".step-00000003.{'2' * 16}.hornbeam-tmp")
+    held = hornbeam.base.locks.FileLock(tmp_path / f".step-00000003.{'2' * 16}.hornbeam-tmp")
     assert [c.step for c in CheckpointManager(tmp_path).all()] == [1]
     with CheckpointManager(tmp_path) as ckpt:
         assert ckpt.restore(model) == 2
@@ -468,7 +469,7 @@ def test_a_reader_whose_checkpoint_is_deleted_meanwhile(tmp_path: Path, monkeypa
     with CheckpointManager(tmp_path, keep_last=1) as ckpt:
         ckpt.save(1, model)
         reader = CheckpointManager(tmp_path)
-        original = _statefile.read
+        original = statefile.read
 
         def read(path: Path) -> Any:
             if "step-00000001" in str(path):
@@ -476,7 +477,7 @@ def test_a_reader_whose_checkpoint_is_deleted_meanwhile(tmp_path: Path, monkeypa
                 ckpt._cleaner.join()
             return original(path)
 
-        monkeypatch.setattr(_statefile, "read", read)
+        monkeypatch.setattr(statefile, "read", read)
         assert reader.restore(build()) == 3
         monkeypatch.undo()
         stale = reader.latest()
@@ -606,7 +607,7 @@ def test_asynchronous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any, **__: Any) -> None:
             raise OSError("no space")
 
-        monkeypatch.setattr(_statefile, "write", refuse)
+        monkeypatch.setattr(statefile, "write", refuse)
         ckpt.save(4, model)
         with pytest.raises(OSError, match="no space"):
             ckpt.wait()

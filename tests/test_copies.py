@@ -97,12 +97,12 @@ def same_arguments(a: Any, b: Any) -> bool:
 
 #: Class → how to make one, and what a copy has of it.
 COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
-    "hornbeam._report.LoadReport": (report, same),
-    "hornbeam._report.SaveReport": (save_report, same),
-    "hornbeam._progress.Progress": (lambda root: hornbeam.Progress("save", "m.keras", 1, 2, 0.5), same),
-    "hornbeam._state.Stats": (lambda root: hornbeam.stats(), same),
-    "hornbeam._open.File": (opened, same_tensors),
-    "hornbeam._open.Tensor": (
+    "hornbeam.base.reports.LoadReport": (report, same),
+    "hornbeam.base.reports.SaveReport": (save_report, same),
+    "hornbeam.base.progress.Progress": (lambda root: hornbeam.Progress("save", "m.keras", 1, 2, 0.5), same),
+    "hornbeam.base.counters.Stats": (lambda root: hornbeam.stats(), same),
+    "hornbeam.base.model_file.File": (opened, same_tensors),
+    "hornbeam.base.model_file.Tensor": (
         lambda root: opened(root).tensors["layers/dense/vars/0"],
         lambda a, b: a.name == b.name and a.read().tobytes() == b.read().tobytes(),
     ),
@@ -111,13 +111,13 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: CheckpointManager(root / "c", keep_best=2, monitor="loss", asynchronous=True),
         same_arguments,
     ),
-    "hornbeam._model_checkpoint.ModelCheckpoint": (
+    "hornbeam.training.model_checkpoint.ModelCheckpoint": (
         lambda root: ModelCheckpoint(
             root / "m.keras", keep_last=2, asynchronous=True, save_on_signal=(signal.SIGTERM,), every_seconds=3
         ),
         same_arguments,
     ),
-    "hornbeam._backup.BackupAndRestore": (
+    "hornbeam.training.backup.BackupAndRestore": (
         lambda root: BackupAndRestore(root / "b", seed=3, asynchronous=True, double_checkpoint=True),
         lambda a, b: same_arguments(a, b) and same_arguments(a._manager, b._manager),
     ),
@@ -125,7 +125,7 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: resumable(np.arange(10), batch_size=2, shuffle=True, seed=1),
         same_batches,
     ),
-    "hornbeam._export.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
+    "hornbeam.formats.exports.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
 }
 
 
@@ -136,7 +136,7 @@ def pending(root: Path) -> Any:
 
 
 #: Class → how to make one that says that it cannot be copied.
-REFUSED: dict[str, Callable[[Path], Any]] = {"hornbeam._async.Handle": pending}
+REFUSED: dict[str, Callable[[Path], Any]] = {"hornbeam.base.writer.Handle": pending}
 #: TensorFlow's, copied or not as it decides.
 KERAS_OWN = {"hornbeam.export.ExportArchive"}
 

@@ -17,10 +17,10 @@ import pytest
 import hornbeam
 import hornbeam.export
 import hornbeam.saving
-from hornbeam import _names
-from hornbeam._export import Request, requested
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 from hornbeam.export import ExportArchive, export
+from hornbeam.formats.exports import Request, requested
+from hornbeam.seam import keras_names
 
 tf = pytest.importorskip("tensorflow", reason="SavedModels are written by TensorFlow")
 FLOAT = "float32"
@@ -344,7 +344,7 @@ def test_errors_name_the_object_and_its_place(installed: bool, tmp_path: Path) -
 
 
 def test_collections_are_attributes_while_installed_and_uninstalling_restores_keras() -> None:
-    owner = _names.archive_class()
+    owner = keras_names.archive_class()
     module = sys.modules["keras.src.export.saved_model"]
     before, names = dict(vars(owner)), dict(vars(module))
     model = model_of(keras.layers.Dense(2))

@@ -330,7 +330,7 @@ def test_saving_lib_itself(given: tuple[Path, Any]) -> None:
 
 
 def test_a_failed_save_leaves_memory_as_it_was(given: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hornbeam import _save
+    from hornbeam.flows import saves
 
     _, model = given
     file = io.BytesIO(b"old")
@@ -338,7 +338,7 @@ def test_a_failed_save_leaves_memory_as_it_was(given: tuple[Path, Any], monkeypa
     def fails(*_: Any) -> Any:
         raise OSError("no")
 
-    monkeypatch.setattr(_save._progress, "watch", fails)
+    monkeypatch.setattr(saves._progress, "watch", fails)
     with pytest.raises(OSError, match="no"):
         hornbeam.saving.save_weights(model, file)
     assert (file.getvalue(), file.tell()) == (b"old", 0)

@@ -19,7 +19,8 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 import hornbeam.callbacks
-from hornbeam import UnsupportedError, _hook, _keras, _patch
+from hornbeam import UnsupportedError
+from hornbeam.seam import entry, hook, patches
 from zoo import ZOO, chain
 
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
@@ -129,7 +130,7 @@ assert keras.backend.backend() == "numpy"
 from keras.src.saving import saving_lib
 assert hasattr(saving_lib.save_model, "__hornbeam__")
 assert hasattr(keras.models.load_model, "__hornbeam__")
-assert type(saving_lib.__loader__).__module__ != "hornbeam._hook"
+assert type(saving_lib.__loader__).__module__ != "hornbeam.seam.hook"
 hornbeam.uninstall()
 assert not hasattr(saving_lib.save_model, "__hornbeam__")
 assert not hasattr(keras.models.load_model, "__hornbeam__")
@@ -194,7 +195,7 @@ def test_a_wrapper_that_somebody_else_put_around_a_dispatcher_stays(tmp_path: Pa
 
         @functools.wraps(below)
         def logged(*args: Any, **kwargs: Any) -> Any:
-            calls.append(_hook.is_installed())
+            calls.append(hook.is_installed())
             return below(*args, **kwargs)
 
         saving_lib.save_model = logged
@@ -218,7 +219,7 @@ def test_a_patch_leaves_what_was_put_over_it() -> None:
     def make(original: Any) -> Any:
         return lambda: f"ours {original()}"
 
-    owner, patch = types.SimpleNamespace(f=lambda: "stock"), _patch.Patch(make)
+    owner, patch = types.SimpleNamespace(f=lambda: "stock"), patches.Patch(make)
     with patch(owner, "f"):
         ours = owner.f
         owner.f = functools.wraps(ours)(lambda: f"theirs {ours()}")
@@ -384,7 +385,7 @@ def test_whoever_finds_keras_it_is_patched(kind: str, order: str) -> None:
 def test_a_module_that_cannot_be_patched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from hornbeam.errors import UnknownKerasWarning
 
-    monkeypatch.setattr(_keras, "patch", lambda _: None)
+    monkeypatch.setattr(entry, "patch", lambda _: None)
     with pytest.warns(UnknownKerasWarning, match="cannot be patched"), hornbeam.installed():
         pass
 

@@ -25,8 +25,10 @@ from keras.src.saving import serialization_lib
 
 import helpers
 import hornbeam
-from hornbeam import _legacy, _migrate, models
+from hornbeam import models
 from hornbeam.errors import IncompleteLoadError
+from hornbeam.formats import legacy_load
+from hornbeam.seam import keras2
 from zoo import TRAINABLE_BACKEND
 
 ARCHIVE = Path(__file__).parent / "golden" / "keras2.tar.xz"
@@ -245,14 +247,14 @@ def test_every_class_that_keras_3_has_takes_its_configuration(era: str, golden: 
             absent.add(name)
             continue
         if "module" in new:  # 2.12 has that form only inside of `.keras` files
-            made = serialization_lib.deserialize_keras_object(_migrate._migrated(new, {}, frozenset()))
+            made = serialization_lib.deserialize_keras_object(keras2._migrated(new, {}, frozenset()))
             assert type(made) is cls, key
             assert kept(made.get_config(), new["config"]) == {}, key
         if kind == "layers":
-            with saving_options.keras_option_scope(use_legacy_config=True), _legacy._classes_only():
-                made = saving_utils.model_from_config(_migrate._migrated(old, {}, frozenset()))
+            with saving_options.keras_option_scope(use_legacy_config=True), legacy_load._classes_only():
+                made = saving_utils.model_from_config(keras2._migrated(old, {}, frozenset()))
         elif kind in ("losses", "metrics"):
-            made = _legacy._one(getattr(keras, kind), old)
+            made = legacy_load._one(getattr(keras, kind), old)
         else:
             made = getattr(keras, kind).deserialize(old)
         assert type(made) is cls, key
@@ -277,26 +279,26 @@ def configurations(golden: Path) -> Iterator[str]:
 def test_every_entry_of_the_tables_is_in_a_file(golden: Path) -> None:
     texts = list(configurations(golden))
     everything = "\n".join(texts)
-    for mark in (*_migrate._MARKS, *(f'"{module}"' for module in _migrate._OPTIMIZERS), '"tf_keras'):
+    for mark in (*keras2._MARKS, *(f'"{module}"' for module in keras2._OPTIMIZERS), '"tf_keras'):
         assert mark in everything, mark
-    for module, name in _migrate._CLASSES:
-        for root in _migrate._ROOTS:
+    for module, name in keras2._CLASSES:
+        for root in keras2._ROOTS:
             assert f'"module": "{root}{module}", "class_name": "{name}"' in everything, root
     written: dict[str, set[str]] = {}
     for path in golden.glob("*/objects.json"):
         for key, (new, _) in json.loads(path.read_text()).items():
             written.setdefault(key, set()).update(new["config"])
-    for name, arguments in _migrate._ARGUMENTS.items():
+    for name, arguments in keras2._ARGUMENTS.items():
         assert set(arguments) <= written[f"layers/{name}"], name
         assert not set(arguments) & set(_accepted(getattr(keras.layers, name))), name
     slots: dict[str, set[str]] = {}
     for path in golden.glob("*/*.npz"):
         for name in Recorded(path).names:
             slots.setdefault(name.split("/")[0], set()).update(name.removesuffix(":0").split("/"))
-    for name, table in _migrate._SLOTS.items():
-        assert set(table) <= slots["Adam" if table is _migrate._ADAM else name], name
+    for name, table in keras2._SLOTS.items():
+        assert set(table) <= slots["Adam" if table is keras2._ADAM else name], name
     whole = {name.removeprefix("old_").replace("amsgrad", "adam") for name in OPTIMIZERS}
-    assert {name.lower() for name in _migrate._ORDER} <= whole
+    assert {name.lower() for name in keras2._ORDER} <= whole
 
 
 def _accepted(cls: type) -> set[str]:
@@ -325,7 +327,7 @@ def test_nothing_else_is_imported(module: str, golden: Path, tmp_path: Path) -> 
 
 
 def test_keras_3_files_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_migrate, "_migrated", lambda *_: pytest.fail("walked"))
+    monkeypatch.setattr(keras2, "_migrated", lambda *_: pytest.fail("walked"))
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("adam", "mse")
     buffer = io.BytesIO()
@@ -337,11 +339,11 @@ def test_keras_3_files_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_somebody_elses_layer_is_given_is_left_alone() -> None:
     """A layer of that name in `custom_objects`, or registered, has arguments of its own."""
     own = {"class_name": "LSTM", "config": {"time_major": False}}
-    assert _migrate.keras_config('"time_major"', own, {"LSTM"}) == own
+    assert keras2.keras_config('"time_major"', own, {"LSTM"}) == own
     registered = {"module": None, "class_name": "LSTM", "config": {"time_major": False}, "registered_name": "me>LSTM"}
-    assert _migrate.keras_config('"time_major"', registered) == registered
+    assert keras2.keras_config('"time_major"', registered) == registered
     asked = {"module": "keras.layers", "class_name": "LSTM", "config": {"time_major": True}}
-    assert _migrate.keras_config('"time_major"', asked) == asked  # Keras says that it cannot
+    assert keras2.keras_config('"time_major"', asked) == asked  # Keras says that it cannot
 
 
 def test_layers_need_no_shape_beside_an_input_layer() -> None:
@@ -352,7 +354,7 @@ def test_layers_need_no_shape_beside_an_input_layer() -> None:
 
     def kept(*names: str) -> list[str]:
         model = {"class_name": "Sequential", "config": {"layers": [described(name) for name in names]}}
-        layers = _migrate.keras_config('"batch_input_shape"', model, {"Dense"})["config"]["layers"]
+        layers = keras2.keras_config('"batch_input_shape"', model, {"Dense"})["config"]["layers"]
         return [layer["class_name"] for layer in layers if layer["config"]]
 
     assert kept("InputLayer", "StringLookup", "Dense", "me>Dense") == ["InputLayer", "Dense", "me>Dense"]

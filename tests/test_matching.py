@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from keras import layers
 
-from hornbeam._matching import automatic_names, match, names_of
 from hornbeam.callbacks import BackupAndRestore
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model, save_model
+from hornbeam.training.matching import automatic_names, match, names_of
 from zoo import TRAINABLE_BACKEND, chain
 
 KERAS = ("dense", "dropout", "sequential", "seed_generator", "adam", "lstm_cell", "lstm")
@@ -276,18 +276,18 @@ def test_other_shapes_are_listed(tmp_path: Path) -> None:
 
 def test_names_in_states_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints had Keras' paths, and did not say what the slots are for."""
-    from hornbeam import _training_state
+    from hornbeam.training import training_state
 
     def before(model: Any) -> dict[str, Any]:
         state = original(model)
         del state["trained"]
-        outside = _training_state._outside_files(model)
+        outside = training_state._outside_files(model)
         return state | {
             "variables": [(v.path, value) for v, (_, value) in zip(outside, state["variables"], strict=True)]
         }
 
-    original = _training_state.capture
-    monkeypatch.setattr(_training_state, "capture", before)
+    original = training_state.capture
+    monkeypatch.setattr(training_state, "capture", before)
     saved, into = drops("ab"), drops("ab")
     for layer in into.layers[1:-1]:
         layer.seed_generator.state.assign([0, 0])
@@ -304,9 +304,9 @@ def test_metrics_of_a_backup_find_their_names(tmp_path: Path) -> None:
         return model
 
     saved, into = made(["mae", "mse"]), made(["mse", "mae"])
-    from hornbeam import _training_state
+    from hornbeam.training import training_state
 
-    state = _training_state.values(saved.metrics_variables)
+    state = training_state.values(saved.metrics_variables)
     callback = BackupAndRestore(tmp_path)
     callback.set_model(into)
     results = {name: float(value) for name, value in saved.get_metrics_result().items()}

@@ -21,13 +21,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import hornbeam
 from helpers import saved, script
-from hornbeam import _async, _core, _model_checkpoint
-from hornbeam._ledger import Ledger
-from hornbeam._lock import FileLock
-from hornbeam._retention import Entry, plan_retention
+from hornbeam import _core
+from hornbeam.base import writer
+from hornbeam.base.locks import FileLock
+from hornbeam.base.retention import Entry, plan_retention
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.saving import load_model
+from hornbeam.training import model_checkpoint
+from hornbeam.training.ledger import Ledger
 from test_async import held
 from training import At, Scores, fit, hidden, model, names
 from zoo import TRAINABLE_BACKEND, floats
@@ -105,7 +107,7 @@ def test_after_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return clock.now
 
     stub = SimpleNamespace(monotonic=monotonic, perf_counter=lambda: 0.0, time=lambda: clock.now)
-    monkeypatch.setattr(_model_checkpoint, "time", stub)
+    monkeypatch.setattr(model_checkpoint, "time", stub)
     callback = ModelCheckpoint(tmp_path / "{epoch}-{batch}.keras", monitor="loss", save_freq=10**6, every_seconds=3.5)
     fit(model(), callback, epochs=3)
     assert {r["reason"] for r in callback.history} == {"seconds"}
@@ -278,7 +280,7 @@ def test_the_best_is_what_is_there_after_a_save_that_did_not_begin(
             patch.setattr(Ledger, "write", fail)
         else:
             patch.setattr(callback, "_claim", lambda: None)  # it makes the directory, too
-            patch.setattr(_model_checkpoint._durable, "directories", fail)
+            patch.setattr(model_checkpoint._durable, "directories", fail)
         with pytest.raises(OSError, match="No space left"):
             fit(model(), Scores([0.1]), callback)
     assert callback.best == 0.9
@@ -389,7 +391,7 @@ def test_an_error_of_the_writer_ends_training(epochs: int, tmp_path: Path) -> No
     assert len(callback.history) >= 1
     assert best_checkpoint(tmp_path / "d" / "m.keras") == str(tmp_path / "d" / "m.keras")
     load_model(tmp_path / "d" / "m.keras")
-    _async.wait()
+    writer.wait()
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="there is room for one copy: the second save waits for the first")
@@ -397,8 +399,8 @@ def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: p
     callback = ModelCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, asynchronous=True)
     callback.set_model(model())
     callback.on_train_begin()
-    release, run = threading.Event(), _async._Job.run
-    monkeypatch.setattr(_async._Job, "run", lambda job: run(job) if release.wait(60) else None)
+    release, run = threading.Event(), writer._Job.run
+    monkeypatch.setattr(writer._Job, "run", lambda job: run(job) if release.wait(60) else None)
 
     def save(epoch: int, score: float) -> None:
         callback.on_epoch_begin(epoch)
@@ -410,7 +412,7 @@ def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: p
     save(1, 0.4)  # and this one, which waits behind it, will not
     release.set()
     with pytest.raises(OSError, match=r"1\.keras"):
-        _async.wait()
+        writer.wait()
     assert callback.best == 0.4
     assert callback._ledger.best().metric == 0.4
     callback.on_train_end()

@@ -19,8 +19,10 @@ import pytest
 
 import hornbeam
 import names
-from hornbeam import UnsupportedError, _keras, _known, _names
+from hornbeam import UnsupportedError
 from hornbeam.errors import UnknownKerasWarning
+from hornbeam.seam import entry as entry_
+from hornbeam.seam import keras_names, known
 from zoo import chain
 
 BACKEND = keras.backend.backend()
@@ -28,14 +30,14 @@ BACKEND = keras.backend.backend()
 
 @pytest.fixture(autouse=True)
 def _compared_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_names, "_verdicts", {})
+    monkeypatch.setattr(keras_names, "_verdicts", {})
     yield
     importlib.invalidate_caches()
 
 
 @pytest.mark.parametrize("module", sorted(names.SOURCES))
 def test_every_private_name_that_a_module_uses_is_in_the_table(module: str) -> None:
-    listed = _known.USES.get(module, "").split()
+    listed = known.USES.get(module, "").split()
     assert {name for name in listed if ":" not in name} == names.used(module)
     attributes = {name.partition(":")[2] for name in listed if ":" in name}
     # What hornbeam's own classes have, too, cannot be told apart by its name.
@@ -43,26 +45,26 @@ def test_every_private_name_that_a_module_uses_is_in_the_table(module: str) -> N
 
 
 def test_the_table_has_nothing_else_and_operations_have_all_they_import() -> None:
-    used = {name for uses in _known.USES.values() for name in uses.split()}
-    replaced = {name for _, replaced in _known.OPERATIONS.values() for name in replaced.split()}
-    assert _known.KNOWN.keys() == used | replaced
-    expected = {f"{m.removeprefix('keras.src.')}.{name}" for m, found in _keras._REPLACED.items() for name in found}
+    used = {name for uses in known.USES.values() for name in uses.split()}
+    replaced = {name for _, replaced in known.OPERATIONS.values() for name in replaced.split()}
+    assert known.KNOWN.keys() == used | replaced
+    expected = {f"{m.removeprefix('keras.src.')}.{name}" for m, found in entry_._REPLACED.items() for name in found}
     assert {name.replace("archive:", "export.saved_model.") for name in replaced} == expected
     entries = ["_formats", "_save", "_load", "_legacy_save", "_legacy", "_json", "_export"]
     entries += ["_safetensors", "_savedmodel", "_backup"]
-    for (operation, (modules, _)), entry in zip(_known.OPERATIONS.items(), entries, strict=True):
+    for (operation, (modules, _)), entry in zip(known.OPERATIONS.items(), entries, strict=True):
         # `_keras` imports nothing of Keras' itself, and what it has of it is for those who go through a model.
         walks = operation not in ("formats", "export", "savedmodel")
-        imported = names.imports(entry) & _known.USES.keys()
+        imported = names.imports(entry) & known.USES.keys()
         assert {*modules.split()} >= (imported if walks else imported - {"_keras"}), operation
-    for module, functions in _keras._REPLACED.items():
+    for module, functions in entry_._REPLACED.items():
         for name in functions:
-            assert _keras._operation(module, name) in _known.OPERATIONS
+            assert entry_._operation(module, name) in known.OPERATIONS
 
 
 def test_this_keras_is_known_for_every_operation() -> None:
     exports = ("export", "savedmodel") if BACKEND in ("numpy", "torch") else ()  # which these backends do not have
-    unknown = {operation: _names.unknown(operation) for operation in _known.OPERATIONS if operation not in exports}
+    unknown = {operation: keras_names.unknown(operation) for operation in known.OPERATIONS if operation not in exports}
     assert not any(unknown.values()), unknown
 
 
@@ -109,11 +111,11 @@ WORK: dict[str, list[tuple[Callable[[Any, Path], Any], str]]] = {
 def _other(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Makes a name one of a Keras to come: without it, or with another parameter, which all its callers pass."""
     if how == "missing":
-        look = _names._look
-        monkeypatch.setattr(_names, "_look", lambda asked: "-" if asked == name else look(asked))
-        return "-" not in _known.KNOWN[name].split(" | ")
+        look = keras_names._look
+        monkeypatch.setattr(keras_names, "_look", lambda asked: "-" if asked == name else look(asked))
+        return "-" not in known.KNOWN[name].split(" | ")
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
-    owner = _names._resolve(place) if place else None
+    owner = keras_names._resolve(place) if place else None
     found = getattr(owner, attribute, None)
     if not inspect.isfunction(found):
         return False
@@ -139,11 +141,13 @@ def test_what_needs_a_name_that_is_different_is_stock(
     """Each name, for the first operation that needs it: one warning, a count, the right result; refused if strict."""
     model, tried = _model(), 0
     before = list(WORK)[: list(WORK).index(operation)]
-    for name in sorted({*_names.needed(operation)} - {name for other in before for name in _names.needed(other)}):
+    for name in sorted(
+        {*keras_names.needed(operation)} - {name for other in before for name in keras_names.needed(other)}
+    ):
         if name.startswith("backend.tensorflow.") and BACKEND != "tensorflow":
             continue
         with monkeypatch.context() as patch:
-            patch.setattr(_names, "_verdicts", {})
+            patch.setattr(keras_names, "_verdicts", {})
             if not _other(name, how, patch):
                 continue
             tried += 1
@@ -160,7 +164,7 @@ def test_what_needs_a_name_that_is_different_is_stock(
                 reasons = hornbeam.stats().handovers
                 assert reasons, name
                 assert all("is unknown" in reason for reason in reasons), (name, reasons)
-                assert set(reasons) <= set(_names._verdicts.values()), name
+                assert set(reasons) <= set(keras_names._verdicts.values()), name
                 with warnings.catch_warnings(record=True) as told, hornbeam.options(strict=True):
                     warnings.simplefilter("always", UnknownKerasWarning)
                     with pytest.raises(UnsupportedError, match="is unknown"):
@@ -185,7 +189,7 @@ def test_the_warning_is_said_once_where_the_user_called(tmp_path: Path, monkeypa
 
 def test_what_only_hornbeam_does_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _other("saving.saving_lib._save_state", "missing", monkeypatch)
-    monkeypatch.setattr(_names, "_tell", lambda *_: None)
+    monkeypatch.setattr(keras_names, "_tell", lambda *_: None)
     model = _model()
     for request in ({"dtype": "float16"}, {"compression": 4}, {"asynchronous": True}, {"include_optimizer": False}):
         with pytest.raises(UnsupportedError, match=r"_save_state"):

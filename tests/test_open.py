@@ -27,7 +27,8 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 from helpers import member
-from hornbeam import _open, errors
+from hornbeam import errors
+from hornbeam.base import model_file
 
 RNG = np.random.default_rng(7)
 
@@ -578,10 +579,10 @@ assert not found, found
 
 
 def test_limits_are_those_of_keras() -> None:
-    assert saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES == _open._BOMB_FLOOR
-    assert saving_lib._ZIP_MEMBER_MAX_EXPANSION == _open._MAX_EXPANSION
-    assert (saving_lib._VARS_FNAME_H5, saving_lib._VARS_FNAME_NPZ) == (_open._WEIGHTS, _open._NPZ)
-    assert (saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME) == (_open._CONFIG, _open._METADATA)
+    assert saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES == model_file._BOMB_FLOOR
+    assert saving_lib._ZIP_MEMBER_MAX_EXPANSION == model_file._MAX_EXPANSION
+    assert (saving_lib._VARS_FNAME_H5, saving_lib._VARS_FNAME_NPZ) == (model_file._WEIGHTS, model_file._NPZ)
+    assert (saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME) == (model_file._CONFIG, model_file._METADATA)
 
 
 def test_what_is_no_model_file(tmp_path: Path) -> None:

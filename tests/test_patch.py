@@ -21,29 +21,33 @@ from keras.src.saving import saving_lib
 
 import hornbeam
 from helpers import script
-from hornbeam import _build, _fit, _hook, _journal, _keras, _legacy_save, _patch, _shortcuts
+from hornbeam.formats import legacy_save
+from hornbeam.seam import assignments, building, entry, hook, patches, shortcuts, walking
+from hornbeam.training import fit
 from zoo import chain
 
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def test_there_is_no_other_kind_of_patch() -> None:
-    made = [value for m in (_build, _fit, _journal, _keras, _legacy_save, _shortcuts) for value in vars(m).values()]
-    assert {id(p) for p in made if isinstance(p, _patch.Patch)} == {id(p) for p in _patch._patches if _is_hornbeams(p)}
-    assert len({id(p) for p in made if isinstance(p, _patch.Patch)}) == 17
+    made = [value for m in (building, fit, assignments, entry, legacy_save, shortcuts) for value in vars(m).values()]
+    assert {id(p) for p in made if isinstance(p, patches.Patch)} == {
+        id(p) for p in patches._patches if _is_hornbeams(p)
+    }
+    assert len({id(p) for p in made if isinstance(p, patches.Patch)}) == 17
 
 
-def _is_hornbeams(patch: _patch.Patch) -> bool:
+def _is_hornbeams(patch: patches.Patch) -> bool:
     return getattr(patch._make, "__module__", "").startswith("hornbeam.")
 
 
 PATCHES = [
-    *((_keras, n) for n in ("_walk_patch", "_optimizer_patch")),
-    *((_journal, n) for n in ("_assign_patch", "_load_patch")),
-    *((_build, n) for n in ("_variable_patch", "_slot_patch", "_key_patch")),
-    *((_shortcuts, n) for n in ("_attribute_patch", "_tensor_patch")),
-    *((_fit, n) for n in ("_shuffle_patch",)),
-    *((_legacy_save, n) for n in ("_serialize_patch",)),
+    *((entry, n) for n in ("_walk_patch", "_optimizer_patch")),
+    *((assignments, n) for n in ("_assign_patch", "_load_patch")),
+    *((building, n) for n in ("_variable_patch", "_slot_patch", "_key_patch")),
+    *((shortcuts, n) for n in ("_attribute_patch", "_tensor_patch")),
+    *((fit, n) for n in ("_shuffle_patch",)),
+    *((legacy_save, n) for n in ("_serialize_patch",)),
 ]
 
 
@@ -51,7 +55,7 @@ PATCHES = [
 @pytest.mark.parametrize("put_back", [False, True])
 def test_a_wrapper_put_on_in_the_middle_never_comes_back_to_itself(module: Any, name: str, put_back: bool) -> None:
     """Without `functools.wraps`, around every patch, several times, and also taken off after the patch has gone."""
-    patch = _patch.Patch(getattr(module, name)._make)
+    patch = patches.Patch(getattr(module, name)._make)
     calls: list[str] = []
 
     def stock(*_: Any) -> Iterator[Any]:
@@ -137,12 +141,12 @@ def _around(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _contexts() -> dict[str, tuple[Callable[[], Any], Any]]:
     owner = types.SimpleNamespace(f=len)
-    patch = _patch.Patch(lambda original: lambda *args: original(*args))
+    patch = patches.Patch(lambda original: lambda *args: original(*args))
     return {
-        "collector_rests": (_patch.collector_rests, _patch.collector_rests),
-        "scope": (_keras.scope, _keras.scope),
-        "installed": (hornbeam.installed, _hook.installed),
-        "patch": (lambda: patch(owner, "f"), _patch.Patch.__call__),
+        "collector_rests": (patches.collector_rests, patches.collector_rests),
+        "scope": (entry.scope, entry.scope),
+        "installed": (hornbeam.installed, hook.installed),
+        "patch": (lambda: patch(owner, "f"), patches.Patch.__call__),
     }
 
 
@@ -172,8 +176,8 @@ def test_an_interrupt_on_the_way_in_leaves_nothing_behind(name: str) -> None:
             finally:
                 sys.settrace(None)
         assert gc.get_threshold() == before, line
-        assert not _keras._users, line
-        assert not _hook.is_installed(), line
+        assert not entry._users, line
+        assert not hook.is_installed(), line
         assert not hasattr(saving_lib.save_model, "__hornbeam__"), line
         with make():
             pass
@@ -182,7 +186,7 @@ def test_an_interrupt_on_the_way_in_leaves_nothing_behind(name: str) -> None:
 
 
 def test_an_error_of_the_patching_itself_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch, calls = _keras.patch, 0
+    patch, calls = entry.patch, 0
 
     def fails(module: Any) -> None:
         nonlocal calls
@@ -191,10 +195,10 @@ def test_an_error_of_the_patching_itself_is_given_back(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         patch(module)
 
-    for enter in (_keras.scope, hornbeam.installed):
+    for enter in (entry.scope, hornbeam.installed):
         calls = 0
         with monkeypatch.context() as context:
-            context.setattr(_keras, "patch", fails)
+            context.setattr(entry, "patch", fails)
             with pytest.raises(KeyboardInterrupt), enter():
                 pass
         assert not hasattr(saving_lib.save_model, "__hornbeam__")
@@ -264,7 +268,7 @@ def test_a_child_does_not_keep_what_other_threads_of_its_parent_needed() -> None
     stock = saving_lib.save_model, saving_lib._walk_saveable, gc.get_threshold()
 
     def needs() -> None:
-        with hornbeam.installed(), _keras.scope(), _keras.fast_walk(), _patch.collector_rests():
+        with hornbeam.installed(), entry.scope(), walking.fast_walk(), patches.collector_rests():
             inside.set()
             done.wait()
 
@@ -275,7 +279,7 @@ def test_a_child_does_not_keep_what_other_threads_of_its_parent_needed() -> None
         assert saving_lib.save_model is not stock[0]
         _in_a_child(lambda: stock == (saving_lib.save_model, saving_lib._walk_saveable, gc.get_threshold()))
         with hornbeam.installed():
-            _in_a_child(lambda: _hook.is_installed() and hasattr(saving_lib.save_model, "__hornbeam__"))
+            _in_a_child(lambda: hook.is_installed() and hasattr(saving_lib.save_model, "__hornbeam__"))
     finally:
         done.set()
         thread.join()
@@ -286,7 +290,7 @@ def test_an_older_replacement_that_somebody_puts_back_goes_with_the_next() -> No
     def stock() -> str:
         return "stock"
 
-    owner, patch = types.SimpleNamespace(f=stock), _patch.Patch(lambda original: lambda: f"ours {original()}")
+    owner, patch = types.SimpleNamespace(f=stock), patches.Patch(lambda original: lambda: f"ours {original()}")
     with patch(owner, "f"):
         older = owner.f
         owner.f = lambda: f"theirs {older()}"

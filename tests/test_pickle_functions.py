@@ -16,14 +16,14 @@ import pytest
 import hornbeam
 import hornbeam.callbacks
 from helpers import script
-from hornbeam import _displaced, _keras
+from hornbeam.seam import displaced, entry
 
-NAMES = [(module, name) for module, names in _keras._REPLACED.items() for name in names]
+NAMES = [(module, name) for module, names in entry._REPLACED.items() for name in names]
 
 
 def _in_place(module: str, name: str) -> Any:
     importlib.import_module(module)
-    return getattr(*_keras._place(module, name), None)
+    return getattr(*entry._place(module, name), None)
 
 
 @pytest.fixture(params=NAMES, ids=lambda place: place[1])
@@ -58,7 +58,7 @@ def test_every_reference_in_one_process(place: tuple[str, str]) -> None:
         assert _in_place(*place) is meanwhile
         assert _is_pickled(before)
         assert _is_pickled(meanwhile)
-    with _keras.scope():  # what another thread's call of hornbeam.saving does
+    with entry.scope():  # what another thread's call of hornbeam.saving does
         assert _is_pickled(before)
         assert _is_pickled(meanwhile)
 
@@ -70,7 +70,7 @@ def test_at_every_moment_of_an_import_swap(place: tuple[str, str]) -> None:
         meanwhile = _in_place(*place)
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != _keras.__file__:
+        if frame.f_code.co_filename != entry.__file__:
             return None
         for function in (before, meanwhile):
             try:
@@ -81,7 +81,7 @@ def test_at_every_moment_of_an_import_swap(place: tuple[str, str]) -> None:
 
     def swap() -> None:
         sys.settrace(trace)
-        with _keras.scope():
+        with entry.scope():
             pass
         sys.settrace(None)
 
@@ -138,7 +138,7 @@ if sys.argv[2] == "installed":
 import importlib, inspect
 for text in open(sys.argv[1]).read().split():
     found = pickle.loads(bytes.fromhex(text))
-    import hornbeam._keras as k
+    import hornbeam.seam.entry as k
     places = [k._place(m, n) for m, names in k._REPLACED.items() for n in names if importlib.import_module(m)]
     assert any(inspect.unwrap(found) is inspect.unwrap(getattr(*place, len)) for place in places), found
     print(found.__name__)
@@ -166,12 +166,12 @@ def test_what_is_no_function() -> None:
     """It stays as it is."""
     for thing in (object(), len, functools.partial(len)):
         known = getattr(thing, "__module__", None)
-        _displaced.displace(thing, "original")
+        displaced.displace(thing, "original")
         assert getattr(thing, "__module__", None) == known
-        _displaced.put_back(thing)
+        displaced.put_back(thing)
         assert getattr(thing, "__module__", None) == known
     with pytest.raises(AttributeError, match="nothing"):
-        _displaced.nothing  # noqa: B018
+        displaced.nothing  # noqa: B018
 
 
 _POOL = """

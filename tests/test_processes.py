@@ -18,11 +18,11 @@ import keras
 import pytest
 
 import hornbeam
-from hornbeam import _processes
-from hornbeam._processes import Group, Place
 from hornbeam.callbacks import ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError, UnsupportedError
+from hornbeam.training import processes as processes_
+from hornbeam.training.processes import Group, Place
 from zoo import TRAINABLE_BACKEND
 
 BACKEND = keras.backend.backend()
@@ -41,20 +41,20 @@ BACKEND = keras.backend.backend()
     ],
 )
 def test_tf_config(config: Any, place: tuple[int, int]) -> None:
-    assert _processes._from_tf_config(json.dumps(config)) == Place(*place)
+    assert processes_._from_tf_config(json.dumps(config)) == Place(*place)
 
 
 def test_tf_config_that_cannot_be() -> None:
     for text in ("{", "[]", '{"task": {"index": "x"}}'):
         with pytest.raises(CheckpointError, match="malformed"):
-            _processes._from_tf_config(text)
+            processes_._from_tf_config(text)
 
 
 def test_an_evaluator_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with CheckpointManager(tmp_path) as ckpt:
         ckpt.save(4, model)
-    monkeypatch.setattr(_processes, "current", lambda: Place(-1, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(-1, 2))
     assert CheckpointManager(tmp_path).restore(model) == 5
     with pytest.raises(CheckpointError, match="only reads"):
         CheckpointManager(tmp_path).save(5, model)
@@ -100,7 +100,7 @@ def test_whoever_waits_in_vain_is_told(tmp_path: Path) -> None:
 
 def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = threading.local()
-    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(local.rank, 2))
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
     opened = threading.Barrier(2, timeout=30)
 
@@ -127,7 +127,7 @@ def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("how", ["close", "delete_all"])
 def test_a_directory_is_used_again_and_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = threading.local()
-    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(local.rank, 2))
     original = shutil.rmtree
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
     done = [0, 0]
@@ -155,13 +155,13 @@ def test_nobody_saves_before_all_have_restored(tmp_path: Path, monkeypatch: pyte
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
     with CheckpointManager(tmp_path / "c") as ckpt:
         ckpt.save(0, models[0])
-    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(local.rank, 2))
 
     def work(rank: int) -> list[int]:
         local.rank = rank
         with CheckpointManager(tmp_path / "c", timeout=30) as ckpt:
             end = time.monotonic() + 30
-            while rank == 1 and _processes._read(ckpt._group._file(0)).get("met", 0) < 1:  # the chief is in `save`
+            while rank == 1 and processes_._read(ckpt._group._file(0)).get("met", 0) < 1:  # the chief is in `save`
                 assert time.monotonic() < end
             start = ckpt.restore(models[rank])
             ckpt.save(start, models[rank])
@@ -172,7 +172,7 @@ def test_nobody_saves_before_all_have_restored(tmp_path: Path, monkeypatch: pyte
 
 def test_a_failing_save_fails_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = threading.local()
-    monkeypatch.setattr(_processes, "current", lambda: Place(local.rank, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(local.rank, 2))
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
 
     def work(rank: int) -> None:
@@ -198,9 +198,9 @@ class Part:
 
 
 def test_arrays_of_others_are_refused() -> None:
-    _processes.refuse_remote([Part("a", True)])
+    processes_.refuse_remote([Part("a", True)])
     with pytest.raises(UnsupportedError, match=r"yet: dense/kernel, dense_1/kernel$"):
-        _processes.refuse_remote([Part("dense/kernel", False), Part("a", True), Part("dense_1/kernel", False)])
+        processes_.refuse_remote([Part("dense/kernel", False), Part("a", True), Part("dense_1/kernel", False)])
 
 
 def processes(script: str, *arguments: Any, environments: list[dict[str, str]]) -> list[str]:
@@ -320,7 +320,7 @@ def test_all_wait_for_the_chief_of_a_training(tmp_path: Path) -> None:
 @pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
 def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    monkeypatch.setattr(_processes, "current", lambda: Place(1, 2))
+    monkeypatch.setattr(processes_, "current", lambda: Place(1, 2))
 
     def begin(**arguments: Any) -> None:
         callback = ModelCheckpoint(tmp_path / "m.keras", **arguments)

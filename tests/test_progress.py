@@ -14,7 +14,8 @@ import pytest
 from keras import layers
 
 import hornbeam
-from hornbeam import _progress, saving
+from hornbeam import saving
+from hornbeam.base import progress as progress_
 from zoo import chain
 
 
@@ -62,7 +63,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_appears_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_progress, "_PATIENCE", 0.0)
+    monkeypatch.setattr(progress_, "_PATIENCE", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     for stream, options, shown in (
         (Terminal(), {}, True),
@@ -76,6 +77,6 @@ def test_a_bar_appears_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.Mo
             drawn.set()
             return 5
 
-        with hornbeam.options(**options), _progress.watch("save", "m.keras", 10, done):
+        with hornbeam.options(**options), progress_.watch("save", "m.keras", 10, done):
             assert not shown or drawn.wait(60)
         assert ("m.keras" in stream.getvalue()) == shown

@@ -15,7 +15,8 @@ import pytest
 from keras import layers
 
 import hornbeam
-from hornbeam import _registry, models, saving
+from hornbeam import models, saving
+from hornbeam.seam import missing_classes
 from zoo import chain, floats
 
 
@@ -194,7 +195,7 @@ def test_nothing_is_looked_for_where_nothing_fails(path: Path, monkeypatch: pyte
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(_registry, "_missing", never)
+    monkeypatch.setattr(missing_classes, "_missing", never)
     assert saving.load_model(path, custom_objects=all_of_them())
 
 
@@ -237,4 +238,4 @@ def test_a_failing_from_config_is_no_missing_object(tmp_path: Path) -> None:
     stock, ours = stock_error(tmp_path / "m.keras", known), our_error(tmp_path / "m.keras", known)
     assert (type(ours), str(ours)) == (type(stock), str(stock))
     assert "never today" in str(ours)
-    assert _registry._missing({"class_name": "Fine", "config": {}}, known) == {}
+    assert missing_classes._missing({"class_name": "Fine", "config": {}}, known) == {}

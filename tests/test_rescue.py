@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from helpers import saved, script
-from hornbeam import _async
-from hornbeam._ledger import Ledger
-from hornbeam._lock import FileLock
+from hornbeam.base import writer
+from hornbeam.base.locks import FileLock
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model
+from hornbeam.training.ledger import Ledger
 from test_async import held
 from training import At, Scores, fit, model, names
 from zoo import TRAINABLE_BACKEND
@@ -140,8 +140,8 @@ def test_no_signal_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RuntimeError, match="as if"):
             fit(model(), At(1, fail), callback)
         assert seen == numbers * 2
-        original = _async.wait
-        monkeypatch.setattr(_async, "wait", lambda: (original(), both()))  # when training waits for its last save
+        original = writer.wait
+        monkeypatch.setattr(writer, "wait", lambda: (original(), both()))  # when training waits for its last save
         fit(model(), callback)
         monkeypatch.undo()
         assert seen == numbers * 3
@@ -214,7 +214,7 @@ FIRST = r"""
 import multiprocessing, signal, sys, time
 from pathlib import Path
 import keras, numpy as np
-from hornbeam._lock import FileLock
+from hornbeam.base.locks import FileLock
 from hornbeam.callbacks import ModelCheckpoint
 
 path = Path(sys.argv[1])
@@ -417,8 +417,8 @@ def test_an_exception_waits_for_what_is_being_written(tmp_path: Path, monkeypatc
 
     busy = held()
     busy.__enter__()
-    wait = _async.wait
-    monkeypatch.setattr(_async, "wait", lambda: (busy.__exit__(None, None, None), wait()))
+    wait = writer.wait
+    monkeypatch.setattr(writer, "wait", lambda: (busy.__exit__(None, None, None), wait()))
     with pytest.raises(KeyboardInterrupt):
         fit(model(), Scores([0.1, 0.1]), make(), At(5, stop), epochs=2)
     FileLock(tmp_path / ".m.keras.lock").release()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hornbeam._retention import Entry, best_first, plan_retention
+from hornbeam.base.retention import Entry, best_first, plan_retention
 
 metrics = st.none() | st.sampled_from([0.0, 0.5, 1.0, math.nan, math.inf, -math.inf]) | st.floats(allow_nan=True)
 entries = st.lists(st.tuples(st.sampled_from("abcdefghij"), st.integers(0, 12), metrics), max_size=12).map(

@@ -232,7 +232,7 @@ def test_models_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UnsupportedError, match="from the TensorFlow and JAX backends, not from torch"):
             save_model(model, tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr("hornbeam._savedmodel.tf", type("Missing", (), {"available": False}))
+        patch.setattr("hornbeam.formats.savedmodel.tf", type("Missing", (), {"available": False}))
         with pytest.raises(ImportError, match="pip install tensorflow"):
             save_model(model, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,8 @@ from keras import layers
 
 import hornbeam
 from helpers import member, saved
-from hornbeam import _shortcuts, models, saving
+from hornbeam import models, saving
+from hornbeam.seam import shortcuts
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats, train
 
 #: Optimizers differ only in their own config, which one entry shows as well as all.
@@ -29,7 +30,7 @@ MODELS = [name for name in ZOO if not name.startswith("optimizer_") or name == "
 @pytest.fixture(autouse=True)
 def _all_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models would be without."""
-    monkeypatch.setattr(_shortcuts, "WORTH_TRYING", 0)
+    monkeypatch.setattr(shortcuts, "WORTH_TRYING", 0)
 
 
 def arrays(variables: Any) -> list[np.ndarray]:
@@ -90,7 +91,7 @@ def test_a_config_that_becomes_text_is_not_copied_and_nobody_can_tell(
         copied.append((threading.current_thread() is threading.main_thread(), value))
         return copy.deepcopy(value, memo)
 
-    monkeypatch.setattr(_shortcuts, "copy", SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(shortcuts, "copy", SimpleNamespace(deepcopy=deepcopy))
     with hornbeam.installed():
         for _ in range(2):
             assert model.to_json() == stock

@@ -16,7 +16,8 @@ import pytest
 
 import hornbeam
 from helpers import script
-from hornbeam import _core, _store
+from hornbeam import _core
+from hornbeam.flows import serving
 
 MB = 1 << 20
 BIG = (64, MB)  # float32: 256 MB
@@ -99,19 +100,19 @@ def told(error: ValueError) -> str:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The shapes, in elements, of every large dataset that is asked of the core."""
     asked: list[int] = []
-    monkeypatch.setattr(_store.Image, "read", _noting(asked))
-    take = _store.Image.take
+    monkeypatch.setattr(serving.Image, "read", _noting(asked))
+    take = serving.Image.take
 
     def taken(self: Any, i: int) -> Any:
         asked.append(int(np.prod(self.datasets[i][2])))
         return take(self, i)
 
-    monkeypatch.setattr(_store.Image, "take", taken)
+    monkeypatch.setattr(serving.Image, "take", taken)
     return asked
 
 
 def _noting(asked: list[int]) -> Any:
-    read = _store.Image.read
+    read = serving.Image.read
 
     def noted(self: Any, wanted: Any, **how: Any) -> None:
         positions = range(len(self.datasets)) if wanted is None else wanted

@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hornbeam import errors
-from hornbeam._async import Handle, wait
 from hornbeam._core import build_info
-from hornbeam._hook import install, installed, uninstall
-from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report
-from hornbeam._state import Stats, options, stats
+from hornbeam.base.counters import Stats, stats
+from hornbeam.base.progress import Progress
+from hornbeam.base.reports import LoadReport, SaveReport, last_report, last_save_report
+from hornbeam.base.settings import options
+from hornbeam.base.writer import Handle, wait
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
+from hornbeam.seam.hook import install, installed, uninstall
 
 if TYPE_CHECKING:
     from hornbeam import callbacks as callbacks
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from hornbeam import export as export
     from hornbeam import models as models
     from hornbeam import saving as saving
-    from hornbeam._open import File as File
-    from hornbeam._open import Tensor as Tensor
-    from hornbeam._open import open as open
+    from hornbeam.base.model_file import File as File
+    from hornbeam.base.model_file import Tensor as Tensor
+    from hornbeam.base.model_file import open as open
     from hornbeam.checkpoint import Checkpoint as Checkpoint
     from hornbeam.checkpoint import CheckpointManager as CheckpointManager
 
@@ -62,9 +63,9 @@ _LATER = {
     "saving": "hornbeam.saving",
     "Checkpoint": "hornbeam.checkpoint",
     "CheckpointManager": "hornbeam.checkpoint",
-    "File": "hornbeam._open",
-    "Tensor": "hornbeam._open",
-    "open": "hornbeam._open",
+    "File": "hornbeam.base.model_file",
+    "Tensor": "hornbeam.base.model_file",
+    "open": "hornbeam.base.model_file",
 }
 
 if build_info()["debug"]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import keras.callbacks as _stock
 
-from hornbeam import _names
+from hornbeam.seam import keras_names
 
-_names.require("training")  # before what it takes is imported
+keras_names.require("training")  # before what it takes is imported
 
-from hornbeam._backup import BackupAndRestore
-from hornbeam._ledger import best_checkpoint, latest_checkpoint
-from hornbeam._model_checkpoint import ModelCheckpoint
+from hornbeam.training.backup import BackupAndRestore
+from hornbeam.training.ledger import best_checkpoint, latest_checkpoint
+from hornbeam.training.model_checkpoint import ModelCheckpoint
 
 __all__ = ["BackupAndRestore", "ModelCheckpoint", "best_checkpoint", "latest_checkpoint"]
 

@@ -19,15 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hornbeam import _async, _core, _durable, _paths, _processes, _random, _retention, _statefile, _training_state
-from hornbeam._async import Handle
-from hornbeam._copies import BeginsAnew
-from hornbeam._lock import FileLock
-from hornbeam._open import File
-from hornbeam._save import checksum
-from hornbeam._state import logger, options
+from hornbeam import _core
+from hornbeam.base import durability, locations, retention, writer
+from hornbeam.base.counters import logger
+from hornbeam.base.locks import FileLock
+from hornbeam.base.model_file import File
+from hornbeam.base.settings import options
+from hornbeam.base.writer import Handle
 from hornbeam.errors import CheckpointError
+from hornbeam.flows.saves import checksum
 from hornbeam.saving import load_weights, save_model, save_weights
+from hornbeam.training import processes, statefile, training_state
+from hornbeam.training.copies import BeginsAnew
+from hornbeam.values import randomness
 
 __all__ = ["Checkpoint", "CheckpointManager"]
 
@@ -133,12 +137,12 @@ class CheckpointManager(BeginsAnew):
         durable: bool = True,
         timeout: float = 600.0,
     ) -> None:
-        _retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
             raise ValueError(f"`mode` must be 'min' or 'max'. Received: mode={mode!r}")
         if keep_best is not None and monitor is None:
             raise ValueError(f"`keep_best` needs to know the `monitor`. Received: keep_best={keep_best}")
-        self.directory = Path(_paths.absolute(directory))
+        self.directory = Path(locations.absolute(directory))
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.monitor, self.mode = monitor, mode
         self.save_weights_only = save_weights_only
@@ -154,8 +158,8 @@ class CheckpointManager(BeginsAnew):
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
         self._pending: _Pending | None = None
-        self._place = _processes.Place(0, 1)
-        self._group: _processes.Group | None = None
+        self._place = processes.Place(0, 1)
+        self._group: processes.Group | None = None
         self._opened = False
 
     def __enter__(self) -> CheckpointManager:
@@ -260,7 +264,7 @@ class CheckpointManager(BeginsAnew):
         if self.monitor is None:
             raise ValueError("`best` needs to know the `monitor`: CheckpointManager(…, monitor='val_loss')")
         found = self.all()
-        ordered = _retention.best_first([self._rank(c) for c in found], self.mode)
+        ordered = retention.best_first([self._rank(c) for c in found], self.mode)
         return next((c for c in found if ordered and c.path.name == ordered[0].name), None)
 
     def restore(
@@ -320,29 +324,29 @@ class CheckpointManager(BeginsAnew):
     def _restore(self, chosen: Checkpoint, model: Any, extra: Mapping[str, Any], random_state: bool) -> int:
         chosen.check()
         where = str(chosen.path / _STATE)
-        state = _statefile.read(chosen.path / _STATE)
+        state = statefile.read(chosen.path / _STATE)
         missing = extra.keys() - state["extra"].keys()
         if missing:
             raise CheckpointError(f"'{where}' has nothing for {sorted(missing)}. Found: {sorted(state['extra'])}")
         if not model.built:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
-        _training_state.check(model, state["model"], where)
+        training_state.check(model, state["model"], where)
         for name, item in extra.items():
-            _training_state.check_given(item, state["extra"][name], f"{where}: {name}", model)
+            training_state.check_given(item, state["extra"][name], f"{where}: {name}", model)
         with File(chosen.model) as file:
             groups = {tensor.rpartition("/")[0] for tensor in file}
             named = {group: file.attributes(group).get("name") for group in groups.intersection(file.groups)}
-        _training_state.check_places(model, {g: n for g, n in named.items() if n is not None}, str(chosen.model))
+        training_state.check_places(model, {g: n for g, n in named.items() if n is not None}, str(chosen.model))
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
         load_weights(model, chosen.model, strict=True)
-        _training_state.apply(model, state["model"], where)
+        training_state.apply(model, state["model"], where)
         for name, item in extra.items():
-            _training_state.give_state(item, state["extra"][name], f"{where}: {name}", model)
+            training_state.give_state(item, state["extra"][name], f"{where}: {name}", model)
         self.random = state["model"]["random"]
-        if random_state and _processes.is_chief():  # last: what was called above may have drawn numbers
-            _random.restore(state["model"]["random"])
+        if random_state and processes.is_chief():  # last: what was called above may have drawn numbers
+            randomness.restore(state["model"]["random"])
         self.extra = {name: value for name, value in state["extra"].items() if name not in extra}
         logger.info("restored step %d from '%s'", chosen.step, chosen.path)
         return chosen.step + 1
@@ -387,7 +391,7 @@ class CheckpointManager(BeginsAnew):
             if optimizer is not None and model.built and not optimizer.built:  # to fit a model that was trained
                 optimizer.build(model.trainable_variables)
             if self._group is not None:
-                _processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
+                processes.refuse_remote([*model.variables, *getattr(optimizer, "variables", ())])
         with self.together():
             if self._place.rank == 0:
                 return self._save(step, model, numbers, extra or {}, self.asynchronous and self._group is None)
@@ -406,10 +410,10 @@ class CheckpointManager(BeginsAnew):
             "format": 1,
             "step": step,
             "optimizer": bool(getattr(getattr(model, "optimizer", None), "built", False)),
-            "model": _training_state.capture(model),
-            "extra": {name: _training_state.state_of(item) for name, item in extra.items()},
+            "model": training_state.capture(model),
+            "extra": {name: training_state.state_of(item) for name, item in extra.items()},
         }
-        encoded = _statefile.encode(state, copy=asynchronous)
+        encoded = statefile.encode(state, copy=asynchronous)
         target = self.directory / self._unused_name(step)
         file = _WEIGHTS if self.save_weights_only else _MODEL
         write: Callable[..., Any] = save_weights if self.save_weights_only else save_model
@@ -422,7 +426,7 @@ class CheckpointManager(BeginsAnew):
 
         def finish() -> Checkpoint:
             with temporary:
-                _statefile.write(root / _STATE, encoded, durable=self.durable)
+                statefile.write(root / _STATE, encoded, durable=self.durable)
                 files = {inner: (root / inner).stat().st_size for inner in (file, _STATE)}
                 directory.commit()
             known = crc() if self.save_weights_only else None
@@ -473,7 +477,7 @@ class CheckpointManager(BeginsAnew):
         return [path for path in self._directories() if path.name not in listed]
 
     def _retain(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-        gone = _retention.plan_retention(
+        gone = retention.plan_retention(
             [self._rank(c) for c in checkpoints],
             keep_last=self.keep_last,
             keep_best=self.keep_best,
@@ -482,9 +486,9 @@ class CheckpointManager(BeginsAnew):
         )
         return [c for c in checkpoints if c.path.name not in gone]
 
-    def _rank(self, checkpoint: Checkpoint) -> _retention.Entry:
+    def _rank(self, checkpoint: Checkpoint) -> retention.Entry:
         metric = checkpoint.metrics.get(self.monitor or "")
-        return _retention.Entry(checkpoint.path.name, checkpoint.step, metric, checkpoint.time)
+        return retention.Entry(checkpoint.path.name, checkpoint.step, metric, checkpoint.time)
 
     def _write_manifest(self, checkpoints: Iterable[Checkpoint]) -> None:
         entries = [_to_entry(c) for c in checkpoints]
@@ -503,14 +507,14 @@ class CheckpointManager(BeginsAnew):
         """Takes the directory for writing, and clears what a killed writer left; meets the other processes."""
         if self._opened and (self._lock is None or self._lock.held):
             return
-        self._place = _processes.current()
+        self._place = processes.current()
         if self._place.rank < 0:
             raise CheckpointError(f"TF_CONFIG says that this process does not train: it only reads '{self.directory}'.")
         if self._place.rank == 0:
             self._take()
         if self._place.count > 1:
             try:
-                self._group = _processes.assemble(self._meeting(), self.timeout)
+                self._group = processes.assemble(self._meeting(), self.timeout)
             except BaseException:
                 self.close()
                 raise
@@ -522,7 +526,7 @@ class CheckpointManager(BeginsAnew):
         return real / ".processes" if os.path.ismount(real) else real.with_name(f".{real.name}.processes")
 
     def _take(self) -> None:
-        with _durable.directories(self.directory / _LOCK, durable=self.durable):
+        with durability.directories(self.directory / _LOCK, durable=self.durable):
             self.directory.mkdir(parents=True, exist_ok=True)
         listed = self.all()  # raises where there are checkpoints without a manifest
         try:
@@ -587,7 +591,7 @@ class _Pending:
                 raise
         except BaseException as error:
             self._error = error
-            _async.untold[self] = self._path, error
+            writer.untold[self] = self._path, error
         finally:
             del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
             self._done.set()
@@ -600,9 +604,9 @@ class _Pending:
         """
         if os.getpid() != self._process:
             return None
-        _async.refuse_waiting_for(self._done)
+        writer.refuse_waiting_for(self._done)
         self._done.wait()
-        _async.untold.pop(self, None)
+        writer.untold.pop(self, None)
         return self._error
 
 

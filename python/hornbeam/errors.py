@@ -8,7 +8,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hornbeam._report import LoadReport
+    from hornbeam.base.reports import LoadReport
 
 
 class HornbeamError(Exception):

@@ -9,13 +9,14 @@ from typing import Any
 import keras
 import keras.export as _stock
 
-from hornbeam import _names, _paths
-from hornbeam._export import ExportReport, Request, last_report, requested
-from hornbeam._keras import scope
+from hornbeam.base import locations
 from hornbeam.errors import UnsupportedError
+from hornbeam.formats.exports import ExportReport, Request, last_report, requested
+from hornbeam.seam import keras_names
+from hornbeam.seam.entry import scope
 
 __all__ = ["ExportArchive", "ExportReport", "export", "last_report"]
-_Archive: Any = _names.backend_archive_class()
+_Archive: Any = keras_names.backend_archive_class()
 
 
 def export(
@@ -57,7 +58,7 @@ def export(
             raise UnsupportedError(f"Only SavedModels can be verified. Received: format={format!r}")
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
-    filepath = _paths.absolute(filepath)  # what is traced may change the directory
+    filepath = locations.absolute(filepath)  # what is traced may change the directory
     with scope(), requested(Request(verify=verify, tolerance=tolerance)):
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
     return last_report()

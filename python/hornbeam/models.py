@@ -8,8 +8,8 @@ import keras
 import keras.models as _stock
 from keras.src.models import model as _model
 
-from hornbeam._keras import scope
 from hornbeam.saving import load_model, save_model
+from hornbeam.seam.entry import scope
 
 __all__ = ["load_model", "model_from_json", "save_model"]
 

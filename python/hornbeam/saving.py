@@ -11,17 +11,18 @@ import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
-from hornbeam import _async, _names
-from hornbeam._async import Handle
-from hornbeam._file_objects import is_file_object, plain
-from hornbeam._keras import scope
-from hornbeam._progress import Progress
-from hornbeam._report import LoadReport, SaveReport, last_report, last_save_report, remember
-from hornbeam._state import options
+from hornbeam.base import writer
+from hornbeam.base.file_objects import is_file_object, plain
+from hornbeam.base.progress import Progress
+from hornbeam.base.reports import LoadReport, SaveReport, last_report, last_save_report, remember
+from hornbeam.base.settings import options
+from hornbeam.base.writer import Handle
 from hornbeam.errors import UnsupportedError
+from hornbeam.seam import keras_names
+from hornbeam.seam.entry import scope
 
 if TYPE_CHECKING:
-    from hornbeam._select import NameMap
+    from hornbeam.flows.selections import NameMap
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
 #: What can be loaded strictly and in part.
@@ -88,7 +89,7 @@ def save_model(
         raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {place}")
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
-    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
+    with scope(), how, writer.asked(asynchronous, latest_wins) as request:
         saving_api.save_model(model, place, overwrite=overwrite, zipped=zipped, **kwargs)
     return _outcome(place, before, request)
 
@@ -183,7 +184,7 @@ def save_weights(
     place: Any = plain(filepath)
     kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
     before = last_save_report()
-    with scope(), how, _async.asked(asynchronous, latest_wins) as request:
+    with scope(), how, writer.asked(asynchronous, latest_wins) as request:
         saving_api.save_weights(model, place, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
     return _outcome(place, before, request)
 
@@ -255,12 +256,12 @@ def load_weights(
 
 def _requested(**request: Any) -> AbstractContextManager[None]:
     """What this thread's next load does beyond Keras', by the fields of `_select.Request`."""
-    if _names.unknown("load") is None:
-        from hornbeam import _load, _select
+    if keras_names.unknown("load") is None:
+        from hornbeam.flows import loads, selections
 
-        return _load.requested(_select.Request(**request))
+        return loads.requested(selections.Request(**request))
     if request != {name: _WHOLE[name] for name in request}:
-        _names.require("load")
+        keras_names.require("load")
     return nullcontext()
 
 
@@ -271,7 +272,7 @@ def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -
     return {name: value for name, value in given.items() if value != usual[name]}
 
 
-def _outcome(filepath: Any, before: SaveReport | None, request: _async.Request | None) -> Handle | None:
+def _outcome(filepath: Any, before: SaveReport | None, request: writer.Request | None) -> Handle | None:
     if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
         return request.handle
     if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one

@@ -1,0 +1,1 @@
+"""Facts, files and threads: knows neither Keras nor a backend."""

@@ -1,0 +1,1 @@
+"""A save and a load, from a model to bytes and back."""

@@ -1,0 +1,146 @@
+"""`RecordStore` notes what Keras' walk stores.
+
+Keras asks that a store be an instance of its own `H5IOStore`; nothing of that class is used.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import FrameType
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.saving import saving_lib
+
+from hornbeam.base import deferred, dtypes
+from hornbeam.base.reports import SaveReport
+from hornbeam.errors import UnsupportedError
+from hornbeam.values import ownership, tensors
+
+Attributes = list[tuple[str, str]]
+
+
+class Dataset:
+    """A recorded value: what is known of it now, and its memory or how to get it."""
+
+    __slots__ = ("dtype", "memory", "name", "shape", "tag", "variable")
+
+    def __init__(self, memory: np.ndarray | deferred.Deferred, variable: keras.Variable | None = None) -> None:
+        self.memory = memory
+        self.variable = variable
+        self.name = tensors.keras_dtype(memory.dtype)
+        self.dtype = dtypes.dtype_name(memory.dtype)
+        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
+        self.shape = memory.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.memory.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        return self.memory.array() if isinstance(self.memory, deferred.Deferred) else self.memory
+
+
+class RecordStore(saving_lib.H5IOStore):
+    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value."""
+
+    def __init__(self) -> None:
+        self.mode = "w"
+        self.groups: dict[str, Attributes] = {}
+        self.datasets: dict[str, Dataset] = {}
+        self.order: list[tuple[str, str]] = []  # ("group" or "dataset", path)
+        self.optimizers: set[str] = set()  # groups
+        self.report = SaveReport()
+        self._prefix = "vars"
+
+    def __bool__(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def make(self, path: str, metadata: dict[str, Any] | None = None) -> RecordStore:
+        """Points the store at `<path>/vars`; with metadata, the group exists even if it stays empty."""
+        if not isinstance(metadata, dict | None):
+            raise ValueError(f"`metadata` should be a dict or `None`. Received: {metadata}")
+        self._prefix = f"{path}/vars" if path else "vars"
+        if metadata:
+            if self._prefix in self.groups:
+                raise ValueError(f"Unable to create group (name already exists): {self._prefix}")
+            self.groups[self._prefix] = [(name, str(value)) for name, value in metadata.items()]
+            self.order.append(("group", self._prefix))
+        return self
+
+    def mark_optimizer(self) -> None:
+        """Notes that the current group is an optimizer's."""
+        self.optimizers.add(self._prefix)
+
+    def is_optimizer(self, path: str) -> bool:
+        """Whether a group, or what is in one, is an optimizer's state."""
+        return path.startswith("optimizer/") or path in self.optimizers or path.rpartition("/")[0] in self.optimizers
+
+    def drop_optimizers(self) -> list[str]:
+        """Forgets the state of all optimizers; returns what that was."""
+        dropped = [path for path in self.datasets if self.is_optimizer(path)]
+        for known in (self.datasets, self.groups):
+            for path in [path for path in known if self.is_optimizer(path)]:
+                del known[path]
+        self.order = [(kind, path) for kind, path in self.order if not self.is_optimizer(path)]
+        return dropped
+
+    def _path(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        path = self._path(key)
+        if path in self.datasets:
+            raise ValueError(f"Unable to create dataset (name already exists): {path}")
+        if not tensors.is_addressable(value):
+            raise UnsupportedError(
+                f"'{path}' is spread over several processes, of which this one can read only its part. Gather it, or "
+                "replicate it, before the model is saved."
+            )
+        found = tensors.view(value)
+        # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
+        if isinstance(found, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
+            found = found.array()
+        self._note(path, Dataset(found, value if isinstance(value, keras.Variable) else None))
+
+    def _note(self, path: str, dataset: Dataset) -> None:
+        self.datasets[path] = dataset
+        self.order.append(("dataset", path))
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        try:
+            return np.array(self.datasets[self._path(key)].array())
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __delitem__(self, key: str) -> None:
+        try:
+            del self.datasets[self._path(key)]
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __contains__(self, key: object) -> bool:
+        return self._path(str(key)) in self.datasets
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> list[str]:
+        """Names in the current group, in the order HDF5 lists them."""
+        start = len(self._prefix) + 1
+        inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
+        return sorted(set(inside), key=str.encode)
+
+
+def _stored_by_keras(frame: FrameType | None) -> bool:
+    """Whether nothing but Keras' own code stands between a layer's `save_own_variables` and the walk over the model."""
+    while frame is not None and ownership.is_keras_code(frame):
+        if frame.f_code.co_name == "_save_state":
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,358 @@
+"""Weights as safetensors: `x.safetensors`, or shards and `x.safetensors.index.json`, as Hugging Face lays them out.
+
+A tensor's name is the path of its variable; what is no variable has the path that it has in `.weights.h5`. Which path
+each name stands for there is in the metadata, so that a file also fits a model whose automatic names differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras.src.saving import saving_lib
+from keras.src.utils import io_utils
+
+from hornbeam import _core
+from hornbeam.base import contents, settings, writer
+from hornbeam.base.file_objects import Stream, openable, path_of, plain
+from hornbeam.base.model_file import read_index
+from hornbeam.base.reports import SaveReport
+from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
+from hornbeam.flows import loads, saves
+from hornbeam.flows.recording import RecordStore
+from hornbeam.flows.selections import Structure
+from hornbeam.formats import shards as shards_
+
+_SUFFIX = ".safetensors"
+_INDEX = f"{_SUFFIX}.index.json"
+#: Entry of the metadata: path in `.weights.h5` → name, as JSON.
+_PATHS = "keras_paths"
+
+
+def save_weights(
+    model: Any,
+    filepath: Any,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    objects_to_skip: Any = None,
+) -> None:
+    """Saves the weights and the optimizer's state, as `.weights.h5` does.
+
+    Args:
+        model: The model; it must be built.
+        filepath: Ends in `.safetensors` or, with `max_shard_size`, `.safetensors.index.json`.
+        overwrite: Replace what exists, shards and index included, without asking.
+        max_shard_size: Most bytes of the tensors of a shard in GB (1024³ bytes). What fits into one, at a path that
+            ends in `.safetensors`, is one file without an index.
+        objects_to_skip: Layers to leave out.
+
+    Raises:
+        ValueError: When the model is not built, or two of its variables have one name.
+    """
+    filepath = plain(filepath)
+    text = str(filepath)
+    if not model.built:
+        inspect.unwrap(saving_lib.save_weights_only)(model, filepath)  # raises
+    if text.endswith(_INDEX) and max_shard_size is None:
+        raise ValueError(
+            f"The filename must end in `{_SUFFIX}`, or `max_shard_size` be specified. Received: filepath={text}"
+        )
+    _check_local(text)
+    writer.refuse("safetensors")
+    writer.settle(text)
+    if settings.current().compression is not None:
+        raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
+    skipped = {id(o) for o in objects_to_skip or ()}
+    with saves._recorded(model, assets=False, visited=skipped) as (store, _):
+        named = _name(store)
+        shards = _split(named, None if max_shard_size is None else max_shard_size * 1024**3)
+        places = None if len(shards) == 1 and text.endswith(_SUFFIX) else _Places(text, len(shards))
+        replaced = [] if isinstance(filepath, Stream) else [Path(text)] if places is None else places.replaced()
+        there = ", ".join(str(path) for path in replaced if path.exists())
+        if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
+            return
+        if places is None:
+            _save_one(named, filepath)
+        else:
+            _save_shards(shards, places)
+
+
+def _check_local(text: str) -> None:
+    if saving_lib.file_utils.is_remote_path(text):
+        raise UnsupportedError(f"safetensors files are saved and loaded at local paths only. Received: {text}")
+
+
+class _Named(RecordStore):
+    """What goes into one file, by the names that the tensors have there."""
+
+    def __init__(self, report: SaveReport) -> None:
+        super().__init__()
+        self.report = report
+        self.paths: dict[str, str] = {}  # path in `.weights.h5` → name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(d.nbytes for d in self.datasets.values())
+
+    def plan(self) -> _core.Plan:
+        metadata = [("format", "keras"), ("keras_version", keras.__version__), (_PATHS, json.dumps(self.paths))]
+        rows = [(name, d.dtype, d.shape, [("dtype", d.name)]) for name, d in self.datasets.items()]
+        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors")
+
+
+def _name(store: RecordStore) -> _Named:
+    """Gives everything its name.
+
+    Raises:
+        InvalidError: When two variables have the same.
+    """
+    named = _Named(store.report)
+    named.paths = _names({path: dataset.variable for path, dataset in store.datasets.items()}, store)
+    first: dict[str, str] = {}
+    for path, name in named.paths.items():
+        dataset = store.datasets[path]
+        if name not in named.datasets:
+            named.datasets[name] = dataset
+            first[name] = path
+        elif dataset.variable is None or dataset.variable is not named.datasets[name].variable:
+            raise InvalidError(
+                f"Two variables of the model are called '{name}', and in a safetensors file names are all there is: "
+                f"those that `.weights.h5` calls '{first[name]}' and '{path}'. Give the layers names of their own, or "
+                "save to `.weights.h5`."
+            )
+    return named
+
+
+def _names(values: Mapping[str, Any], store: RecordStore) -> dict[str, str]:
+    """Path in `.weights.h5` → name: a variable's own path; some optimizers call several of theirs the same."""
+    names = {path: getattr(value, "path", path) for path, value in values.items()}
+    variables: dict[str, set[int]] = {}
+    for path, name in names.items():
+        variables.setdefault(name, set()).add(id(values[path]))
+    return {
+        path: path if store.is_optimizer(path) and len(variables[name]) > 1 else name for path, name in names.items()
+    }
+
+
+def _split(named: _Named, limit: float | None) -> list[_Named]:
+    """Distributes the tensors: in order, a new shard when the next does not fit."""
+    if limit is None:
+        return [named]
+    shards: list[_Named] = []
+    size = 0.0
+    where: dict[str, _Named] = {}
+    for name, dataset in named.datasets.items():
+        if dataset.nbytes > limit:
+            raise ValueError(
+                f"The size of {name} is {saving_lib.readable_memory_size(dataset.nbytes)} which exceeds the maximum "
+                f"shard size {saving_lib.readable_memory_size(limit)}. You can increase the `max_shard_size` "
+                "parameter to accommodate the size."
+            )
+        size += dataset.nbytes
+        if not shards or size > limit:
+            shards.append(_Named(named.report))
+            size = dataset.nbytes
+        shards[-1].datasets[name] = dataset
+        where[name] = shards[-1]
+    for path, name in named.paths.items():
+        where[name].paths[path] = name
+    return shards or [named]
+
+
+def _save_one(named: _Named, place: str | Stream) -> None:
+    plan = named.plan()
+    info = saves.write_image(plan, named, place)
+    saves._count_save(plan, named, info["bytes"], path_of(place))
+
+
+class _Places:
+    """Where shards and their index go, and what has to go for them.
+
+    Attributes:
+        index: The index.
+        shards: The shards, in order.
+        stale: What no index names any more, and the single file if that is what was asked for: it would be taken for
+            this save. Who names the index keeps a file of that name, which may be anything.
+    """
+
+    def __init__(self, text: str, count: int) -> None:
+        base = Path(text.removesuffix(_INDEX).removesuffix(_SUFFIX))
+        self.index = base.with_name(f"{base.name}{_INDEX}")
+        self.shards = [base.with_name(f"{base.name}-{i:05}-of-{count:05}{_SUFFIX}") for i in range(1, count + 1)]
+        single = base.with_name(f"{base.name}{_SUFFIX}")
+        old = [self.index.with_name(name) for name in _old_shards(self.index, base.name)]
+        self.stale = [path for path in old if path not in self.shards]
+        if not text.endswith(_INDEX):
+            self.stale.append(single)
+        elif single.exists():
+            warnings.warn(
+                f"'{single}' is left as it is; programs that look for one file before an index will take it for these "
+                "weights. Remove it, or save under another name.",
+                stacklevel=2,
+            )
+
+    def replaced(self) -> list[Path]:
+        """What is written over or removed, where it exists."""
+        return [self.index, *self.shards, *self.stale]
+
+
+def _save_shards(shards: list[_Named], places: _Places) -> None:
+    """Every shard is complete before the first takes its place; the old index goes first, the new one comes last."""
+    options, report = settings.current(), shards[0].report
+    named = list(zip(places.shards, shards, strict=True))
+    weight_map = {tensor: path.name for path, shard in named for tensor in shard.datasets}
+    total = sum(shard.nbytes for shard in shards)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    files = [(str(path), shard, shard.plan()) for path, shard in named]
+    shards_.write(files, places.index, index.encode(), options, report)
+    for path in places.stale:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _old_shards(index_path: Path, base: str) -> list[str]:
+    """The shards of an older save to the same place."""
+    try:
+        _, names = read_index(index_path)
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if name.startswith(f"{base}-") and name.endswith(_SUFFIX)]
+
+
+def load_weights(
+    model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None, by_name: bool | None = None
+) -> None:
+    """Loads weights; everything is read before the model is touched.
+
+    Args:
+        model: The model; it must be built.
+        filepath: Ends in `.safetensors` or `.safetensors.index.json`; the index stands in for a file that is not there.
+        skip_mismatch: Warn about layers that do not fit, instead of raising.
+        objects_to_skip: Layers to leave alone.
+        by_name: What is not in the file keeps its value.
+
+    Raises:
+        ValueError: When the file does not fit the model.
+        OSError: For a damaged file.
+    """
+    _check_local(str(filepath))
+    request = loads.take_request()
+    stock = inspect.unwrap(saving_lib.load_weights_only)
+    with loads.requested(dataclasses.replace(request, by_name=request.by_name or bool(by_name))):
+        loads.load_weights_only(stock, model, filepath, skip_mismatch, objects_to_skip)
+
+
+def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
+    """The file, or the shards that the index names.
+
+    Raises:
+        WeightsFileError: When a tensor that the index names is not there.
+    """
+    text = str(place)
+    if text.endswith(_SUFFIX):
+        index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"
+        if isinstance(place, Stream) or os.path.exists(text) or not os.path.exists(index):
+            return [(text, _core.open(openable(place), archive=False).weights(engine="safetensors"))]
+        text = index
+    path = Path(text)
+    content, names = read_index(path)
+    opened = []
+    for name in names:
+        shard = str(path.with_name(name))
+        with contents.explained(shard, "safetensors"):
+            opened.append((name, _core.open(shard, archive=False).weights(engine="safetensors")))
+    there = {name for _, weights in opened for name in weights.names()}
+    missing = next((name for name in content["weight_map"] if name not in there), None)
+    if missing is not None:
+        raise WeightsFileError(f"'{text}' names '{missing}', which is in none of its shards")
+    return opened
+
+
+class Names:
+    """What the names in a file stand for: the model's variables by their paths.
+
+    Where those are not what the model has (automatic names count on: `dense_1`), the places in the model that the
+    metadata gives, if all are there: never half by the one and half by the other. The same for the optimizer's state,
+    whatever the optimizer itself is called.
+
+    Attributes:
+        targets: Name → paths in the model.
+    """
+
+    def __init__(
+        self,
+        opened: list[tuple[str, _core.Weights]],
+        structure: Structure,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        by_name: bool,
+    ) -> None:
+        there = _paths(opened)
+        self._places = {name: path for path, name in there.items()}
+        ours = _names(structure.values, structure)
+        weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
+        slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
+        theirs = {path for path in there if structure.is_optimizer(path)}
+        if slots and theirs and theirs != slots.keys():
+            warnings.warn("Skipping the optimizer's state: the file has other variables for it.", stacklevel=2)
+            slots = {}
+        by_place = not by_name and not shapes.keys() >= set(weights.values()) and there.keys() >= weights.keys()
+        if not by_place and not by_name and there.keys() >= weights.keys() and shapes.keys() >= set(weights.values()):
+            _warn_of_counts(weights, there)
+        if by_place:
+            weights = {path: there[path] for path in weights}
+            same = all(shapes.get(there.get(path, "")) == tuple(structure.values[path].shape) for path in slots)
+            slots = {path: there[path] for path in slots} if same else {}
+        elif not shapes.keys() >= set(slots.values()):
+            same = all(_tail(there.get(path, "")) == _tail(name) for path, name in slots.items())
+            slots = {path: there[path] for path in slots} if same else {}
+        targets: dict[str, list[str]] = {}
+        for path, name in (*weights.items(), *slots.items()):
+            targets.setdefault(name, []).append(path)
+        self.targets: Mapping[str, list[str]] = targets
+
+    def place(self, name: str) -> str:
+        """Where the file says that a name belongs; its name, if it does not."""
+        return self._places.get(name, name)
+
+
+def _warn_of_counts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Warns where names fit, but differ by their counts (`dense`, `dense_1`) from those of the same places."""
+    found = next((p for p, n in ours.items() if n != theirs[p] and _uncounted(n) == _uncounted(theirs[p])), None)
+    if found is not None:
+        warnings.warn(
+            f"Names and places disagree: what was saved as '{theirs[found]}' is '{ours[found]}' in the model. The "
+            "weights are loaded by name. If the names are automatic, build the model as when it was saved (after "
+            "`keras.utils.clear_session()`), or give the layers names of their own.",
+            stacklevel=2,
+        )
+
+
+def _uncounted(name: str) -> str:
+    return re.sub(r"_\d+(?=/|$)", "", name)
+
+
+def _tail(name: str) -> str:
+    """The name without the optimizer's."""
+    return name.partition("/")[2]
+
+
+def _paths(opened: list[tuple[str, _core.Weights]]) -> dict[str, str]:
+    """Path in `.weights.h5` → name, as the metadata has it; empty for files of other programs."""
+    found: dict[str, str] = {}
+    for name, weights in opened:
+        text = dict(weights.attributes).get(_PATHS)
+        paths = _core.decode_json(text, trusted=False) if isinstance(text, str) else {}
+        if not isinstance(paths, dict) or not all(isinstance(value, str) for value in paths.values()):
+            raise WeightsFileError(f"'{name}': its metadata '{_PATHS}' maps no paths to names")
+        found.update(paths)
+    return found

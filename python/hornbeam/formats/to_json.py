@@ -1,0 +1,35 @@
+"""Architectures as JSON text, through the Rust codec: `Model.to_json` and `model_from_json`.
+
+Each function stands in for the one of `keras.src.models.model`; the first argument is the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras.src.saving import serialization_lib
+
+from hornbeam import _core
+from hornbeam.seam import keras2, missing_classes, shortcuts
+
+Stock = Callable[..., Any]
+
+
+def to_json(stock: Stock, model: Any, **kwargs: Any) -> Any:
+    """`Model.to_json`; with arguments for `json.dumps`, stock Keras' own."""
+    if kwargs:
+        return stock(model, **kwargs)
+    with shortcuts.describing(model):
+        return _core.encode_json(serialization_lib.serialize_keras_object(model)).decode()
+
+
+def model_from_json(stock: Stock, json_string: Any, custom_objects: Any = None) -> Any:
+    """`keras.models.model_from_json`."""
+    config = _decoded(json_string)
+    with missing_classes.explained(lambda: _decoded(json_string), custom_objects):
+        return serialization_lib.deserialize_keras_object(config, custom_objects=custom_objects)
+
+
+def _decoded(text: Any) -> Any:
+    return keras2.architecture(keras2.keras_config(text, _core.decode_json(text)))

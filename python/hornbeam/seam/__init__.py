@@ -1,0 +1,1 @@
+"""Where hornbeam meets Keras: the only room that replaces anything of Keras'."""

@@ -1,0 +1,334 @@
+"""What of Keras is replaced: detects what is there, patches it, restores it.
+
+Every save and load of Keras goes through a few functions of five modules, looked up there at each call. They
+are replaced by dispatchers, which are inert unless `install()` is in force or the calling thread is inside `scope()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from hornbeam.base import counters, settings, writer
+from hornbeam.errors import UnsupportedError
+from hornbeam.seam import displaced, hook, keras_names, targets
+from hornbeam.seam.patches import Users, reaches
+
+#: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.
+_REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
+    targets.SAVING_LIB: {
+        "save_model": ("model", "filepath", "weights_format", "zipped"),
+        "_save_model_to_fileobj": ("model", "fileobj", "weights_format"),
+        "_save_model_to_dir": ("model", "dirpath", "weights_format"),
+        "_load_model_from_fileobj": ("fileobj", "custom_objects", "compile", "safe_mode"),
+        "_load_model_from_dir": ("dirpath", "custom_objects", "compile", "safe_mode"),
+        "save_weights_only": ("model", "filepath", "max_shard_size", "objects_to_skip"),
+        "load_weights_only": ("model", "filepath", "skip_mismatch", "objects_to_skip"),
+    },
+    targets.SAVING_API: {
+        "save_model": ("model", "filepath", "overwrite", "zipped", "kwargs"),
+        "load_model": ("filepath", "custom_objects", "compile", "safe_mode"),
+        "save_weights": ("model", "filepath", "overwrite", "max_shard_size", "kwargs"),
+        "load_weights": ("model", "filepath", "skip_mismatch", "kwargs"),
+    },
+    targets.LEGACY_H5: {
+        "save_model_to_hdf5": ("model", "filepath", "overwrite", "include_optimizer"),
+        "load_model_from_hdf5": ("filepath", "custom_objects", "compile", "safe_mode"),
+    },
+    targets.MODEL: {
+        "Model.to_json": ("self", "kwargs"),
+        "model_from_json": ("json_string", "custom_objects"),
+    },
+    targets.EXPORTS: {  # what the module has not is of the class of its archives
+        "get_input_signature": ("model",),
+        "track": ("self", "resource"),
+        "add_endpoint": ("self", "name", "fn", "input_signature", "kwargs"),
+        "add_variable_collection": ("self", "name", "variables"),
+        "write_out": ("self", "filepath", "options", "verbose"),
+    },
+}
+
+
+#: Where hornbeam's own functions of the same names are (without a leading underscore): what saves, then what loads.
+_OURS = {
+    targets.SAVING_LIB: ("hornbeam.flows.saves", "hornbeam.flows.loads"),
+    targets.SAVING_API: ("hornbeam.formats.table",),
+    targets.LEGACY_H5: ("hornbeam.formats.legacy_save", "hornbeam.formats.legacy_load"),
+    targets.MODEL: ("hornbeam.formats.to_json",),
+    targets.EXPORTS: ("hornbeam.formats.exports",),
+}
+
+
+assert tuple(_REPLACED) == targets.MODULES
+
+
+_lock = threading.RLock()
+
+
+#: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
+_placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+#: The same of those placed last: one dispatcher for a function, so that references to it stay good.
+_made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+_users = Users()  # scopes in force
+
+
+_local = threading.local()
+
+
+def _active() -> bool:
+    if getattr(_local, "stock", False):  # inside of what stock Keras does as a whole
+        return False
+    return hook.is_installed() or bool(getattr(_local, "scopes", None))
+
+
+@functools.cache
+def _ours(module: str, name: str) -> Callable[..., Any]:
+    places = _OURS[module]
+    for place in places[::-1] if "load" in name else places:  # imports no more than it must
+        function = getattr(importlib.import_module(place), name.rpartition(".")[2].lstrip("_"), None)
+        if function is not None:
+            return function
+    raise AttributeError(name)
+
+
+def _operation(module: str, name: str) -> str:
+    """The operation that a function belongs to, as `_names` calls it."""
+    if module in (targets.SAVING_LIB, targets.LEGACY_H5):
+        kind = "load" if "load" in name else "save"
+        return kind if module == targets.SAVING_LIB else f"legacy {kind}"
+    return {targets.SAVING_API: "formats", targets.MODEL: "json", targets.EXPORTS: "export"}[module]
+
+
+def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    operation, wanted = _operation(module, name), _REPLACED[module][name]
+
+    @functools.cache
+    def translated() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Hornbeam's function and Keras', as each calls the other."""
+        ours = _ours(module, name)
+        if tuple(inspect.signature(original).parameters) == wanted:
+            return ours, original
+        return _translated(ours, original, wanted)
+
+    @functools.wraps(original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        if not _active():
+            return original(*args, **kwargs)
+        reason = keras_names.unknown(operation)
+        if reason is not None:
+            return stock_only(reason, original, *args, **kwargs)
+        ours, stock = translated()
+        return ours(stock, *args, **kwargs)
+
+    dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
+    return dispatch
+
+
+def _translated(
+    ours: Callable[..., Any], original: Callable[..., Any], wanted: tuple[str, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions with the parameters of the other, where a Keras has fewer than hornbeam's knows."""
+    theirs = inspect.signature(original)
+    _, *parameters = inspect.signature(ours).parameters.values()
+    mine = inspect.Signature([p for p in parameters if p.name in wanted])
+
+    def call(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            given = theirs.bind(*args, **kwargs)
+        except TypeError:
+            return original(*args, **kwargs)  # raises, in Keras' words
+        return ours(stock, **_named(given))
+
+    def stock(*args: Any, **kwargs: Any) -> Any:
+        given = _named(mine.bind(*args, **kwargs))
+        return original(**{name: value for name, value in given.items() if name in theirs.parameters or name in kwargs})
+
+    return call, stock
+
+
+def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by name."""
+    named = dict(given.arguments)
+    for parameter in given.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def stock_only(reason: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stock Keras does all of it: nothing that it calls comes back to hornbeam.
+
+    Raises:
+        UnsupportedError: Under `options(strict=True)`, and where more was asked for than stock Keras does.
+    """
+    _refuse_requests(reason)
+    before = getattr(_local, "stock", False)
+    _local.stock = True
+    try:
+        return counters.hand_over(reason, stock, *args, **kwargs)
+    finally:
+        _local.stock = before
+
+
+def _refuse_requests(reason: str) -> None:
+    """What is asked of this thread's next save or load beyond Keras' arguments; who asks has imported the module."""
+    options, more = settings.current(), []
+    if writer.claim() is not None:
+        more.append("does not save asynchronously")
+    cast, load = sys.modules.get("hornbeam.flows.casts"), sys.modules.get("hornbeam.flows.loads")
+    if cast is not None and cast.take_request() != cast.Smaller():
+        more.append("neither casts weights nor leaves the optimizer's state out")
+    if load is not None and load.take_request() != load.Request():
+        more.append("does not load strictly or in part")
+    if options.compression is not None:
+        more.append("does not compress")
+    if options.durable:
+        more.append("does not wait for stable storage")
+    if more:
+        raise UnsupportedError(f"Stock Keras would have to do this ({reason}), and {', and '.join(more)}.")
+
+
+def _place(where: str, name: str) -> tuple[Any, str]:
+    """What has the function, a module or a class in it, and what it is called there."""
+    module = sys.modules[where]
+    owner, _, attribute = name.rpartition(".")
+    if where == targets.EXPORTS and not hasattr(module, name):
+        return keras_names.archive_class(), name
+    return (getattr(module, owner) if owner else module), attribute
+
+
+def patch(module: ModuleType) -> None:
+    """Puts the dispatchers of a module in place, over whatever is there of what they replace."""
+    where = module.__name__
+    if where == targets.EXPORTS and keras_names.archive_class() is None:
+        return  # a backend that exports nothing
+    with _lock:
+        for name in _REPLACED[where]:
+            original: Any = getattr(*_place(where, name), None)
+            if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
+                continue
+            made = _made.get((where, name))
+            if made is not None and original in made:  # ours is there when somebody has put it back since
+                original, dispatcher = made
+            else:
+                dispatcher = _dispatcher(where, name, original)
+                if getattr(sys.modules.get(original.__module__), name, None) is original:
+                    dispatcher.__module__ = where  # else `pickle` would look where the original comes from
+            _placed[where, name] = _made[where, name] = original, dispatcher
+            displaced.displace(original, "original")  # at every moment both can be found, by other threads too
+            setattr(*_place(where, name), dispatcher)
+            displaced.put_back(dispatcher)
+
+
+def is_patched(module: ModuleType) -> bool:
+    """Whether what is there of what `patch` replaces is replaced."""
+    where = module.__name__
+    if where == targets.EXPORTS and keras_names.archive_class() is None:
+        return True
+    found = {name: getattr(*_place(where, name), None) for name in _REPLACED[where]}
+    return all(f is None or reaches(f, _placed.get((where, name), ((), ()))[1]) for name, f in found.items())
+
+
+def unpatch(module: ModuleType) -> None:
+    """Restores the originals, unless a scope or `install()` still needs the dispatchers.
+
+    What somebody else has put over a dispatcher since then stays: below it the dispatcher does nothing.
+    """
+    where = module.__name__
+    with _lock:
+        if _users or hook.is_installed():
+            return
+        for name in _REPLACED[where]:
+            original, dispatcher = _placed.get((where, name), (None, None))
+            if original is not None and getattr(*_place(where, name), None) is dispatcher:
+                displaced.displace(dispatcher, "dispatcher")
+                setattr(*_place(where, name), original)
+                displaced.put_back(original)
+                del _placed[where, name]
+
+
+def follow_aliases() -> None:
+    """Makes Keras' public names (`keras.models.load_model`, say) those that its modules have now.
+
+    References that anybody else took before stay what they were: they meet the dispatchers further inside, but the
+    arguments that stock Keras refuses at once are refused.
+    """
+    with _lock:
+        for (_where, name), (original, dispatcher) in list(_placed.items()):
+            _replace_aliases(name, original, dispatcher)
+
+
+def restore_aliases() -> None:
+    """Undoes `follow_aliases`, and what modules imported since then have taken from the dispatchers."""
+    with _lock:
+        for (where, name), (original, dispatcher) in list(_placed.items()):
+            _replace_aliases(name, dispatcher, original, but=where)
+
+
+def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> None:
+    for module_name, module in list(sys.modules.items()):
+        names = getattr(module, "__dict__", {})  # `None` stands for what cannot be imported
+        if module_name.partition(".")[0] == "keras" and module_name != but and names.get(name) is old:
+            setattr(module, name, new)
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Routes the calling thread's saves and loads through hornbeam, whether or not it is installed."""
+    modules = [importlib.import_module(name) for name in _REPLACED]
+    token = object()
+    scopes: set[object] = _local.__dict__.setdefault("scopes", set())
+    try:
+        with _lock:
+            _users.add(token)
+            for module in modules:
+                patch(module)
+        scopes.add(token)
+        yield
+    finally:
+        scopes.discard(token)
+        with _lock:
+            _users.discard(token)
+            for module in modules:
+                unpatch(module)
+
+
+def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
+    """Why stock Keras must do a save or load, if it must."""
+    from keras.src.saving import saving_lib
+
+    if weights_format != "h5":
+        return f"weights_format={weights_format!r}"
+    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # a patch of somebody else's
+        return "saving_lib.H5IOStore is replaced"
+    if path is not None and saving_lib.file_utils.is_remote_path(str(path)):
+        return "remote path"
+    return None
+
+
+def _start_anew() -> None:
+    """In a forked child: other threads are not there, and neither are their locks and scopes."""
+    global _lock
+    _lock = threading.RLock()
+    _users.keep_own()
+    if not hook.is_installed():
+        restore_aliases()
+    for name in _REPLACED:
+        if name in sys.modules:
+            unpatch(sys.modules[name])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -1,0 +1,63 @@
+"""How a `fit` ends; Keras has no callback for an exception."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from typing import Any
+
+from hornbeam.seam import displaced
+
+_lock = threading.RLock()
+
+
+_local = threading.local()
+
+
+class FitWatcher:
+    """Who wants to know how a `fit` ends, and has called `fit_watchers().append(self)` inside it."""
+
+    def fit_failed(self, error: BaseException) -> None:
+        """An exception is about to leave `fit`."""
+
+    def fit_ended(self) -> None:
+        """Called last, whatever happened."""
+
+
+def fit_watchers() -> list[FitWatcher] | None:
+    """Those of the calling thread's innermost `fit`; `None` outside of Keras' own."""
+    found: list[list[FitWatcher]] = getattr(_local, "fits", [])
+    return found[-1] if found else None
+
+
+def watch_fit() -> None:
+    """Has `fit` tell its watchers how it ends. Keras has no callback for an exception."""
+    import keras
+
+    with _lock:
+        owner = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))
+        original = vars(owner)["fit"]
+        if hasattr(original, "__hornbeam__"):
+            return
+
+        @functools.wraps(original)
+        def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fits = _local.__dict__.setdefault("fits", [])
+            watchers: list[FitWatcher] = []
+            fits.append(watchers)
+            try:
+                return original(self, *args, **kwargs)
+            except BaseException as error:
+                for watcher in watchers:
+                    watcher.fit_failed(error)
+                raise
+            finally:
+                fits.pop()
+                with contextlib.ExitStack() as stack:  # the last to come is the first to go, and all do
+                    for watcher in watchers:
+                        stack.callback(watcher.fit_ended)
+
+        fit.__hornbeam__ = True  # type: ignore[attr-defined]
+        owner.fit = fit
+        displaced.displace(original, "original")

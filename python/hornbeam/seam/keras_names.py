@@ -1,0 +1,150 @@
+"""Every name of Keras' that is not public and that hornbeam uses: which module uses it, and what it is known to be.
+
+What an operation needs is compared with the Keras that is installed when the operation is first needed. Where a name is
+missing, or takes other arguments, this Keras is not one that hornbeam knows, and stock Keras does that operation.
+
+The names are below `keras.src`. `a.B:c` is an attribute of the class `a.B` or of its instances, and `archive` the
+class that writes archives of endpoints, which every Keras calls something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import warnings
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+from hornbeam.base import counters
+from hornbeam.errors import UnknownKerasWarning, UnsupportedError
+from hornbeam.seam.known import KNOWN, OPERATIONS, USES
+
+_EXPORTS = "keras.src.export.saved_model"
+_MISSING = object()
+_verdicts: dict[str, str | None] = {}
+
+
+def unknown(operation: str) -> str | None:
+    """Why this Keras is not known for an operation, or `None`; the first time, a warning says so.
+
+    Args:
+        operation: One of `OPERATIONS`.
+    """
+    if operation not in _verdicts:
+        _verdicts[operation] = reason = _compare(operation)
+        if reason is not None:
+            _tell(operation, reason)
+    return _verdicts[operation]
+
+
+def require(operation: str) -> None:
+    """Raises where an operation that stock Keras has not is not possible with this Keras.
+
+    Raises:
+        UnsupportedError: As said.
+    """
+    reason = unknown(operation)
+    if reason is not None:
+        raise UnsupportedError(f"{reason}; so hornbeam cannot do this: {operation}. A newer one may know this Keras.")
+
+
+def needed(operation: str) -> list[str]:
+    """The names that an operation needs."""
+    modules, replaced = OPERATIONS[operation]
+    return sorted({*replaced.split(), *(name for module in modules.split() for name in USES.get(module, "").split())})
+
+
+def _compare(operation: str) -> str | None:
+    import keras
+
+    for name in needed(operation):
+        if name.startswith("backend.tensorflow.") and keras.backend.backend() != "tensorflow":
+            continue
+        known, found = KNOWN[name].split(" | "), _look(name)
+        if found not in known:
+            where = name if name.startswith(("archive", "keras.")) else f"keras.src.{name}"
+            what = "is missing" if found == "-" else f"is {found or 'no function'}, expected {KNOWN[name]}"
+            return f"Keras {keras.__version__} is unknown: {where} {what}"
+    return None
+
+
+def _tell(operation: str, reason: str) -> None:
+    text = (
+        f"{reason}. From now on stock Keras does without hornbeam what it can do itself (operation: {operation}). A "
+        "newer hornbeam may know this Keras; `hornbeam.options(strict=True)` makes this an error."
+    )
+    counters.logger.warning("%s", text)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hornbeam", "keras"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UnknownKerasWarning, stacklevel=level)
+
+
+def backend_archive_class() -> Any:
+    """The class of an archive of endpoints on this backend; `object`, where there is none."""
+    module: Any = sys.modules[_EXPORTS]
+    # Keras 3.12 has one class for all backends, 3.16 has given it another name.
+    named = ("BackendSavedModelExportArchive", "SavedModelExportArchive", "ExportArchive")
+    return next((getattr(module, name) for name in named if hasattr(module, name)), object)
+
+
+def archive_class() -> Any:
+    """The class of Keras' that writes archives of endpoints, or `None`."""
+    return next((cls for cls in backend_archive_class().__mro__ if "write_out" in vars(cls)), None)
+
+
+def _look(name: str) -> str:
+    """What is there: `(its, parameters)`, nothing for what is no function, `-` for nothing at all."""
+    place, _, attribute = name.partition(":")
+    owner = _resolve(place)
+    if attribute and owner is not _MISSING:
+        found = getattr(owner, attribute, _MISSING)
+        if found is _MISSING:
+            found = None if _mentions(owner, attribute) else _MISSING
+    else:
+        found = owner
+    if found is _MISSING:
+        return "-"
+    if not isinstance(found, FunctionType | BuiltinFunctionType):
+        return ""
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(found).parameters.values()
+    return f"({', '.join(stars.get(p.kind, '') + p.name for p in parameters)})"
+
+
+def _resolve(name: str) -> Any:
+    if name == "archive":
+        importlib.import_module(_EXPORTS)
+        return archive_class() or _MISSING
+    parts = name.split(".")
+    start = [] if parts[0] == "keras" else ["keras", "src"]
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join([*start, *parts[:count]]))
+        except ImportError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part, _MISSING)
+        return found
+    found = importlib.import_module("keras.src")
+    for part in parts:
+        found = getattr(found, part, _MISSING)
+    return found
+
+
+def _mentions(cls: Any, attribute: str) -> bool:
+    """Whether the code of a class, or of one that it derives from, has an attribute of that name."""
+    todo: list[Any] = []
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            functions = [getattr(member, "fget", None), getattr(member, "fset", None)]
+            functions += [inspect.unwrap(member)] if callable(member) else []
+            todo += [getattr(function, "__code__", None) for function in functions]
+    while todo:
+        code = todo.pop()
+        if isinstance(code, CodeType):
+            if attribute in code.co_names or attribute in code.co_consts:
+                return True
+            todo += code.co_consts
+    return False

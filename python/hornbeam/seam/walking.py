@@ -1,0 +1,207 @@
+"""Keras' walk over a model in less time."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+from hornbeam.seam.patches import Patch
+
+_local = threading.local()
+
+
+class FastWalk:
+    """`saving_lib._walk_saveable` with the attribute names of like objects listed once, and without dead ends.
+
+    Stock Keras lists `dir()` of every object, and builds a dummy layer for the set of names to skip on every call: it
+    reads the cache under one name and writes it under another. Both are pure functions of the class. It also goes into
+    every container of strings or numbers, of which each layer has some ten.
+    """
+
+    def __init__(self, saving_lib: ModuleType) -> None:
+        self.skip_names = functools.partial(_skip_names, saving_lib)
+        self.name_key = saving_lib._name_key
+        self.names: dict[tuple[Any, ...], list[str]] = {}  # by class and what an instance has
+
+    def __call__(self, stock: Callable[[Any], Iterator[tuple[str, Any]]], saveable: Any) -> Iterator[tuple[str, Any]]:
+        from keras.src.saving.keras_saveable import KerasSaveable
+
+        if not isinstance(saveable, KerasSaveable):
+            yield from stock(saveable)  # raises
+        kind = saveable._obj_type()
+        if kind in ("Sequential", "Functional"):
+            yield "layers", saveable.layers
+        for name in self._names(saveable, kind):
+            try:
+                child = getattr(saveable, name)
+            except Exception:
+                continue
+            if isinstance(child, KerasSaveable) or (isinstance(child, _CONTAINERS) and _leads_on(child, KerasSaveable)):
+                yield name, child
+
+    def _names(self, saveable: Any, kind: str) -> list[str]:
+        skip = self.skip_names(kind)  # also for its side effect
+        cls = type(saveable)
+        if _listing(cls) is not _listing(object):  # torch modules list what is in no __dict__
+            return self._chosen(dir(saveable), skip)
+        own = (cls, *vars(saveable))
+        names = self.names.get(own)
+        if names is None:
+            names = self.names[own] = self._chosen({*dir(cls), *own[1:]}, skip)
+        return names
+
+    def _chosen(self, names: Iterable[str], skip: frozenset[str]) -> list[str]:
+        return sorted((n for n in names if not n.startswith("__") and n not in skip), key=self.name_key)
+
+
+_CONTAINERS = (list, dict, tuple)
+
+
+def _leads_on(container: Any, saveable: type, depth: int = 2) -> bool:
+    """Whether Keras would find an object in `container`, or in containers inside it; true beyond `depth`."""
+    for item in container.values() if isinstance(container, dict) else container:
+        if isinstance(item, saveable) or (
+            isinstance(item, _CONTAINERS) and (depth == 0 or _leads_on(item, saveable, depth - 1))
+        ):
+            return True
+    return False
+
+
+def _listing(cls: type) -> Any:
+    return cls.__dir__
+
+
+class _Naming:
+    """Stands in for Keras' `naming` in the walk, which asks for the same few names again and again."""
+
+    def __init__(self, naming: ModuleType) -> None:
+        self._naming = naming
+        self._known = functools.cache(naming.to_snake_case)
+
+    def to_snake_case(self, name: str) -> Any:
+        """`naming.to_snake_case`."""
+        return self._known(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._naming, name)
+
+
+class _FileUtils:
+    """Stands in for Keras' `file_utils` in the walk, where every path inside the model is looked at like a URL."""
+
+    def __init__(self, file_utils: ModuleType) -> None:
+        self._file_utils = file_utils
+
+    def join(self, path: Any, *paths: Any) -> Any:
+        """`file_utils.join`; only what starts with a slash or has a scheme can be remote."""
+        if type(path) is str and path[:1] != "/" and "://" not in path:
+            return os.path.join(path, *paths)
+        return self._file_utils.join(path, *paths)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file_utils, name)
+
+
+_skip_cache: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
+
+
+def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
+    """`saving_lib.get_attr_skipset`; the counters of automatic names go on as if its dummies were built every time."""
+    from keras.src.backend.common import global_state
+
+    fresh = collections.defaultdict[str, int](int)
+    counters = global_state.get_global_attribute("object_name_uids", fresh, set_to_default=True)
+    if kind in _skip_cache:
+        names, steps = _skip_cache[kind]
+        for name, step in steps.items():
+            counters[name] += step
+        return names
+    with _undistributed():  # the dummies' variables would wait for the other processes of a `keras.distribution`
+        names = frozenset(saving_lib.get_attr_skipset(kind))
+        once = dict(counters)
+        saving_lib.get_attr_skipset(kind)
+    steps = {name: count - once.get(name, 0) for name, count in counters.items() if count != once.get(name, 0)}
+    counters.update(once)
+    _skip_cache[kind] = names, steps
+    return names
+
+
+@contextlib.contextmanager
+def _undistributed() -> Iterator[None]:
+    import keras
+
+    before = keras.distribution.distribution()
+    if before is None:
+        yield
+        return
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
+
+
+def _walk(original: Callable[[Any], Iterator[tuple[str, Any]]]) -> Callable[[Any], Iterator[tuple[str, Any]]]:
+    """`saving_lib._walk_saveable`."""
+
+    def walk(saveable: Any) -> Iterator[tuple[str, Any]]:
+        fast = getattr(_local, "walk", None)
+        return original(saveable) if fast is None else fast(original, saveable)
+
+    return walk
+
+
+def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
+    """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
+
+    def save_own_variables(self: Any, store: Any) -> None:
+        from hornbeam.flows.recording import RecordStore
+
+        if not isinstance(store, RecordStore):
+            original(self, store)
+            return
+        store.mark_optimizer()
+        for i, variable in enumerate(self.variables):
+            store[str(i)] = variable
+
+    return save_own_variables
+
+
+_walk_patch = Patch(_walk)
+
+
+_naming_patch = Patch(_Naming)
+
+
+_file_utils_patch = Patch(_FileUtils)
+
+
+_optimizer_patch = Patch(_save_optimizer)
+
+
+@contextlib.contextmanager
+def fast_walk() -> Iterator[None]:
+    """Walks of this thread take less time, also a second one inside; optimizers hand variables to our store."""
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.saving import saving_lib
+
+    if getattr(_local, "walk", None) is not None:
+        yield
+        return
+    with (
+        _walk_patch(saving_lib, "_walk_saveable"),
+        _naming_patch(saving_lib, "naming"),
+        _file_utils_patch(saving_lib, "file_utils"),
+        _optimizer_patch(BaseOptimizer, "save_own_variables"),
+    ):
+        _local.walk = FastWalk(saving_lib)
+        try:
+            yield
+        finally:
+            _local.walk = None

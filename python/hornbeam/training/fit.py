@@ -1,0 +1,351 @@
+"""What a running `fit` trains on: Keras keeps its epoch iterator in a local variable, where no callback sees it.
+
+It is found in the frame of `fit`. Only what cannot be resumed exactly otherwise is touched: the epoch iterator of data
+made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays on TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import keras
+from keras.src.trainers.data_adapters import data_adapter_utils
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+from hornbeam.data import Resumable, load_iterator, save_iterator, unseeded
+from hornbeam.seam.patches import Patch
+from hornbeam.values import randomness
+
+#: In the state of data: the adapter's count of epochs; beside it, what the data themselves gave.
+_EPOCH = "epoch of the adapter"
+#: `_fingerprint` of the classes in Keras 3.12 to 3.16.
+_KNOWN_CODE: dict[str, frozenset[str]] = {
+    "ArrayDataAdapter": frozenset(["8db8e0dabe85", "e929be563aa3"]),
+    "EpochIterator": frozenset(["50c9e52baf59", "e6617a9b7102"]),
+    "JAXEpochIterator": frozenset(["10b480d10607", "5a30beaf8c47", "a0718f0a8b13", "f8a5dd8c471b"]),
+    "PyDatasetAdapter": frozenset(["1401a287d651", "e5195dc1a8e1"]),
+    "TFDatasetAdapter": frozenset(["3a61b904efd9", "d14d19ceaa7d", "d3cc8dffba77"]),
+    "TFEpochIterator": frozenset(["e854099377b9"]),
+    "TorchEpochIterator": frozenset(["2abf1d2d3646", "ea021502b731"]),
+}
+#: What their instances have.
+_KNOWN_ATTRIBUTES = frozenset(
+    [
+        "_batch_size",
+        "_current_iterator",
+        "_data_shard_id",
+        "_dataset",
+        "_distribute_strategy",
+        "_distributed_dataset",
+        "_epoch",
+        "_epoch_iterator",
+        "_inputs",
+        "_num_batches",
+        "_num_data_shards",
+        "_num_samples",
+        "_output_signature",
+        "_partial_batch_size",
+        "_shuffle",
+        "_size",
+        "_steps_seen",
+        "_within_epoch",
+        "class_weight",
+        "data_adapter",
+        "enqueuer",
+        "py_dataset",
+        "shuffle",
+        "steps_per_epoch",
+        "steps_per_execution",
+    ]
+)
+
+
+def callback_list() -> keras.callbacks.CallbackList | None:
+    """The list whose `set_model` is calling."""
+    for frame in _frames():
+        if isinstance(found := frame.f_locals.get("self"), keras.callbacks.CallbackList):
+            return found
+    return None
+
+
+class Input:
+    """The training data of a `fit`, from its `on_train_begin` on.
+
+    Attributes:
+        inexact: Why an epoch, repeated after a restart, may see other data; `None` if it sees the same.
+        resumable: The data, if a position inside an epoch can be restored.
+    """
+
+    def __init__(self, model: Any, seed: int | None) -> None:
+        self._epochs = _epoch_iterator(model)
+        self._adapter: Any = getattr(self._epochs, "data_adapter", None)
+        self._shuffle: Any = None
+        self._seeded = seed is not None
+        self.resumable = self._adapter if isinstance(self._adapter, Resumable) else None
+        self.inexact = self._why_inexact(seed)
+        if self._epochs is None:
+            return
+        if self.resumable is not None:
+            epochs, data = self._epochs, self.resumable
+            epochs._enumerate_iterator = lambda: _enumerate(epochs, data)
+        elif seed is not None and _shuffles_in_tensorflow(self._adapter) and _is_recognised(self._adapter):
+            self._shuffle = _seed_shuffle(self._epochs, self._adapter)
+
+    def _why_inexact(self, seed: int | None) -> str | None:
+        epochs, adapter = self._epochs, self._adapter
+        if epochs is None:
+            return "the data of a `fit` that is not Keras' own are unknown"
+        if not _is_recognised(epochs):
+            return f"hornbeam does not know how this Keras' {type(epochs).__name__} goes through the data"
+        if isinstance(adapter, Resumable):
+            if _is_distributed(epochs) and not hasattr(adapter, "_length"):
+                return "a distributed tf.data.Dataset does not give away its iterators"
+            return None
+        if isinstance(adapter, TFDatasetAdapter | ArrayDataAdapter | PyDatasetAdapter) and not _is_recognised(adapter):
+            return f"hornbeam does not know this Keras' {type(adapter).__name__}"
+        if isinstance(adapter, TFDatasetAdapter):
+            if _is_distributed(epochs):
+                return "a distributed tf.data.Dataset does not give away its iterators"
+            whole = epochs.steps_per_epoch in (None, adapter.num_batches)
+            if not whole and (adapter.num_batches is not None or keras.backend.backend() != "tensorflow"):
+                return "with `steps_per_epoch` one pass over the data lasts for several epochs"
+            return unseeded(adapter._dataset)
+        if isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter):
+            if epochs.steps_per_epoch and epochs.steps_per_epoch != adapter.num_batches:
+                return "with `steps_per_epoch` one pass over the data lasts for several epochs"
+            if isinstance(adapter, PyDatasetAdapter):
+                return "the PyDataset is infinite" if adapter.num_batches is None else None
+            if seed is None and _shuffles_in_tensorflow(adapter) and not _counts_epochs(adapter):
+                return "TensorFlow's state of shuffling cannot be saved; pass `seed=`"
+            return None
+        return f"the position in a {type(adapter).__name__.removesuffix('Adapter')} cannot be saved"
+
+    @property
+    def length(self) -> int | None:
+        """Batches of an epoch, if they are known."""
+        return None if self._epochs is None else self._epochs.steps_per_epoch or self._epochs._num_batches
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether batches begin only when there is one: see `_looks_ahead`."""
+        return self.resumable is not None and _looks_ahead(self._epochs, self.resumable)
+
+    def begin(self, epoch: int, seed: int | None) -> None:
+        """Called when an epoch begins that is not resumed in its middle."""
+        if self.resumable is not None:
+            self.resumable.epoch, self.resumable.step = epoch, 0
+        if seed is not None:
+            if self._shuffle is not None:
+                self._shuffle.assign(randomness.derive(seed, epoch))
+            elif _counts_epochs(self._adapter) and _is_recognised(self._adapter):
+                self._adapter._epoch = randomness.derive(seed, epoch)
+        if self.inexact is None and isinstance(self._adapter, ArrayDataAdapter | PyDatasetAdapter):
+            # With `steps_per_epoch` Keras makes an epoch's iterator when the one before ends, which a restart cannot.
+            self._epochs._current_iterator = None
+            # Workers leave batches of an epoch that was not finished (Keras builds a model from its first) to the next.
+            enqueuer = getattr(self._adapter, "enqueuer", None)
+            while enqueuer is not None and not enqueuer.is_running() and not enqueuer.ready_queue.empty():
+                enqueuer.ready_queue.get()
+
+    def state(self, epoch: int, step: int) -> Any:
+        """What is needed to go on at this batch, or, for data that are not resumable, with this epoch."""
+        if self.resumable is not None:
+            self.resumable.epoch, self.resumable.step = epoch, step
+            return self.resumable.get_state()
+        if self.inexact is not None:
+            return None
+        if isinstance(self._adapter, TFDatasetAdapter):
+            # A new iterator where there is none: the next epoch's comes after it, here and after a restart.
+            live = getattr(self._epochs, "_current_iterator", None)
+            live = live if hasattr(live, "_iterator_resource") else iter(self._adapter._dataset)
+            return {"iterator": save_iterator(live), "seen": self._epochs._steps_seen}
+        dataset = getattr(self._adapter, "py_dataset", None)
+        state = dataset.get_state() if dataset is not None and hasattr(dataset, "get_state") else None
+        return {_EPOCH: int(self._adapter._epoch), "dataset": state} if _counts_epochs(self._adapter) else state
+
+    def restore(self, state: Any) -> None:
+        """Goes to where `state` was called."""
+        if state is None or self._epochs is None:
+            return
+        if self.resumable is not None:
+            self.resumable.set_state(state)
+        elif isinstance(self._adapter, TFDatasetAdapter):
+            iterator = iter(self._adapter._dataset)
+            load_iterator(iterator, state["iterator"])
+            if self._epochs.steps_per_epoch:  # it goes on; otherwise the dataset has its count of iterators back
+                self._epochs._current_iterator, self._epochs._steps_seen = iterator, state["seen"]
+        else:
+            if isinstance(state, dict) and _EPOCH in state:
+                if _counts_epochs(self._adapter) and not self._seeded:
+                    self._adapter._epoch = state[_EPOCH]
+                state = state["dataset"]
+            if state is not None:
+                self._adapter.py_dataset.set_state(state)
+
+    def example(self) -> Any:
+        """A batch of resumable data, or what looks like one."""
+        return None if self.resumable is None else self.resumable.example()
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _epoch_iterator(model: Any) -> Any:
+    for frame in _frames():
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
+            found = frame.f_locals.get("epoch_iterator")
+            if isinstance(found, EpochIterator):
+                return found
+    return None
+
+
+def _enumerate(epochs: Any, data: Resumable) -> Iterator[tuple[int, int, Any]]:
+    """`EpochIterator._enumerate_iterator` from the position of the data on, with one iterator for each epoch."""
+    data.on_epoch_begin()
+    goes_on = epochs.steps_per_epoch is not None and data.num_batches is None
+    # torch draws a number for every iterator: the random state inside of an epoch is that after it was drawn.
+    with randomness.kept() if data.step > 0 else contextlib.nullcontext():
+        iterator = data.open(lambda: iter(_begin(epochs, data)), goes_on=goes_on)
+    length, size = epochs.steps_per_epoch or epochs._num_batches, epochs.steps_per_execution
+    step, looks_ahead = data.step, _looks_ahead(epochs, data)
+    while length is None or step < length:
+        batches = iterator
+        if looks_ahead:
+            first = list(itertools.islice(iterator, 1))
+            if not first:
+                break
+            batches = itertools.chain(first, iterator)
+        epochs._steps_seen = step + size
+        yield step, step + size - 1, batches
+        step += size
+    data.on_epoch_end()
+
+
+def _looks_ahead(epochs: Any, data: Resumable) -> bool:
+    """Whether only the data know which batch is an epoch's last, and `fit` fails where none is left, as on JAX."""
+    return keras.backend.backend() == "jax" and data.num_batches is None and not epochs.steps_per_epoch
+
+
+def _begin(epochs: Any, data: Resumable) -> Any:
+    """What `fit` iterates over; where Keras reads ahead of training (JAX), without that, if the position is the data's.
+
+    A distribution has an iterator of its own, which does not read ahead.
+    """
+    reads_ahead = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
+    if not reads_ahead or data.counts:
+        return epochs._get_iterator()
+    together = _takes_steps_together(epochs)
+    return data.get_jax_iterator(epochs.steps_per_execution) if together else data.get_jax_iterator()
+
+
+def _takes_steps_together(epochs: Any) -> bool:
+    """Whether `fit` wants the batches of several steps as one, as on JAX from Keras 3.16 on."""
+    return epochs.steps_per_execution > 1 and hasattr(data_adapter_utils, "super_batch_iterator")
+
+
+def _is_distributed(epochs: Any) -> bool:
+    """Whether TensorFlow distributes the data over replicas."""
+    dataset = getattr(epochs, "_distributed_dataset", None)
+    return dataset is not None and not hasattr(dataset, "_variant_tensor")
+
+
+def _shuffles_in_tensorflow(adapter: Any) -> bool:
+    if not isinstance(adapter, ArrayDataAdapter) or keras.backend.backend() != "tensorflow":
+        return False
+    return bool(adapter._shuffle)
+
+
+def _counts_epochs(adapter: Any) -> bool:
+    """Whether the order of an epoch is a function of the adapter's own count of epochs, as from Keras 3.16 on."""
+    return isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter) and "_epoch" in vars(adapter)
+
+
+def _is_recognised(item: Any) -> bool:
+    """Whether an adapter or epoch iterator is one whose state is known, by its class, its code and its attributes."""
+    cls: Any = type(item)
+    while cls is not object and cls is not DataAdapter:
+        if _fingerprint(cls) not in _KNOWN_CODE.get(cls.__name__, ()):
+            return False
+        (cls,) = cls.__bases__[:1]
+    return vars(item).keys() <= _KNOWN_ATTRIBUTES
+
+
+@functools.cache
+def _fingerprint(cls: type) -> str:
+    """A digest of all names that each method of a class uses: other sources of state or order have other names."""
+    uses = []
+    for name, member in vars(cls).items():
+        function = inspect.unwrap(member) if callable(member) else getattr(member, "fget", None)
+        todo = [getattr(function, "__code__", None)]
+        found: set[str] = set()
+        while todo:
+            code = todo.pop()
+            if code is not None:
+                found.update(used for used in code.co_names if not used.startswith("__"))
+                todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        if function is not None and (not name.startswith("__") or name == "__init__"):
+            uses.append(f"{name}: {' '.join(sorted(found))}")
+    return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
+
+
+_local = threading.local()
+
+
+def _shuffle(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`tf.random.shuffle`, by a variable seed where an adapter builds its pipeline for us."""
+
+    def shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
+        import tensorflow as tf
+
+        seed = getattr(_local, "seed", None)
+        if seed is None:
+            return original(value, *args, **kwargs)
+        # The first element tells the batches of `shuffle="batch"` apart.
+        both = tf.stack([seed, tf.cast(value[0], tf.int64)])
+        return tf.random.experimental.stateless_shuffle(value, seed=both)
+
+    return shuffle
+
+
+_shuffle_patch = Patch(_shuffle)
+
+
+def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
+    """Builds the pipeline of an adapter of arrays again, with an order that is a function of the returned variable."""
+    import tensorflow as tf
+
+    with tf.device("CPU:0"):
+        seed = tf.Variable(0, dtype=tf.int64, trainable=False)
+    if _counts_epochs(adapter):  # what the pipeline takes its order from; stock Keras' has the number of now for ever
+        count, adapter._epoch = adapter._epoch, seed
+        try:
+            dataset = adapter.get_tf_dataset()
+        finally:
+            adapter._epoch = count
+    else:
+        with _shuffle_patch(tf.random, "shuffle"):
+            _local.seed = seed
+            try:
+                dataset = adapter.get_tf_dataset()
+            finally:
+                _local.seed = None
+    strategy = epochs._distribute_strategy
+    epochs._distributed_dataset = strategy.experimental_distribute_dataset(dataset)
+    return seed

@@ -1,0 +1,35 @@
+"""Values of torch's tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from hornbeam.base.deferred import Deferred, _copy_numpy
+from hornbeam.base.dtypes import extended_dtype
+
+
+def _view_torch(value: Any) -> np.ndarray | Deferred | None:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return None
+    into = functools.partial(_fill_torch, value)  # from a device, too: its driver copies in pieces
+    return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape, into)
+
+
+def _fill_torch(value: Any, memory: np.ndarray) -> None:
+    import torch
+
+    torch.frombuffer(memory, dtype=value.dtype).view(value.shape).copy_(value.detach())
+
+
+def _copy_torch(value: Any) -> np.ndarray:
+    import torch
+
+    host = value.detach().cpu().contiguous()
+    if host.dtype == torch.bfloat16:
+        return _copy_numpy(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
+    return _copy_numpy(host.numpy())
