@@ -68,3 +68,21 @@ _FETCHED = 64 << 20
 def _copy_numpy(value: np.ndarray) -> np.ndarray:
     # `tobytes` keeps the interpreter, `copy` lets it go: another thread could write half of a tensor meanwhile.
     return np.ndarray(value.shape, value.dtype, buffer=value.tobytes())
+
+
+class Unread:
+    """A dataset that does not fit where it would go: not read unless somebody insists, by `np.asarray`, say.
+
+    `KerasVariable.assign` compares shapes, which takes no values.
+    """
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+        self.shape, self.read = shape, read
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.read(), name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +16,7 @@ from keras.src.saving import saving_lib
 
 from hornbeam import _core
 from hornbeam.base import dtypes
+from hornbeam.base.deferred import Unread
 from hornbeam.values import ownership
 
 
@@ -196,24 +197,6 @@ class LoadStore(saving_lib.H5IOStore):
             raise self.error
         for image in self.images:
             image.complete(drop_rest=drop_rest)
-
-
-class Unread:
-    """A dataset that does not fit where it would go: not read unless somebody insists, by `np.asarray`, say.
-
-    `KerasVariable.assign` compares shapes, which takes no values.
-    """
-
-    def __init__(self, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
-        self.shape, self.read = shape, read
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.read(), name)
 
 
 class Image:

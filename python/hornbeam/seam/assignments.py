@@ -17,7 +17,7 @@ from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 
 from hornbeam.base import dtypes
-from hornbeam.flows.serving import LoadStore, Unread
+from hornbeam.base.deferred import Unread
 from hornbeam.seam import walking
 from hornbeam.seam.patches import Patch
 from hornbeam.values import holding, on_tensorflow, ownership
@@ -159,6 +159,16 @@ def _refill(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
         base.__setitem__(value, key, item)
 
 
+class Store(Protocol):
+    """What a load is served from.
+
+    Attributes:
+        passes: Whether nothing of the object whose turn it is is loaded.
+    """
+
+    passes: bool
+
+
 class Part(Protocol):
     """What of a model is loaded."""
 
@@ -253,7 +263,7 @@ class _Walk(Journal):
             self._visit(saveable, path)
 
 
-def walk(model: Any, store: LoadStore, visited: set[int], visit: Callable[[Any, str], None]) -> None:
+def walk(model: Any, store: Store, visited: set[int], visit: Callable[[Any, str], None]) -> None:
     """Calls `visit` with every object whose state a load of `model` asks `store` for, and its path; loads nothing."""
     outer = current()
     store.passes = True

@@ -26,7 +26,6 @@ import functools
 import inspect
 import json
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
@@ -42,7 +41,7 @@ from keras.src.utils import tracking
 from hornbeam.base import settings
 from hornbeam.base.trials import Tried
 from hornbeam.seam.patches import Patch
-from hornbeam.values import creating, on_tensorflow
+from hornbeam.values import creating, tf_variables
 
 
 class _Local(threading.local):
@@ -131,10 +130,7 @@ def _tracked_classes() -> tuple[type, ...]:
     classes = [keras.Variable, keras.layers.Layer, keras.metrics.Metric, keras.random.SeedGenerator]
     classes += [tuple, list, dict, set, tracking.Tracker]
     if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-        from tensorflow.python.trackable.data_structures import NoDependency
-
-        classes += [tf.__internal__.tracking.Trackable, NoDependency]
+        classes += tf_variables.tracked_classes()
     return tuple(classes)
 
 
@@ -232,53 +228,9 @@ def make_variable(variable: Any, value: Any, creation: creating.Creation) -> Any
         return None
     if tuple(value.shape) != tuple(variable._shape) or not creating.is_eager():
         return None
-    return _put_together(variable, value, creation.name_scope, creation.key, creation.trainable)
-
-
-@functools.cache
-def _tensorflow() -> Any:
-    """TensorFlow's private modules."""
-    from tensorflow.python.eager import context
-    from tensorflow.python.framework import ops
-    from tensorflow.python.ops import gen_resource_variable_ops as generated
-    from tensorflow.python.ops import handle_data_util, resource_variable_ops
-
-    return context, ops, generated, handle_data_util, resource_variable_ops
-
-
-def _put_together(variable: Any, value: Any, name_scope: str, key: str | None, trainable: bool) -> Any:
-    context, ops, generated, handle_data_util, resource_variable_ops = _tensorflow()
-
-    # As ResourceVariable._init_from_args in eager mode.
-    name = f"{name_scope}/{variable.name}" if name_scope else variable.name
-    shape, dtype = value.shape, value.dtype
-    shared = context.anonymous_name()
-    handle = generated.var_handle_op(shape=shape, dtype=dtype, shared_name=shared, debug_name="hornbeam", container="")
-    known = {} if (scope := _local.scope) is None else scope.handle_data
-    data = known.get((shape, dtype))
-    if data is None:
-        data = known[shape, dtype] = handle_data_util.create_handle_data(shape, dtype)
-    handle._handle_data = data
-    generated.assign_variable_op(handle, value)
-    made = resource_variable_ops.ResourceVariable.__new__(resource_variable_ops.ResourceVariable)
-    handle._parent_trackable = weakref.ref(made)
-    handle._name = f"{name}:0"
-    handle._unique_id = key or f"{name}_{ops.uid()}"
-    made._in_graph_mode = False
-    resource_variable_ops.BaseResourceVariable.__init__(
-        made,
-        trainable=trainable,
-        shape=shape,
-        dtype=dtype,
-        handle=handle,
-        synchronization=variable._map_synchronization(variable.synchronization),
-        aggregation=variable._map_aggregation(variable.aggregation),
-        name=name,
-        unique_id=handle._unique_id,
-        handle_name=name,
-        in_graph_mode=False,
+    return tf_variables.put_together(
+        variable, value, creation.name_scope, creation.key, trainable=creation.trainable, known=scope.handle_data
     )
-    return made
 
 
 @contextlib.contextmanager
@@ -307,9 +259,7 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
         if "copies" in wanted:
             stack.enter_context(_copies())
         if "tensors" in wanted:
-            import tensorflow as tf
-
-            stack.enter_context(_tensor_patch(tf, "is_tensor"))
+            stack.enter_context(_tensor_patch(tf_variables.module(), "is_tensor"))
         before = _local.scope
         _local.scope = _Scope(wanted)
         try:
@@ -406,38 +356,12 @@ def _spoil(item: Any) -> None:
 
 
 def _try_tensors() -> bool:
-    import tensorflow as tf
-
-    values: list[Any] = [1, 1.5, "a", None, (), [tf.constant(1)], {}, keras.Variable(1.0), keras.layers.Layer(), Any]
-    values += [keras.KerasTensor((2,)), tf.constant(1), tf.Variable(1), tf.TensorSpec((2,)), tf.ragged.constant([[1]])]
+    values: list[Any] = [1, 1.5, "a", None, (), {}, keras.Variable(1.0), keras.layers.Layer(), Any]
+    values += [keras.KerasTensor((2,)), *tf_variables.samples()]
+    tf = tf_variables.module()
     real = [bool(tf.is_tensor(value)) for value in values]
     with _taken("tensors"), _tensor_patch(tf, "is_tensor"):
         return [bool(tf.is_tensor(value)) for value in [*values, *values]] == [*real, *real]
-
-
-def _try_variables() -> bool:
-    """Whether what is put together equals the real thing, attribute by attribute, and is updated alike."""
-    if not on_tensorflow.shares():
-        return False
-    import tensorflow as tf
-
-    def describe(made: Any) -> Any:
-        made.assign_add([[1.0, 2.0]])
-        handle = made.handle
-        odd = {"_handle", "_unique_id", "_handle_name", "_graph_key"}
-        return (
-            {key: str(value) for key, value in vars(made).items() if key not in odd},
-            (type(made), made.name, made.dtype, made.shape, made.device, made.trainable, made.numpy().tolist()),
-            (handle.dtype, handle.shape, handle.device, handle._name, handle._parent_trackable() is made),
-            (handle._handle_data, made._graph_key, made._unique_id.rpartition("_")[0], made._handle_name),
-            tf.function(lambda: made + 1.0, autograph=False)().numpy().tolist(),
-        )
-
-    variable = keras.Variable([[1.0, 2.0]], name="hornbeam_tries")
-    real = describe(variable._value)
-    value = tf.constant([[1.0, 2.0]])
-    with tf.init_scope():
-        return bool(describe(_put_together(variable, value, "", None, True)) == real)
 
 
 _works = {
@@ -445,5 +369,5 @@ _works = {
     "copies": Tried("the shortcut 'copies'", _try_copies),
     "signatures": Tried("the shortcut 'signatures'", _try_signatures),
     "tensors": Tried("the shortcut 'tensors'", _try_tensors),
-    "variables": Tried("the shortcut 'variables'", _try_variables),
+    "variables": Tried("the shortcut 'variables'", tf_variables.try_put_together),
 }

@@ -161,12 +161,11 @@ def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
 
     def save_own_variables(self: Any, store: Any) -> None:
-        from hornbeam.flows.recording import RecordStore
-
-        if not isinstance(store, RecordStore):
+        mark = getattr(store, "mark_optimizer", None)  # ours has it
+        if mark is None:
             original(self, store)
             return
-        store.mark_optimizer()
+        mark()
         for i, variable in enumerate(self.variables):
             store[str(i)] = variable
 

@@ -13,11 +13,11 @@ from keras.src.utils.python_utils import pythonify_logs
 
 from hornbeam.base import locations, writer
 from hornbeam.base.counters import logger
-from hornbeam.checkpoint import Checkpoint, CheckpointManager
 from hornbeam.errors import HornbeamError
 from hornbeam.seam.entry import scope
 from hornbeam.training import fit, processes, training_state
 from hornbeam.training.copies import BeginsAnew
+from hornbeam.training.manager import Checkpoint, CheckpointManager
 from hornbeam.training.model_checkpoint import ModelCheckpoint
 from hornbeam.values import randomness
 

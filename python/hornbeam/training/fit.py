@@ -25,9 +25,9 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
-from hornbeam.data import Resumable, load_iterator, save_iterator, unseeded
 from hornbeam.seam.patches import Patch
-from hornbeam.values import randomness
+from hornbeam.training.resumable import Resumable
+from hornbeam.values import randomness, tf_data
 
 #: In the state of data: the adapter's count of epochs; beside it, what the data themselves gave.
 _EPOCH = "epoch of the adapter"
@@ -122,7 +122,7 @@ class Input:
             whole = epochs.steps_per_epoch in (None, adapter.num_batches)
             if not whole and (adapter.num_batches is not None or keras.backend.backend() != "tensorflow"):
                 return "with `steps_per_epoch` one pass over the data lasts for several epochs"
-            return unseeded(adapter._dataset)
+            return tf_data.unseeded(adapter._dataset)
         if isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter):
             if epochs.steps_per_epoch and epochs.steps_per_epoch != adapter.num_batches:
                 return "with `steps_per_epoch` one pass over the data lasts for several epochs"
@@ -171,7 +171,7 @@ class Input:
             # A new iterator where there is none: the next epoch's comes after it, here and after a restart.
             live = getattr(self._epochs, "_current_iterator", None)
             live = live if hasattr(live, "_iterator_resource") else iter(self._adapter._dataset)
-            return {"iterator": save_iterator(live), "seen": self._epochs._steps_seen}
+            return {"iterator": tf_data.save_iterator(live), "seen": self._epochs._steps_seen}
         dataset = getattr(self._adapter, "py_dataset", None)
         state = dataset.get_state() if dataset is not None and hasattr(dataset, "get_state") else None
         return {_EPOCH: int(self._adapter._epoch), "dataset": state} if _counts_epochs(self._adapter) else state
@@ -184,7 +184,7 @@ class Input:
             self.resumable.set_state(state)
         elif isinstance(self._adapter, TFDatasetAdapter):
             iterator = iter(self._adapter._dataset)
-            load_iterator(iterator, state["iterator"])
+            tf_data.load_iterator(iterator, state["iterator"])
             if self._epochs.steps_per_epoch:  # it goes on; otherwise the dataset has its count of iterators back
                 self._epochs._current_iterator, self._epochs._steps_seen = iterator, state["seen"]
         else:
@@ -312,14 +312,10 @@ def _shuffle(original: Callable[..., Any]) -> Callable[..., Any]:
     """`tf.random.shuffle`, by a variable seed where an adapter builds its pipeline for us."""
 
     def shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
-        import tensorflow as tf
-
         seed = getattr(_local, "seed", None)
         if seed is None:
             return original(value, *args, **kwargs)
-        # The first element tells the batches of `shuffle="batch"` apart.
-        both = tf.stack([seed, tf.cast(value[0], tf.int64)])
-        return tf.random.experimental.stateless_shuffle(value, seed=both)
+        return tf_data.shuffle(value, seed)  # the first element tells the batches of `shuffle="batch"` apart
 
     return shuffle
 
@@ -329,10 +325,7 @@ _shuffle_patch = Patch(_shuffle)
 
 def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
     """Builds the pipeline of an adapter of arrays again, with an order that is a function of the returned variable."""
-    import tensorflow as tf
-
-    with tf.device("CPU:0"):
-        seed = tf.Variable(0, dtype=tf.int64, trainable=False)
+    seed = tf_data.seed_variable()
     if _counts_epochs(adapter):  # what the pipeline takes its order from; stock Keras' has the number of now for ever
         count, adapter._epoch = adapter._epoch, seed
         try:
@@ -340,7 +333,7 @@ def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
         finally:
             adapter._epoch = count
     else:
-        with _shuffle_patch(tf.random, "shuffle"):
+        with _shuffle_patch(tf_data.random_module(), "shuffle"):
             _local.seed = seed
             try:
                 dataset = adapter.get_tf_dataset()

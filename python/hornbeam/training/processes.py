@@ -21,7 +21,7 @@ import keras
 
 from hornbeam import _core
 from hornbeam.errors import CheckpointError, UnsupportedError
-from hornbeam.values import tensors
+from hornbeam.values import on_jax, on_torch, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,9 @@ def current() -> Place:
     """
     backend = keras.backend.backend()
     if backend == "jax":
-        import jax
-
-        return Place(jax.process_index(), jax.process_count())
+        return Place(*on_jax.processes())
     if backend == "torch":
-        import torch
-
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return Place(*(on_torch.processes() or (0, 1)))
     if backend == "tensorflow" and os.environ.get("TF_CONFIG"):
         return _from_tf_config(os.environ["TF_CONFIG"])
     return Place(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,3 +32,17 @@ def _fetch_jax(value: Any) -> Deferred:
         _fetch_rows, lambda rows: np.asarray(jax.device_put(value[rows], cpu)), value.dtype.name, value.shape
     )
     return Deferred(lambda: np.array(jax.device_put(value, cpu)), value.dtype.name, value.shape, into)
+
+
+def stack() -> Callable[..., Any]:
+    """`jax.numpy.stack`."""
+    import jax.numpy as jnp
+
+    return jnp.stack
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    import jax
+
+    return jax.process_index(), jax.process_count()

@@ -33,3 +33,12 @@ def _copy_torch(value: Any) -> np.ndarray:
     if host.dtype == torch.bfloat16:
         return _copy_numpy(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
     return _copy_numpy(host.numpy())
+
+
+def processes() -> tuple[int, int] | None:
+    """The number of this process, and how many there are, where torch knows of several."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return None
