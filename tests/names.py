@@ -8,7 +8,11 @@ from pathlib import Path
 
 import hornbeam
 
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(hornbeam.__file__).parent.glob("*.py")}
+_ROOT = Path(hornbeam.__file__).parent
+#: Module, as `flows.saves`, → its syntax tree.
+SOURCES = {
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in _ROOT.rglob("*.py")
+}
 #: Underscored attributes of other libraries' objects, and of Python's own.
 FOREIGN = {
     "_getframe",  # sys
@@ -115,10 +119,9 @@ def imports(module: str) -> set[str]:
             continue
         found.add(name)
         for node in SOURCES[name].body:
-            if isinstance(node, ast.ImportFrom) and node.module == "hornbeam":
-                todo += [n.name for n in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hornbeam."):
-                todo.append(str(node.module).removeprefix("hornbeam."))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "hornbeam":
+                inside = f"{node.module}.".removeprefix("hornbeam.")
+                todo += [inside.removesuffix("."), *(f"{inside}{n.name}" for n in node.names)]
     return found
 
 

@@ -50,13 +50,10 @@ def test_the_table_has_nothing_else_and_operations_have_all_they_import() -> Non
     assert known.KNOWN.keys() == used | replaced
     expected = {f"{m.removeprefix('keras.src.')}.{name}" for m, found in entry_._REPLACED.items() for name in found}
     assert {name.replace("archive:", "export.saved_model.") for name in replaced} == expected
-    entries = ["_formats", "_save", "_load", "_legacy_save", "_legacy", "_json", "_export"]
-    entries += ["_safetensors", "_savedmodel", "_backup"]
+    entries = ["save_adapters", "load_adapters", "legacy_save", "legacy_load", "to_json", "exports"]
+    entries = [f"formats.{entry}" for entry in [*entries, "safetensors", "savedmodel"]] + ["training.backup"]
     for (operation, (modules, _)), entry in zip(known.OPERATIONS.items(), entries, strict=True):
-        # `_keras` imports nothing of Keras' itself, and what it has of it is for those who go through a model.
-        walks = operation not in ("formats", "export", "savedmodel")
-        imported = names.imports(entry) & known.USES.keys()
-        assert {*modules.split()} >= (imported if walks else imported - {"_keras"}), operation
+        assert {*modules.split()} >= names.imports(entry) & known.USES.keys(), operation
     for module, functions in entry_._REPLACED.items():
         for name in functions:
             assert entry_._operation(module, name) in known.OPERATIONS
@@ -99,7 +96,6 @@ def _legacy_weights(model: Any, path: Path) -> Any:
 
 #: Operation → what makes stock Keras do it, and the file's name.
 WORK: dict[str, list[tuple[Callable[[Any, Path], Any], str]]] = {
-    "formats": [(_save, "m.keras"), (_weights, "m.weights.h5"), (_save, "m.h5")],
     "save": [(_save, "m.keras"), (_weights, "m.weights.h5")],
     "load": [(_save, "m.keras"), (_weights, "m.weights.h5")],
     "legacy save": [(_save, "m.h5")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -11,11 +12,12 @@ import keras.export as _stock
 
 from hornbeam.base import locations
 from hornbeam.errors import UnsupportedError
-from hornbeam.formats.exports import ExportReport, Request, last_report, requested
-from hornbeam.seam import keras_names
-from hornbeam.seam.entry import scope
+from hornbeam.formats import exports
+from hornbeam.formats.exports import ExportReport, last_report
+from hornbeam.seam import entry, keras_names
 
 __all__ = ["ExportArchive", "ExportReport", "export", "last_report"]
+_EXPORTS = "hornbeam.formats.exports"
 _Archive: Any = keras_names.backend_archive_class()
 
 
@@ -59,8 +61,10 @@ def export(
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
     filepath = locations.absolute(filepath)  # what is traced may change the directory
-    with scope(), requested(Request(verify=verify, tolerance=tolerance)):
-        model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
+    compared = {"verify": verify, "tolerance": tolerance} if verify else {}
+    exports.forget()
+    with entry.scope():
+        model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **compared, **kwargs)
     return last_report()
 
 
@@ -90,8 +94,7 @@ class ExportArchive(_Archive):
         Raises:
             ValueError: For anything else; says which layer is not built, and what in it.
         """
-        with scope():
-            super().track(resource)
+        entry.run("export", f"{_EXPORTS}:track", functools.partial(super().track, resource), self, resource)
 
     def add_endpoint(self, name: str, fn: Any, input_signature: Any = None, **kwargs: Any) -> Any:
         """Adds a function that the artifact will have.
@@ -108,8 +111,8 @@ class ExportArchive(_Archive):
         Raises:
             ValueError: For a name that is taken or a missing signature.
         """
-        with scope():
-            return super().add_endpoint(name, fn, input_signature, **kwargs)
+        stock = functools.partial(super().add_endpoint, name, fn, input_signature, **kwargs)
+        return entry.run("export", f"{_EXPORTS}:add_endpoint", stock, self, name, fn, input_signature, **kwargs)
 
     def track_and_add_endpoint(self, name: str, resource: Any, input_signature: Any, **kwargs: Any) -> Any:
         """`track` and `add_endpoint` of the layer's `__call__`.
@@ -126,8 +129,7 @@ class ExportArchive(_Archive):
         Raises:
             ValueError: As `track` and `add_endpoint`.
         """
-        with scope():
-            return super().track_and_add_endpoint(name, resource, input_signature, **kwargs)
+        return super().track_and_add_endpoint(name, resource, input_signature, **kwargs)
 
     def add_variable_collection(self, name: str, variables: Sequence[Any]) -> None:
         """Adds variables that the reloaded artifact will have under this name; this archive has them, too.
@@ -139,8 +141,8 @@ class ExportArchive(_Archive):
         Raises:
             ValueError: For a name that is taken, or what are no variables.
         """
-        with scope():
-            super().add_variable_collection(name, variables)
+        stock = functools.partial(super().add_variable_collection, name, variables)
+        entry.run("export", f"{_EXPORTS}:add_variable_collection", stock, self, name, variables)
 
     def write_out(
         self,
@@ -167,9 +169,9 @@ class ExportArchive(_Archive):
             ValueError: Without endpoints, for a signature that does not fit, or a difference (`VerificationError`).
             OSError: When the directory cannot be written.
         """
-        with scope(), requested(Request(verify=verify, tolerance=tolerance)):
-            super().write_out(filepath, options, verbose)
-        return last_report()
+        request = exports.ExportRequest(verify=verify, tolerance=tolerance)
+        stock = functools.partial(super().write_out, filepath, options, verbose)
+        return entry.run("export", f"{_EXPORTS}:write", stock, self, filepath, request, options, verbose=verbose)
 
 
 def __getattr__(name: str) -> Any:

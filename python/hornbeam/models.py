@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import keras.models as _stock
 from keras.src.models import model as _model
 
 from hornbeam.saving import load_model, save_model
-from hornbeam.seam.entry import scope
+from hornbeam.seam import entry
 
 __all__ = ["load_model", "model_from_json", "save_model"]
 
@@ -25,8 +26,8 @@ def model_from_json(json_string: str | bytes, custom_objects: dict[str, Any] | N
         TypeError: When classes or functions are missing: one error that names all of them.
         json.JSONDecodeError: For what is no JSON.
     """
-    with scope():
-        return _model.model_from_json(json_string, custom_objects)
+    stock = functools.partial(_model.model_from_json, json_string, custom_objects)
+    return entry.run("json", "hornbeam.formats.to_json:model_from_json", stock, json_string, custom_objects)
 
 
 def __getattr__(name: str) -> Any:

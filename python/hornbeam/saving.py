@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
 from hornbeam.base import writer
-from hornbeam.base.file_objects import is_file_object, plain
+from hornbeam.base.file_objects import plain
 from hornbeam.base.progress import Progress
-from hornbeam.base.reports import LoadReport, SaveReport, last_report, last_save_report, remember
+from hornbeam.base.reports import LoadReport, SaveReport, remember
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle
-from hornbeam.errors import UnsupportedError
-from hornbeam.seam import keras_names
-from hornbeam.seam.entry import scope
-
-if TYPE_CHECKING:
-    from hornbeam.flows.selections import NameMap
+from hornbeam.flows.requests import LoadRequest, NameMap, SaveRequest
+from hornbeam.formats import operations
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
-#: What can be loaded strictly and in part.
-_IN_PART = (".keras", ".h5", ".hdf5", ".weights.json", ".safetensors", ".safetensors.index.json")
-#: The request of a load as stock Keras does it.
-_WHOLE: dict[str, Any] = {"strict": False, "only": None, "skip": (), "name_map": None, "by_name": False}
 Progressed = Callable[[Progress], Any] | bool | None
 
 
@@ -46,7 +38,6 @@ def save_model(
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     asynchronous: bool = False,
-    latest_wins: bool = False,
     **kwargs: Any,
 ) -> Handle | None:
     """Saves a model: as a `.keras` archive, a directory (`zipped=False`), a SavedModel, or in the legacy HDF5 format.
@@ -72,7 +63,6 @@ def save_model(
         asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
             written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
             `hornbeam.wait()` or by the handle.
-        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_model`.
 
     Returns:
@@ -83,15 +73,20 @@ def save_model(
         ValueError: For a wrong extension, unknown arguments, or what a file cannot hold.
         OSError: When the target cannot be written.
     """
-    how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    place: Any = plain(filepath)
-    if asynchronous and str(place).endswith((".h5", ".hdf5")):
-        raise UnsupportedError(f"Legacy HDF5 files are not written asynchronously. Received: {place}")
-    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
-    before = last_save_report()
-    with scope(), how, writer.asked(asynchronous, latest_wins) as request:
-        saving_api.save_model(model, place, overwrite=overwrite, zipped=zipped, **kwargs)
-    return _outcome(place, before, request)
+    save_format = kwargs.pop("save_format", None)
+    if kwargs:
+        saving_api.save_model(model, filepath, **kwargs)  # raises
+    with _options(compression, shuffle, chunk_bytes, progress), writer.asked(asynchronous) as queue:
+        request = SaveRequest(
+            model,
+            plain(filepath),
+            include_optimizer=include_optimizer,
+            dtype=dtype,
+            allow_overflow=allow_overflow,
+            writer=queue,
+        )
+        saved = operations.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
+    return _outcome(saved, request)
 
 
 def load_model(
@@ -121,14 +116,12 @@ def load_model(
         ValueError: For what is no Keras model file, or does not match it.
         zipfile.BadZipFile: For a damaged archive.
     """
-    place: Any = plain(filepath)
-    before = last_report()
-    with scope(), options(progress=progress), _requested(strict=strict):
-        model = saving_api.load_model(place, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
-    if last_report() is before:  # a format that is stock Keras' own
-        if strict:
-            raise UnsupportedError(f"Only stock Keras loads this format, and does not say what. Received: {place}")
-        remember(LoadReport(_path(place)))
+    request = LoadRequest(
+        plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
+    )
+    with _options(progress=progress):
+        model, report = operations.load_model(request)
+    remember(report)
     return model
 
 
@@ -146,7 +139,6 @@ def save_weights(
     chunk_bytes: int | None = None,
     progress: Progressed = None,
     asynchronous: bool = False,
-    latest_wins: bool = False,
     **kwargs: Any,
 ) -> Handle | None:
     """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`.
@@ -169,7 +161,6 @@ def save_weights(
         asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
             written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
             `hornbeam.wait()` or by the handle.
-        latest_wins: Instead of blocking, take the place of the waiting save if that one has `latest_wins` too.
         **kwargs: As `keras.saving.save_weights`.
 
     Returns:
@@ -180,13 +171,22 @@ def save_weights(
         ValueError: For a wrong extension or a model that is not built.
         OSError: When the target cannot be written.
     """
-    how = options(compression=compression, shuffle=shuffle, chunk_bytes=chunk_bytes, progress=progress)
-    place: Any = plain(filepath)
-    kwargs = {**kwargs, **_smaller(include_optimizer, dtype, allow_overflow)}
-    before = last_save_report()
-    with scope(), how, writer.asked(asynchronous, latest_wins) as request:
-        saving_api.save_weights(model, place, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs)
-    return _outcome(place, before, request)
+    skip = kwargs.pop("objects_to_skip", None)
+    if kwargs:
+        saving_api.save_weights(model, filepath, **kwargs)  # raises
+    with _options(compression, shuffle, chunk_bytes, progress), writer.asked(asynchronous) as queue:
+        request = SaveRequest(
+            model,
+            plain(filepath),
+            include_optimizer=include_optimizer,
+            dtype=dtype,
+            allow_overflow=allow_overflow,
+            max_shard_size=max_shard_size,
+            skip=skip,
+            writer=queue,
+        )
+        saved = operations.save_weights(request, overwrite=overwrite)
+    return _outcome(saved, request)
 
 
 def load_weights(
@@ -232,57 +232,50 @@ def load_weights(
         OSError: For a damaged weights file.
         zipfile.BadZipFile: For a damaged archive.
     """
-    request: dict[str, Any] = {
-        "strict": strict,
-        "only": None if only is None else _patterns(only),
-        "skip": _patterns(skip),
-        "name_map": name_map,
-        "by_name": bool(by_name),
-    }
-    place: Any = plain(filepath)
-    if not is_file_object(place) and not str(place).endswith(_IN_PART):
-        if request != _WHOLE:
-            raise UnsupportedError(f"Files of this kind cannot be loaded strictly or in part. Received: {place}")
-        kwargs["by_name"] = by_name
-    with scope(), options(progress=progress), _requested(**request):
-        before = last_report()
-        saving_api.load_weights(model, place, skip_mismatch=skip_mismatch, **kwargs)
-        report = last_report()
-    if report is None or report is before:
-        report = LoadReport(_path(place))
-        remember(report)
+    skipped = kwargs.pop("objects_to_skip", None)
+    if kwargs:
+        saving_api.load_weights(model, filepath, skip_mismatch, **kwargs)  # raises
+    request = LoadRequest(
+        plain(filepath),
+        model,
+        strict=strict,
+        only=None if only is None else _patterns(only),
+        skip=_patterns(skip),
+        name_map=name_map,
+        by_name=bool(by_name),
+        skip_mismatch=skip_mismatch,
+        objects_to_skip=skipped,
+    )
+    with _options(progress=progress):
+        report = operations.load_weights(request)
+    remember(report)
     return report
 
 
-def _requested(**request: Any) -> AbstractContextManager[None]:
-    """What this thread's next load does beyond Keras', by the fields of `_select.Request`."""
-    if keras_names.unknown("load") is None:
-        from hornbeam.flows import loads, selections
-
-        return loads.requested(selections.Request(**request))
-    if request != {name: _WHOLE[name] for name in request}:
-        keras_names.require("load")
-    return nullcontext()
-
-
-def _smaller(include_optimizer: bool, dtype: str | None, allow_overflow: bool) -> dict[str, Any]:
-    """What goes to Keras' functions only where it is not what they do anyway."""
-    usual = {"include_optimizer": True, "dtype": None, "allow_overflow": False}
-    given = {"include_optimizer": include_optimizer, "dtype": dtype, "allow_overflow": allow_overflow}
-    return {name: value for name, value in given.items() if value != usual[name]}
-
-
-def _outcome(filepath: Any, before: SaveReport | None, request: writer.Request | None) -> Handle | None:
-    if request is not None and request.handle is not None:  # else nobody wanted the file to be replaced
-        return request.handle
-    if last_save_report() is before:  # stock Keras' work, or none: no older report is the last one
-        remember(SaveReport(_path(filepath)))
+def _outcome(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
+    if isinstance(saved, Handle):
+        return saved
+    if request.writer is not None:
+        return writer.cancelled(str(request.target))
+    if saved is not None:
+        remember(saved)
     return None
 
 
-def _path(filepath: Any) -> str | None:
-    """What a report calls it."""
-    return filepath if isinstance(filepath, str) else None
+def _options(
+    compression: str | int | None = None,
+    shuffle: bool | None = None,
+    chunk_bytes: int | None = None,
+    progress: Progressed = None,
+) -> AbstractContextManager[Any]:
+    given: dict[str, Any] = {
+        "compression": compression,
+        "shuffle": shuffle,
+        "chunk_bytes": chunk_bytes,
+        "progress": progress,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return options(**given) if given else nullcontext()
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -86,7 +86,9 @@ def is_seekable(file: Any) -> bool:
 
 
 def source(file: Any) -> Any:
-    """What the core reads from: a path where the file object stands for one, memory, or the object itself."""
+    """What the core reads from: a path, also where a file object stands for one, memory, or the object itself."""
+    if isinstance(file, str):
+        return file
     if isinstance(file, Stream):
         file = file.file
     if type(file) is io.BufferedReader:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import threading
 import time
 import warnings
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -140,6 +140,7 @@ class SaveReport:
         dtype: What weights were cast to, or `None`.
         cast: Those that were, and what they lost.
         left_out: Names of what was left out: the optimizer's state.
+        crc: CRC-32 of the weights image, where hornbeam wrote one file of it.
     """
 
     path: str | None = None
@@ -149,6 +150,7 @@ class SaveReport:
     dtype: str | None = None
     cast: list[Cast] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    crc: int | None = None
 
     @property
     def max_abs(self) -> float:
@@ -204,19 +206,23 @@ def _size(nbytes: int) -> str:
     return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-_local = threading.local()
+_last_load: ContextVar[LoadReport | None] = ContextVar("hornbeam_last_load", default=None)
+_last_save: ContextVar[SaveReport | None] = ContextVar("hornbeam_last_save", default=None)
 
 
 def last_report() -> LoadReport | None:
-    """The report of this thread's last load that went through hornbeam; `None` before there is one."""
-    return getattr(_local, "last", None)
+    """The report of this thread's or task's last load that went through hornbeam; `None` before there is one."""
+    return _last_load.get()
 
 
 def last_save_report() -> SaveReport | None:
-    """The report of this thread's last save that went through hornbeam; `None` before there is one."""
-    return getattr(_local, "last_save", None)
+    """The report of this thread's or task's last save that went through hornbeam; `None` before there is one."""
+    return _last_save.get()
 
 
 def remember(report: LoadReport | SaveReport) -> None:
-    """Makes `report` the last one."""
-    setattr(_local, "last_save" if isinstance(report, SaveReport) else "last", report)
+    """Makes `report` the last one; who was called from outside does that, once."""
+    if isinstance(report, SaveReport):
+        _last_save.set(report)
+    else:
+        _last_load.set(report)

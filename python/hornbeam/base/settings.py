@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 #: The names of `_shortcuts.py`.
@@ -41,16 +41,12 @@ class Options:
     chunk_bytes: int = 1 << 20
 
 
-class _Local(threading.local):
-    options = Options()
-
-
-_local = _Local()
+_options: ContextVar[Options] = ContextVar("hornbeam_options", default=Options())  # noqa: B039 - frozen
 
 
 def current() -> Options:
-    """The options in force in this thread."""
-    return _local.options
+    """The options in force in this thread or task."""
+    return _options.get()
 
 
 @contextlib.contextmanager
@@ -67,7 +63,7 @@ def options(
     shuffle: bool | None = None,
     chunk_bytes: int | None = None,
 ) -> Iterator[Options]:
-    """Sets options for the calling thread while the context lasts; `None` leaves one as it is.
+    """Sets options for the calling thread or task while the context lasts; `None` leaves one as it is.
 
     Args:
         strict: Raise `UnsupportedError` where hornbeam would hand over to stock Keras.
@@ -109,26 +105,26 @@ def options(
     if unknown:
         raise ValueError(f"shortcuts must be among {sorted(SHORTCUTS)}. Received: {shortcuts}")
     given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
-    before = _local.options
+    before = _options.get()
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if compression is not None:
         changes["compression"] = _level(compression)
-    _local.options = dataclasses.replace(before, **changes)
+    _options.set(dataclasses.replace(before, **changes))
     try:
-        yield _local.options
+        yield _options.get()
     finally:
-        _local.options = before
+        _options.set(before)  # no `reset`: the block may be left in another context
 
 
 @contextlib.contextmanager
 def using(options: Options) -> Iterator[None]:
     """Has the options of another thread in force."""
-    before = _local.options
-    _local.options = options
+    before = _options.get()
+    _options.set(options)
     try:
         yield
     finally:
-        _local.options = before
+        _options.set(before)
 
 
 def _level(compression: str | int) -> int | None:

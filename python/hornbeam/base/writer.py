@@ -1,6 +1,6 @@
 """Saves that go on while training does: the snapshot is taken at the call, one thread at a time writes.
 
-One save is written, one more may wait; a third blocks, or takes the place of the waiting one. The writing itself is
+One save is written, one more may wait; a third blocks. The writing itself is
 done by a thread of the core's without the interpreter lock; the thread here only waits for it. It is no daemon and ends
 with the last save, so that the interpreter waits for it at exit and none is there when nothing is saved.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.base import counters, locations, settings
+from hornbeam.base.reports import SaveReport
 from hornbeam.errors import CancelledError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Handle:
         bytes: Its size, once it is written.
         stalled: Seconds that the call took.
         written: Seconds from the first byte until the file was in its place, once it is.
+        report: What was saved, once it is.
     """
 
     def __init__(self, path: str) -> None:
@@ -43,6 +45,7 @@ class Handle:
         self.bytes: int | None = None
         self.stalled = 0.0
         self.written: float | None = None
+        self.report: SaveReport | None = None
         self._finished = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -95,7 +98,7 @@ class Handle:
         Raises:
             TimeoutError: When it has not ended by then.
             UnsupportedError: In a callback of a save, which this one waits for.
-            CancelledError: When a later save took its place (`latest_wins`).
+            CancelledError: Where the user kept the old file, and in a forked child.
             OSError: When the file could not be written; and whatever else a save raises.
         """
         error = self.exception(timeout)
@@ -135,10 +138,9 @@ class _Job:
     """A save whose values were taken: what is left to do, and to give back."""
 
     handle: Handle
-    write: Callable[[], int]  # returns the bytes of the file
+    write: Callable[[], SaveReport]
     drop: Callable[[], None]
     options: settings.Options
-    replaceable: bool
     stages: bool  # its values are in the staging memory
 
     def run(self) -> BaseException | None:
@@ -148,7 +150,8 @@ class _Job:
         error: BaseException | None = None
         try:
             with settings.using(dataclasses.replace(self.options, progress=self.options.progress or False)):
-                handle.bytes = self.write()
+                handle.report = self.write()
+                handle.bytes = handle.report.bytes
         except BaseException as e:
             error = e
             counters.logger.error("the asynchronous save of '%s' failed: %s", handle.path, e, exc_info=e)
@@ -169,7 +172,6 @@ class _Queue:
         self.failed: list[Handle] = []
         self.staging = _Staging()
         self.staged = False  # somebody's values are in it
-        self.told: list[tuple[Handle, list[Callable[[Handle], Any]]]] = []  # callbacks of saves that were replaced
 
     def places(self) -> int:
         return 2 - (self.writing is not None) - (self.waiting is not None) - self.reserved
@@ -179,8 +181,7 @@ class _Queue:
             self.reserved -= reserved
             # Never for who has reserved a place; and those who have may be waiting for this one's memory.
             while self.places() + (self.reserved if job.stages else 0) < 1:
-                if not (job.replaceable and self.replace()):
-                    self.wait()
+                self.wait()
             # Once the interpreter ends, nobody waits for a new thread: the caller writes.
             ending = not threading.main_thread().is_alive()
             if not ending and self.writing is not None:
@@ -198,27 +199,14 @@ class _Queue:
             if job.handle._error is not None:
                 _fail_exit()  # which may have looked already
 
-    def replace(self) -> bool:
-        """Gives up the waiting save, if it agrees; the caller holds the lock."""
-        if self.waiting is None or not self.waiting.replaceable:
-            return False
-        job, self.waiting = self.waiting, None
-        error = CancelledError(f"A later save took the place of that of '{job.handle.path}'.")
-        self.told.append((job.handle, self._end(job, error, told=True)))  # by the writer, without the lock
-        return True
-
     def _work(self) -> None:
         while True:
             with self.changed:
                 job = self.writing
             if job is None:
                 return
-            ended = [(job.handle, self._end(job, job.run()))]
-            with self.changed:
-                ended, self.told = self.told + ended, []
-            for handle, callbacks in ended:
-                for callback in callbacks:
-                    handle._call(callback)
+            for callback in self._end(job, job.run()):
+                job.handle._call(callback)
             with self.changed:
                 job = self.writing = self.waiting
                 self.waiting = None
@@ -226,7 +214,7 @@ class _Queue:
                     self.thread = None
                 self.changed.notify_all()
 
-    def _end(self, job: _Job, error: BaseException | None, *, told: bool = False) -> list[Callable[[Handle], Any]]:
+    def _end(self, job: _Job, error: BaseException | None) -> list[Callable[[Handle], Any]]:
         """Gives back what the save held; returns whom to tell."""
         try:
             job.drop()
@@ -237,7 +225,7 @@ class _Queue:
             if job.stages:
                 self.staged = False
             job.handle._error = error  # before anybody is told of it
-            if error is not None and not told:
+            if error is not None:
                 self.failed.append(job.handle)
             self.changed.notify_all()
         return job.handle._end(error)
@@ -313,7 +301,6 @@ class _Staging:
 _HUGE_PAGE = 2 << 20
 _queue = _Queue()
 _inherited: list[_Queue] = []
-_local = threading.local()
 
 
 def _start_anew() -> None:
@@ -327,7 +314,6 @@ def _start_anew() -> None:
             job.handle._end(CancelledError(f"The save of '{job.handle.path}' belongs to the parent process."))
     _queue = _Queue()
     untold.clear()
-    _local.__dict__.clear()
     counters.renew_lock()  # the writer may have held it
 
 
@@ -392,8 +378,7 @@ class Request:
         handle: The save, once it was handed to the writer.
     """
 
-    def __init__(self, latest_wins: bool) -> None:
-        self.latest_wins = latest_wins
+    def __init__(self) -> None:
         self.handle: Handle | None = None
         self._queue = _queue
         self._reserved = False
@@ -412,9 +397,7 @@ class Request:
             queue = self._queue
             with queue.changed:
                 while queue.staged:
-                    stages = self.latest_wins and queue.waiting is not None and queue.waiting.stages
-                    if not (stages and queue.replace()):
-                        queue.wait()
+                    queue.wait()
                 queue.staged = self._stages = True
             memory = queue.staging.take(size)
         at, taken = 0, []
@@ -426,33 +409,33 @@ class Request:
                 at += _aligned(value.nbytes)
         return taken
 
-    def submit(self, path: str, write: Callable[[], int], drop: Callable[[], None], options: settings.Options) -> None:
+    def submit(
+        self, path: str, write: Callable[[], SaveReport], drop: Callable[[], None], options: settings.Options
+    ) -> Handle:
         """Hands the save to the writer."""
         handle = Handle(path)
-        job = _Job(handle, write, drop, options, self.latest_wins, self._stages)
+        job = _Job(handle, write, drop, options, self._stages)
         reserved, self._reserved, self._stages = self._reserved, False, False
         self._queue.submit(job, reserved=reserved)
         self.handle = handle
+        return handle
 
     def __enter__(self) -> Request:
         queue = self._queue
         queue.raise_failed()
-        if not self.latest_wins:  # else a place is made when the snapshot was taken
-            with queue.changed:
-                while queue.places() < 1:
-                    queue.wait()
-                queue.reserved += 1
-                self._reserved = True
-            try:
-                queue.raise_failed()
-            except BaseException:
-                self.__exit__()
-                raise
-        _local.request = self
+        with queue.changed:
+            while queue.places() < 1:
+                queue.wait()
+            queue.reserved += 1
+            self._reserved = True
+        try:
+            queue.raise_failed()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_raised: Any) -> None:
-        _local.request = None
         with self._queue.changed:
             self._queue.reserved -= self._reserved
             self._queue.staged = self._queue.staged and not self._stages
@@ -464,38 +447,24 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def claim() -> Request | None:
-    """The request that the calling thread's save is to serve, once: what is saved inside of it is not."""
-    request: Request | None = getattr(_local, "request", None)
-    _local.request = None
-    return request
-
-
-def refuse(reason: str) -> None:
-    """Raises if the calling thread's save was to be asynchronous.
-
-    Raises:
-        UnsupportedError: Then.
-    """
-    if claim() is not None:
-        raise UnsupportedError(f"Only `.keras` and `.weights.h5` files are saved asynchronously, not this: {reason}.")
-
-
 @contextlib.contextmanager
-def asked(asynchronous: bool, latest_wins: bool) -> Iterator[Request | None]:
-    """Makes the save inside asynchronous, if it is to be."""
+def asked(asynchronous: bool) -> Iterator[Request | None]:
+    """A place in the queue for the save inside, if it is to be asynchronous."""
     if not asynchronous:
-        if latest_wins:
-            raise ValueError("`latest_wins` is for asynchronous saves.")
         yield None
         return
     since = time.perf_counter()
-    with Request(latest_wins) as request:
+    with Request() as request:
         yield request
-        if getattr(_local, "request", None) is request:  # no writer of ours has taken it
-            counters.logger.warning("`asynchronous=True` did nothing: nothing was saved, or stock Keras has done it")
     if request.handle is not None:
         request.handle.stalled = time.perf_counter() - since
+
+
+def cancelled(path: str) -> Handle:
+    """What there is of a save for which the user did not want to lose the old file."""
+    handle = Handle(path)
+    handle._end(CancelledError(f"'{path}' was not saved: the old file was to be kept."))
+    return handle
 
 
 def settle(path: Any, *, loads: bool = False) -> None:

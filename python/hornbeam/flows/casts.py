@@ -2,86 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import threading
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 
 from hornbeam.base import deferred, dtypes
 from hornbeam.base.reports import Cast, SaveReport
-from hornbeam.errors import InvalidError, UnsupportedError
+from hornbeam.errors import InvalidError
 from hornbeam.flows.recording import Dataset, RecordStore
+from hornbeam.flows.requests import SaveRequest
 
-_local = threading.local()
-_DTYPES = ("float16", "bfloat16")
 #: Elements that are cast and compared while they are in cache.
 _BLOCK = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Smaller:
-    """How a save is smaller than Keras'.
-
-    Attributes:
-        include_optimizer: Save the optimizer's state.
-        dtype: What weights in wider floating-point types are cast to.
-        allow_overflow: Let values that the type cannot hold become infinite.
-    """
-
-    include_optimizer: bool = True
-    dtype: str | None = None
-    allow_overflow: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, *_DTYPES):
-            raise ValueError(f"dtype must be 'float16' or 'bfloat16'. Received: dtype={self.dtype!r}")
-
-
-@contextlib.contextmanager
-def requested(smaller: Smaller) -> Iterator[None]:
-    """How this thread's next save is smaller; saves inside of it are others."""
-    before = getattr(_local, "smaller", None)
-    _local.smaller = smaller
-    try:
-        yield
-    finally:
-        _local.smaller = before
-
-
-def take_request() -> Smaller:
-    """What this save is to be."""
-    smaller = getattr(_local, "smaller", None)
-    _local.smaller = None
-    return smaller or Smaller()
-
-
-def asked(kwargs: dict[str, Any], *keep: str) -> contextlib.AbstractContextManager[None]:
-    """`requested` for what the keyword arguments of a save ask for; they are taken out, but for `keep`.
-
-    Raises:
-        ValueError: For an unknown dtype.
-    """
-    names = [field.name for field in dataclasses.fields(Smaller)]
-    given: dict[str, Any] = {
-        name: kwargs.get(name) if name in keep else kwargs.pop(name) for name in names if name in kwargs
-    }
-    return requested(Smaller(**given)) if given else contextlib.nullcontext()
-
-
-def refuse(what: str) -> None:
-    """Raises if the save is to be smaller, where it cannot be.
-
-    Raises:
-        UnsupportedError: As said.
-    """
-    if take_request() != Smaller():
-        raise UnsupportedError(f"{what}, which neither casts weights nor leaves the optimizer's state out.")
-
-
-def narrow(store: RecordStore, model: Any, smaller: Smaller) -> SaveReport:
+def narrow(store: RecordStore, request: SaveRequest) -> SaveReport:
     """Leaves out of a recorded save what it is not to hold, and has the rest cast when its turn to be written comes.
 
     Cast are the weights of the model (`model.weights`) in wider floating-point types. What belongs to metrics and
@@ -91,20 +24,20 @@ def narrow(store: RecordStore, model: Any, smaller: Smaller) -> SaveReport:
     Returns:
         The report, in which each cast appears when it is done.
     """
-    report = SaveReport(dtype=smaller.dtype)
-    if not smaller.include_optimizer:
+    report = SaveReport(dtype=request.dtype)
+    if not request.include_optimizer:
         report.left_out = store.drop_optimizers()
-    if smaller.dtype is None:
+    if request.dtype is None:
         return report
-    dtype = dtypes.own_dtype(smaller.dtype, smaller.dtype)
-    weights = {id(variable) for variable in getattr(model, "weights", ())}
+    dtype = dtypes.own_dtype(request.dtype, request.dtype)
+    weights = {id(variable) for variable in getattr(request.model, "weights", ())}
     quantised = _quantised(store)
     for path, dataset in store.datasets.items():
         wider = dataset.name.startswith("float") and dataset.memory.dtype.itemsize > dtype.itemsize
         if not wider or id(dataset.variable) not in weights or path.rpartition("/")[0] in quantised:
             continue
         assert dataset.variable is not None
-        store.datasets[path] = cast_dataset(dataset, dtype, path, smaller, report)
+        store.datasets[path] = cast_dataset(dataset, dtype, path, request, report)
     return report
 
 
@@ -115,13 +48,13 @@ def _quantised(store: RecordStore) -> set[str]:
     return integers & scaled
 
 
-def cast_dataset(dataset: Dataset, dtype: np.dtype, path: str, smaller: Smaller, report: SaveReport) -> Dataset:
+def cast_dataset(dataset: Dataset, dtype: np.dtype, path: str, request: SaveRequest, report: SaveReport) -> Dataset:
     """The same dataset in another type, cast when it is asked for."""
     name = dataset.variable.path if dataset.variable is not None else path
 
     def array() -> np.ndarray:
         narrow, lost = cast(dataset.array(), dtype, name)
-        if lost.infinite and not smaller.allow_overflow:
+        if lost.infinite and not request.allow_overflow:
             raise InvalidError(
                 f"'{name}' ('{path}' in the file) holds values that {dtype.name} cannot: {lost.infinite} would become "
                 "infinite. Save it as bfloat16, which reaches as far as float32, or with `allow_overflow=True`."

@@ -1,15 +1,10 @@
-"""The load flow: open, decode the config, build the model while the core reads, hand the tensors over, check the CRC.
-
-Each public function stands in for the function of `saving_lib` of the same name; the first argument is the stock one.
-"""
+"""The load flow: open, decode the config, build the model while the core reads, hand tensors over, check the CRC."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,70 +15,51 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _core
-from hornbeam.base import contents, counters, progress, reports, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of, plain, source
+from hornbeam.base import contents, counters, progress, settings
+from hornbeam.base.file_objects import Stream, openable, path_of, source
 from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError, LimitError, UnsupportedError
 from hornbeam.flows.asset_store import AssetStore
-from hornbeam.flows.selections import Request, Selection, Structure
+from hornbeam.flows.requests import LoadRequest
+from hornbeam.flows.selections import Names, Selection, Structure
 from hornbeam.flows.serving import Image, LoadStore
 from hornbeam.flows.untrained import is_untrained
-from hornbeam.seam import assignments, building, entry, keras2, missing_classes, patches, walking
+from hornbeam.seam import assignments, building, keras2, keras_names, missing_classes, patches, walking
+from hornbeam.seam.operation import NotOurs
 from hornbeam.values import on_tensorflow
 
-Stock = Callable[..., Any]
+OpenWeights = Callable[[Any], list[tuple[str, _core.Weights]]]
+NamesOf = Callable[..., Names]
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
-_ALL = 1 << 62
-_SAFETENSORS = (".safetensors", ".safetensors.index.json")
-_LOADED = ("weights.h5", "weights.json", ".keras", *_SAFETENSORS)
+ALL = 1 << 62
 #: Another format of weights; Keras 3.16 has it no more.
 _NPZ: str | None = getattr(saving_lib, "_VARS_FNAME_NPZ", None)
-_local = threading.local()
 
 
-@contextlib.contextmanager
-def requested(request: Request) -> Iterator[None]:
-    """What this thread's next load does beyond what Keras' functions can say."""
-    before = getattr(_local, "request", None)
-    _local.request = request
-    try:
-        yield
-    finally:
-        _local.request = before
+def leave(request: LoadRequest, reason: str | None, path: str | None = None) -> NotOurs:
+    """What to raise where stock Keras has to do a load."""
+    return NotOurs(reason, request.beyond(), path, saves=False)
 
 
-def take_request() -> Request:
-    """The request for this load; those inside of it are others."""
-    request = getattr(_local, "request", None)
-    _local.request = None
-    return request or Request()
-
-
-def _hand_over(request: Request, reason: str, path: Any, stock: Stock, *args: Any) -> Any:
-    if request != Request():
-        raise UnsupportedError(f"Stock Keras must do this load ({reason}), and cannot load strictly or in part.")
-    result = counters.hand_over(reason, stock, *args)
-    reports.remember(LoadReport(path if path is None else os.fspath(path)))
-    return result
-
-
-def _read_ahead() -> int:
+def read_ahead_limit() -> int:
     """Without a limit where what is read becomes the variables' memory."""
-    return _ALL if on_tensorflow.shares() else _READ_AHEAD
+    return ALL if on_tensorflow.shares() else _READ_AHEAD
 
 
-def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
-    """`saving_lib._load_model_from_fileobj`."""
-    request = take_request()
-    place = source(fileobj)
+def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
+    """Loads a model from a `.keras` archive: a path or a binary file object.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
+    place = source(request.source)
     path = place if isinstance(place, str) else None
-    arguments = (fileobj, custom_objects, compile, safe_mode)
-    reason = entry.unsupported()
+    reason = keras_names.unsupported()
     if reason is not None:
-        return _hand_over(request, reason, path, stock, *arguments)
+        raise leave(request, reason, path)
     report = LoadReport(path)
-    with contents.explained(path or fileobj, "keras"):
+    with contents.explained(path or request.source, "keras"):
         file = _core.open(place, archive=True)
         _check_archive(file, path)
         sizes = {name: size for name, size, _ in file.members()}
@@ -93,7 +69,7 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
         if _NPZ is not None and _NPZ in sizes:
-            return _hand_over(request, "npz weights", path, stock, *arguments)
+            raise leave(request, "npz weights", path)
         raise ValueError(f"Expected a {weights_name}{'' if _NPZ is None else f' or {_NPZ}'} file.")
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
@@ -108,24 +84,22 @@ def load_model_from_fileobj(stock: Stock, fileobj: Any, custom_objects: Any, com
         return store
 
     weights = file.weights(engine=settings.current().engine)
-    return _load_model(
-        report, request, weights, weights_name, config, assets, custom_objects, compile=compile, safe_mode=safe_mode
-    )
+    return _load_model(report, request, weights, weights_name, config, assets)
 
 
-def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
-    """`saving_lib._load_model_from_dir`."""
-    request = take_request()
-    root = Path(os.fspath(dirpath))
+def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
+    """Loads a model from Keras' unzipped form.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it, or refuses it; nothing was touched.
+    """
+    root = Path(os.fspath(request.source))
     weights_path = root / saving_lib._VARS_FNAME_H5
-    arguments = (dirpath, custom_objects, compile, safe_mode)
-    reason = entry.unsupported(path=dirpath)
+    reason = keras_names.unsupported(path=root)
     if reason is None and _NPZ is not None and (root / _NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
-    if reason is not None:
-        return _hand_over(request, reason, dirpath, stock, *arguments)
-    if not root.is_dir() or not weights_path.exists():
-        return stock(*arguments)  # raises
+    if reason is not None or not root.is_dir() or not weights_path.exists():
+        raise leave(request, reason, str(root))
     report = LoadReport(str(root))
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
 
@@ -138,67 +112,57 @@ def load_model_from_dir(stock: Stock, dirpath: Any, custom_objects: Any, compile
 
     with contents.explained(weights_path, "h5"):
         weights = _core.open(str(weights_path), archive=False).weights(engine=settings.current().engine)
-    return _load_model(
-        report,
-        request,
-        weights,
-        str(weights_path),
-        config,
-        assets,
-        custom_objects,
-        compile=compile,
-        safe_mode=safe_mode,
-    )
+    return _load_model(report, request, weights, str(weights_path), config, assets)
 
 
 def _load_model(
     report: LoadReport,
-    request: Request,
+    request: LoadRequest,
     weights: _core.Weights,
     weights_name: str,
     config: bytes,
     assets: Callable[[ExitStack], Any],
-    custom_objects: Any,
-    *,
-    compile: bool,
-    safe_mode: bool,
-) -> Any:
+) -> tuple[Any, LoadReport]:
     with ExitStack() as stack:
         # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
         verify = settings.current().verify
         image = Image(weights, weights_name)
         # What takes far more memory than the file has bytes waits until the model says that it has a place for it.
-        first = None if verify else {i for i, (path, *_) in enumerate(image.datasets) if compile or not _is_slot(path)}
+        first = (
+            None
+            if verify
+            else {i for i, (path, *_) in enumerate(image.datasets) if request.compile or not _is_slot(path)}
+        )
         first = first if first is None else first - image.decoded
-        image.read(first, check=compile or verify, read_ahead=_read_ahead())
+        image.read(first, check=request.compile or verify, read_ahead=read_ahead_limit())
         journal = stack.enter_context(assignments.journal(undoable=False))
         stack.enter_context(building.scope(variables=len(image.datasets)))
         store = LoadStore([image])
         stack.callback(store.close)
         stack.enter_context(progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
-        model = _from_config(config, custom_objects, compile, safe_mode)
+        model = _from_config(config, request)
         report.stage("build")
         keras2.place_optimizer(model, store, config)
         if image.decoded and not verify:
             plan(model, store)
-            image.read(store.fitting.get(image, set()) & image.decoded, check=False, read_ahead=_read_ahead())
+            image.read(store.fitting.get(image, set()) & image.decoded, check=False, read_ahead=read_ahead_limit())
         found = assets(stack)
         if isinstance(found, AssetStore):
             found.old_path = store.old_path
         errors = _load_state(model, store, found)
         untrained = _untrained(model, journal, store)
         report.stage("assign")
-    report.initialised = [v.path for v in _variables(model) if id(v) not in journal.assigned]
+    report.initialised = [v.path for v in variables(model) if id(v) not in journal.assigned]
     _settle(report, request, journal, store, model, errors, untrained=untrained)
-    return model
+    return model, report
 
 
 def _untrained(model: Any, journal: assignments.Journal, store: LoadStore) -> set[int]:
     """Variables, by id, of an optimizer that was saved before it was built; it takes what is stored of it."""
     optimizer = getattr(model, "optimizer", None)
-    variables = {id(v) for v in getattr(optimizer, "variables", ())}
-    if not variables - journal.assigned.keys() or variables & journal.assigned.keys():
+    slots = {id(v) for v in getattr(optimizer, "variables", ())}
+    if not slots - journal.assigned.keys() or slots & journal.assigned.keys():
         return set()
     taken: list[str] = []
 
@@ -212,44 +176,57 @@ def _untrained(model: Any, journal: assignments.Journal, store: LoadStore) -> se
     if not is_untrained(optimizer, stored):
         return set()
     store.taken.update(taken)
-    return variables
+    return slots
 
 
-def load_weights_only(
-    stock: Stock, model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None
-) -> Any:
-    """`saving_lib.load_weights_only`: everything is read and checked before the model is touched.
+def open_image(place: Any) -> list[tuple[str, _core.Weights]]:
+    """The image of a weights file, of an archive, or of one in a file object."""
+    text, engine = str(place), settings.current().engine
+    archive = text.endswith(".keras")
+    with contents.explained(place, "keras" if archive else "h5"):
+        file = _core.open(openable(place), archive=archive)
+        if archive:
+            name = saving_lib._VARS_FNAME_H5
+            if all(name != member for member, *_ in file.members()):
+                raise KeyError(f"There is no item named '{name}' in the archive")
+            _check_archive(file, text)
+            _check_expansion(file, name)
+        return [(text, file.weights(engine=engine))]
+
+
+def load_weights(
+    request: LoadRequest, open_weights: OpenWeights = open_image, names_of: NamesOf | None = None
+) -> LoadReport:
+    """Loads weights into a model: everything is read and checked before the model is touched.
 
     Whatever fails, the model is bit for bit what it was.
+
+    Args:
+        request: What is asked for.
+        open_weights: Opens the images, with a name for each.
+        names_of: Says what the names in the file stand for, where they are no paths in the model.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
     """
-    filepath = plain(filepath)
-    writer.settle(filepath, loads=True)
-    request = take_request()
-    text = str(filepath)
-    if not model.built or not text.endswith(_LOADED):
-        return stock(model, filepath, skip_mismatch, objects_to_skip)  # raises
-    reason = entry.unsupported(path=text)
+    model, text = request.model, str(request.source)
+    reason = keras_names.unsupported(path=text)
     if reason is not None:
-        if isinstance(filepath, Stream):
+        if isinstance(request.source, Stream):
             raise UnsupportedError(f"Stock Keras must do this load ({reason}), and reads weights from paths only.")
-        return _hand_over(request, reason, text, stock, model, filepath, skip_mismatch, objects_to_skip)
-    report = LoadReport(path_of(filepath))
-    with contents.explained(filepath, *_kinds(text)):
-        opened = _open_weights(filepath)
-    visited = {id(o) for o in objects_to_skip or ()}
+        raise leave(request, reason, text)
+    report = LoadReport(path_of(request.source))
+    opened = open_weights(request.source)
+    visited = {id(o) for o in request.objects_to_skip or ()}
     selection = None
-    named = text.endswith(_SAFETENSORS)
-    if request.partial or named:
+    if request.partial or names_of is not None:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
         # A group in several shards has its attributes in the first.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
-        structure, names = Structure(model, visited), None
-        if named:
-            from hornbeam.formats import safetensors
-
-            names = safetensors.Names(opened, structure, shapes, by_name=request.by_name)
+        structure = Structure(model, visited)
+        names = None if names_of is None else names_of(opened, structure, shapes, by_name=request.by_name)
         selection = Selection(request, structure, shapes, groups, names)
     with ExitStack() as stack:
         images = [Image(weights, name) for name, weights in opened]
@@ -267,7 +244,7 @@ def load_weights_only(
             _core.check_expansion([(image.weights, each) for image, each in zip(images, wanted, strict=True)])
         for image, each in zip(images, wanted, strict=True):
             whole = selection is None or len(each) == len(image.datasets)
-            image.read(each, check=whole, read_ahead=_ALL)
+            image.read(each, check=whole, read_ahead=ALL)
         total = sum(image.nbytes for image in images)
         watch = progress.watch("load", report.path, total, lambda: sum(image.done for image in images))
         stack.enter_context(watch)
@@ -276,12 +253,9 @@ def load_weights_only(
         report.stage("read")
         stack.enter_context(patches.collector_rests())
         journal = stack.enter_context(assignments.journal(undoable=True, part=selection))
-        errors = _load_state(model, store, None, skip_mismatch=skip_mismatch, visited=visited)
+        errors = _load_state(model, store, None, skip_mismatch=request.skip_mismatch, visited=visited)
         report.stage("assign")
-        left_out = list(objects_to_skip or ())
-        _settle(
-            report, request, journal, store, model, errors, selection, left_out=left_out, skip_mismatch=skip_mismatch
-        )
+        _settle(report, request, journal, store, model, errors, selection)
     return report
 
 
@@ -305,48 +279,17 @@ def _is_slot(path: str) -> bool:
     return path.startswith("optimizer/")
 
 
-def _kinds(text: str) -> tuple[str, ...]:
-    """What a weights file of that name holds."""
-    kinds = {".keras": "keras", ".json": "shards", ".safetensors": "safetensors"}
-    return (next((kind for suffix, kind in kinds.items() if text.endswith(suffix)), "h5"),)
-
-
-def _open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
-    """The image, or the shards, of a weights file; also of one in a file object."""
-    text, engine = str(place), settings.current().engine
-    if text.endswith("weights.json"):
-        from hornbeam.formats.shards import open_shards
-
-        shards = []
-        for name, file in open_shards(text):
-            with contents.explained(os.path.join(os.path.dirname(text), name), "h5"):
-                shards.append((name, file.weights(engine=engine)))
-        return shards
-    if text.endswith(_SAFETENSORS):
-        from hornbeam.formats.safetensors import open_weights
-
-        return open_weights(place)
-    file = _core.open(openable(place), archive=text.endswith(".keras"))
-    if text.endswith(".keras"):
-        name = saving_lib._VARS_FNAME_H5
-        if all(name != member for member, *_ in file.members()):
-            raise KeyError(f"There is no item named '{name}' in the archive")
-        _check_archive(file, text)
-        _check_expansion(file, name)
-    return [(text, file.weights(engine=engine))]
-
-
-def _from_config(config: bytes, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
+def _from_config(config: bytes, request: LoadRequest) -> Any:
     """`saving_lib._model_from_config` through the Rust codec."""
 
     def decoded() -> Any:
         found = keras2.keras_config(config, _core.decode_json(config, trusted=False))
-        if not compile:
+        if not request.compile:
             found["compile_config"] = None
         return found
 
-    with saving_lib.ObjectSharingScope(), missing_classes.explained(decoded, custom_objects):
-        return saving_lib.deserialize_keras_object(decoded(), custom_objects, safe_mode=safe_mode)
+    with saving_lib.ObjectSharingScope(), missing_classes.explained(decoded, request.custom_objects):
+        return saving_lib.deserialize_keras_object(decoded(), request.custom_objects, safe_mode=request.safe_mode)
 
 
 def _load_state(
@@ -374,7 +317,7 @@ def _load_state(
     return errors
 
 
-def _variables(model: Any) -> list[Any]:
+def variables(model: Any) -> list[Any]:
     """What a complete load gives values to. Metrics and optimizers can be pickled too; they have no `weights`."""
     optimizer = getattr(model, "optimizer", None)
     weights = getattr(model, "weights", None)
@@ -384,18 +327,17 @@ def _variables(model: Any) -> list[Any]:
 
 def _settle(
     report: LoadReport,
-    request: Request,
+    request: LoadRequest,
     journal: assignments.Journal,
     store: LoadStore,
     model: Any,
     errors: dict[int, Any],
     selection: Selection | None = None,
     *,
-    left_out: Sequence[Any] = (),
     untrained: AbstractSet[int] = frozenset(),
-    skip_mismatch: bool = False,
 ) -> None:
     """Fills the report, counts, and raises if the load is not what it had to be."""
+    left_out = request.objects_to_skip or ()
     names = [path for image in store.images for path, *_ in image.datasets]
     has_optimizer = getattr(model, "optimizer", None) is not None
     failed = tuple(_start(f"{journal.places.get(key, '')}/vars/") for key in errors)
@@ -414,7 +356,7 @@ def _settle(
             report.unexpected.append(name)
     if selection is None:
         known = {*journal.assigned, *untrained, *(id(v) for o in left_out for v in getattr(o, "variables", ()))}
-        report.missing = [v.path for v in _variables(model) if id(v) not in known]
+        report.missing = [v.path for v in variables(model) if id(v) not in known]
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
@@ -425,9 +367,9 @@ def _settle(
     report.crc = crcs.pop() if len(crcs) == 1 else "partial"
     report.engine = store.images[0].weights.engine if store.images else "direct"
     unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
-    if (unfit and not skip_mismatch) or (request.strict and not report.complete):
+    if (unfit and not request.skip_mismatch) or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
-        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors, selection)}")
+        raised = IncompleteLoadError(f"{message}\n\n{differences(report, store, errors, selection)}")
         raised.path, raised.report = report.path, report
         raise raised
     if errors:
@@ -437,7 +379,6 @@ def _settle(
     for image in store.images:
         counters.count(engine=image.weights.engine)
     counters.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
-    reports.remember(report)
 
 
 def _start(path: str) -> str:
@@ -457,7 +398,7 @@ def _keras_message(errors: dict[int, Any]) -> str:
     raise AssertionError("Keras did not raise")
 
 
-def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
+def differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
     """Every difference between file and model, with what in the file is nearest."""
     files = [path for image in store.images for path, *_ in image.datasets]
     groups = sorted({path.rpartition("/vars/")[0] for path in files})

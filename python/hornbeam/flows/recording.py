@@ -106,9 +106,10 @@ class RecordStore(saving_lib.H5IOStore):
         # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
         if isinstance(found, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
             found = found.array()
-        self._note(path, Dataset(found, value if isinstance(value, keras.Variable) else None))
+        self.note(path, Dataset(found, value if isinstance(value, keras.Variable) else None))
 
-    def _note(self, path: str, dataset: Dataset) -> None:
+    def note(self, path: str, dataset: Dataset) -> None:
+        """Notes a value at a path of its own."""
         self.datasets[path] = dataset
         self.order.append(("dataset", path))
 

@@ -1,18 +1,14 @@
-"""The save flow: walk the model, plan, write in a Rust thread while Python serialises the config, commit.
-
-Each public function here stands in for the function of `saving_lib` of the same name; the first argument is the stock
-one, for what hornbeam does not handle.
-"""
+"""The save flow: walk the model, plan, write in a Rust thread while Python serialises the config, commit."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import json
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,55 +18,62 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _core
-from hornbeam.base import counters, deferred, durability, file_objects, locations, progress, reports, settings, writer
-from hornbeam.base.file_objects import Stream, path_of, plain
+from hornbeam.base import counters, deferred, durability, file_objects, locations, progress, settings, writer
+from hornbeam.base.file_objects import Stream, path_of
+from hornbeam.base.reports import SaveReport
+from hornbeam.base.writer import Handle
 from hornbeam.errors import HornbeamError, UnsupportedError
 from hornbeam.flows import casts
 from hornbeam.flows.asset_store import AssetStore
 from hornbeam.flows.recording import RecordStore
-from hornbeam.seam import entry, patches, shortcuts, walking
-from hornbeam.values import tensors as tensors_
+from hornbeam.flows.requests import SaveRequest
+from hornbeam.seam import keras_names, patches, shortcuts, walking
+from hornbeam.seam.operation import NotOurs
+from hornbeam.values import tensors
 
-Stock = Callable[..., Any]
-_written = threading.local()
-
-
-@contextmanager
-def checksum() -> Iterator[Callable[[], int | None]]:
-    """What it yields tells the CRC-32 of the weights that this thread wrote inside; `None` if stock Keras did."""
-    _written.crc = None
-    yield lambda: _written.crc
+Saved = SaveReport | Handle
 
 
-class _PathTarget(io.IOBase):
-    """Stands for a local path where stock Keras would pass an open file, so that it is not opened."""
+def save_archive(request: SaveRequest) -> Saved:
+    """Writes a `.keras` archive: to a path, memory or a file object.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    Returns:
+        What was saved; of an asynchronous save, its handle.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
+    target = request.target
+    path = request.path
+    if path is not None:
+        writer.settle(path)
+    else:
+        request.refuse_writer("a file object")
+    _check(request, path)
+    if path is not None and _is_stream(path):
+        request.refuse_writer("what is not a file")
+        with open(path, "wb") as file:
+            return save_archive(dataclasses.replace(request, target=file))
+    options = settings.current()
+    with recorded(request, assets=True) as (store, assets):
+        plan = planned(store)
+        if request.writer is not None:
+            return _defer(request.writer, plan, store, target, options, _members(request.model), assets)
+        if path is not None:
+            info = _write(request.model, plan, store, assets, path, base=0, options=options)
+        elif type(target) is io.BytesIO:
+            info = _write_memory(request.model, plan, store, assets, target, options)
+        else:
+            base = target.tell() if file_objects.is_seekable(target) else 0
+            info = _write(request.model, plan, store, assets, target, base=base, options=options)
+            _cut(target, base + info["bytes"])
+    return reported(plan, store, info, path)
 
 
-class _FileTarget(io.IOBase):
-    """Stands for a file object, which need not be an `io.IOBase` for us."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-
-def save_model(stock: Stock, model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> Any:
-    """`saving_lib.save_model`: local archives are replaced atomically; its checks and messages are Keras' own."""
-    filepath = plain(filepath)
-    if file_objects.is_file_object(filepath):
-        file_objects.check(filepath, "write")
-        return stock(model, _FileTarget(filepath), weights_format, zipped)
-    writer.settle(filepath)
-    if isinstance(filepath, io.IOBase) or not zipped or not str(filepath).endswith(".keras"):
-        return stock(model, filepath, weights_format, zipped)
-    remote = str(filepath).startswith("hf://") or saving_lib.file_utils.is_remote_path(str(filepath))
-    if remote or _is_stream(str(filepath)):
-        writer.refuse("what is not a local file")
-        durability.tell(str(filepath))
-        return stock(model, filepath, weights_format, zipped)  # opens a file object and comes back with it
-    return stock(model, _PathTarget(str(filepath)), weights_format, zipped)
+def _check(request: SaveRequest, place: str | None) -> None:
+    reason = keras_names.unsupported(request.weights_format, place)
+    if reason is not None:
+        raise NotOurs(reason, request.beyond(), place)
 
 
 def _is_stream(path: str) -> bool:
@@ -82,67 +85,21 @@ def _is_stream(path: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def save_model_to_fileobj(stock: Stock, model: Any, fileobj: Any, weights_format: str = "h5") -> Any:
-    """`saving_lib._save_model_to_fileobj`: to a path, memory or a file object."""
-    if isinstance(fileobj, _FileTarget):
-        fileobj = fileobj.file
-    if not isinstance(fileobj, _PathTarget):
-        writer.refuse("a file object")
-    request = writer.claim()
-    reason = entry.unsupported(weights_format)
-    if reason is not None:
-        _check_synchronous(request, reason)
-        if isinstance(fileobj, _PathTarget):
-            return _hand_over(reason, fileobj.path, _stock_to_path, stock, model, fileobj.path, weights_format)
-        return _hand_over(reason, None, stock, model, fileobj, weights_format)
+def save_directory(request: SaveRequest) -> Saved:
+    """Writes Keras' unzipped form; the directory appears, or is replaced, when it is complete.
+
+    Raises:
+        NotOurs: As `save_archive`.
+    """
+    request.refuse_writer("a directory")
+    target = os.fspath(request.target)
+    _check(request, target)
     options = settings.current()
-    with _recorded(model, assets=True) as (store, assets):
-        plan = _plan(store)
-        if request is not None:
-            _defer(request, plan, store, fileobj.path, options, _members(model), assets)
-            return None
-        target: Any = fileobj
-        if isinstance(fileobj, _PathTarget):
-            target = fileobj.path
-            info = _write(model, plan, store, assets, target, base=0, options=options)
-        elif type(fileobj) is io.BytesIO:
-            info = _write_memory(model, plan, store, assets, fileobj, options)
-        else:
-            base = fileobj.tell() if file_objects.is_seekable(fileobj) else 0
-            info = _write(model, plan, store, assets, fileobj, base=base, options=options)
-            _cut(fileobj, base + info["bytes"])
-    _count_save(plan, store, info["bytes"], target if isinstance(target, str) else None)
-    return None
-
-
-def _hand_over(reason: str, path: Any, stock: Stock, *args: Any) -> Any:
-    if settings.current().compression is not None:
-        raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not compress.")
-    casts.refuse(f"Stock Keras must do this save ({reason})")
-    with durability.directories(path, durable=settings.current().durable):
-        result = counters.hand_over(reason, stock, *args)
-    durability.sync_handed_over(path)
-    return result
-
-
-def _stock_to_path(stock: Stock, model: Any, path: str, weights_format: str) -> Any:
-    with open(path, "wb") as file:
-        return stock(model, file, weights_format)
-
-
-def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: str = "h5") -> Any:
-    """`saving_lib._save_model_to_dir`: the directory appears, or is replaced, when it is complete."""
-    writer.refuse("a directory")
-    reason = entry.unsupported(weights_format, dirpath)
-    if reason is not None:
-        return _hand_over(reason, dirpath, stock, model, dirpath, weights_format)
-    options = settings.current()
-    with _recorded(model, assets=True) as (store, assets):
-        plan = _plan(store)
-        members = _members(model)  # before anything is written: the directory may have to be written in place
+    with recorded(request, assets=True) as (store, assets):
+        plan = planned(store)
+        members = _members(request.model)  # before anything is written: the directory may be written in place
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
-        target = os.fspath(dirpath)
         with (
             _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
             _naming(target, str(directory.path)),
@@ -150,7 +107,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             root = Path(directory.path)
             save = plan.start(
                 str(root / saving_lib._VARS_FNAME_H5),
-                _buffers(store),
+                buffers(store),
                 archive=False,
                 atomic=False,
                 durable=options.durable,
@@ -165,8 +122,7 @@ def save_model_to_dir(stock: Stock, model: Any, dirpath: Any, weights_format: st
             if options.durable:
                 durability.sync(root / saving_lib._ASSETS_DIRNAME)
             log_placed(None, directory.commit(), target)
-    _count_save(plan, store, info["bytes"], os.fspath(dirpath))
-    return None
+    return reported(plan, store, info, target)
 
 
 @contextmanager
@@ -185,69 +141,54 @@ def _naming(target: str, temporary: str) -> Iterator[None]:
         raise
 
 
-def save_weights_only(
-    stock: Stock,
-    model: Any,
-    filepath: Any,
-    max_shard_size: float | None = None,
-    objects_to_skip: Any = None,
-) -> Any:
-    """`saving_lib.save_weights_only`: one `.weights.h5`, or shards with an index."""
-    filepath = plain(filepath)
-    text = str(filepath)
-    suffix = ".weights.h5" if max_shard_size is None else ("weights.h5", "weights.json")
-    if not model.built or not text.endswith(suffix):
-        return stock(model, filepath, max_shard_size, objects_to_skip)  # raises
+def save_weights(request: SaveRequest) -> Saved:
+    """Writes one `.weights.h5`.
+
+    Raises:
+        NotOurs: As `save_archive`.
+    """
+    check_weights(request)
+    with recorded(request, assets=False) as (store, _):
+        plan = planned(store)
+        if request.writer is not None:
+            return _defer(request.writer, plan, store, request.target, settings.current())
+        info = write_image(plan, store, request.target)
+    return reported(plan, store, info, path_of(request.target))
+
+
+def check_weights(request: SaveRequest) -> None:
+    """Whether weights can be written by hornbeam; waits for what is being written to the same path.
+
+    Raises:
+        NotOurs: As `save_archive`.
+    """
+    text = str(request.target)
     writer.settle(text)
-    if max_shard_size is not None:
-        writer.refuse("shards")
-    request = writer.claim()
-    reason = entry.unsupported("h5", text)
+    reason = keras_names.unsupported("h5", text)
     if reason is not None:
-        _check_synchronous(request, reason)
-        if isinstance(filepath, Stream):
+        if isinstance(request.target, Stream):
             raise UnsupportedError(f"Stock Keras must do this save ({reason}), and writes weights to paths only.")
-        place = text if max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
-        return _hand_over(reason, place, stock, model, filepath, max_shard_size, objects_to_skip)
-    options = settings.current()
-    skipped = {id(o) for o in objects_to_skip or ()}
-    with _recorded(model, assets=False, visited=skipped) as (store, _):
-        if max_shard_size is not None:
-            from hornbeam.formats.shards import save_shards
-
-            save_shards(store, text, float(max_shard_size), options)
-            return None
-        plan = _plan(store)
-        if request is not None:
-            _defer(request, plan, store, text, options)
-            return None
-        info = write_image(plan, store, filepath)
-    _count_save(plan, store, info["bytes"], path_of(filepath))
-    return None
-
-
-def _check_synchronous(request: writer.Request | None, reason: str) -> None:
-    if request is not None:
-        raise UnsupportedError(f"Stock Keras must do this save ({reason}), and does not save asynchronously.")
+        place = text if request.max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
+        raise NotOurs(reason, request.beyond(), place)
 
 
 def _defer(
-    request: writer.Request,
+    queue: writer.Request,
     plan: _core.Plan,
     store: RecordStore,
     path: str,
     options: settings.Options,
     members: list[tuple[str, bytes]] | None = None,
     assets: AssetStore | None = None,
-) -> None:
+) -> Handle:
     """Takes the values and opens the file now; the writer's thread does the rest."""
     path = locations.absolute(path)
     if not options.atomic or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
         writer.settle(path)  # the old content is written over from now on
-    values = request.stage([d.memory for d in store.datasets.values()])
+    values = queue.stage([d.memory for d in store.datasets.values()])
     save = plan.start(
         path,
-        [tensors_.as_buffer(v) for v in values],
+        [tensors.as_buffer(v) for v in values],
         archive=members is not None,
         atomic=options.atomic,
         durable=options.durable,
@@ -258,49 +199,47 @@ def _defer(
     for dataset in store.datasets.values():  # the core holds the memory, and lets it go first
         del dataset.memory
 
-    def write() -> int:
+    def write() -> SaveReport:
         info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
-        _written.crc = info["crc"]
         log_placed(info["in_place"], info["lost"], path)
-        _count_save(plan, store, info["bytes"], path)
-        return info["bytes"]
+        return reported(plan, store, info, path)
 
     def drop() -> None:
         save.cancel()
         kept.close()
 
     try:
-        request.submit(path, write, drop, options)
+        return queue.submit(path, write, drop, options)
     except BaseException:
         drop()
         raise
 
 
 @contextmanager
-def _recorded(model: Any, *, assets: bool, visited: set[int] | None = None) -> Iterator[tuple[RecordStore, AssetStore]]:
+def recorded(request: SaveRequest, *, assets: bool) -> Iterator[tuple[RecordStore, AssetStore]]:
     """Keras' walk over the model, with what it stored; assets live until the end of the block.
 
     The garbage collector rests meanwhile: serialising makes many objects, and none of them is garbage.
     """
-    smaller = casts.take_request()
     store, asset_store = RecordStore(), AssetStore("w")
     with patches.collector_rests():
         try:
             with walking.fast_walk():
                 saving_lib._save_state(
-                    model,
+                    request.model,
                     weights_store=store,
                     assets_store=asset_store if assets else None,
                     inner_path="",
-                    visited_saveables=visited if visited is not None else set(),
+                    visited_saveables={id(o) for o in request.skip or ()},
                 )
-            store.report = casts.narrow(store, model, smaller)
+            store.report = casts.narrow(store, request)
             yield store, asset_store
         finally:
             asset_store.close()
 
 
-def _plan(store: RecordStore) -> _core.Plan:
+def planned(store: RecordStore) -> _core.Plan:
+    """Lays out what was recorded, as the options say."""
     groups = list(store.groups.items())
     datasets = [(path, d.dtype, d.shape, d.tag) for path, d in store.datasets.items()]
     options = settings.current()
@@ -314,17 +253,18 @@ def _plan(store: RecordStore) -> _core.Plan:
     )
 
 
-def _buffers(store: RecordStore) -> list[np.ndarray | None]:
+def buffers(store: RecordStore) -> list[np.ndarray | None]:
+    """The memory that the core writes from; `None` for values that it asks for when their turn comes."""
     return [
-        None if isinstance(d.memory, deferred.Deferred) else tensors_.as_buffer(d.memory)
+        None if isinstance(d.memory, deferred.Deferred) else tensors.as_buffer(d.memory)
         for d in store.datasets.values()
     ]
 
 
-def _puller(store: RecordStore) -> Callable[[int], np.ndarray]:
+def puller(store: RecordStore) -> Callable[[int], np.ndarray]:
     """Gives the memory of the values that were not lent at the start."""
     datasets = list(store.datasets.values())
-    return lambda i: tensors_.as_buffer(datasets[i].array())
+    return lambda i: tensors.as_buffer(datasets[i].array())
 
 
 def _members(model: Any) -> list[tuple[str, bytes]]:
@@ -347,7 +287,7 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], Any]) -> Any:
+def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
         with progress.watch("save", path, nbytes, lambda: save.written):
@@ -371,7 +311,7 @@ def _write(
     early = None if isinstance(target, str) and options.atomic else _members(model)
     save = plan.start(
         target,
-        _buffers(store),
+        buffers(store),
         archive=True,
         base=base,
         atomic=options.atomic,
@@ -381,10 +321,10 @@ def _write(
 
     def work() -> dict[str, Any]:
         members: list[tuple[str, Any]] = [*(early or _members(model))]
-        members += [(name, Path(path)) for name, path in assets.files()]
-        return save.finish(members, _puller(store))
+        members += [(name, Path(file)) for name, file in assets.files()]
+        return save.finish(members, puller(store))
 
-    info: dict[str, Any] = _finishing(save, path, plan.nbytes, work)
+    info = _finishing(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_placed(info["in_place"], info["lost"], target)
     return info
@@ -399,7 +339,7 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
     options = settings.current()
     if not isinstance(place, Stream):
         text = str(place)
-        save = plan.start(text, _buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
+        save = plan.start(text, buffers(store), archive=False, atomic=options.atomic, durable=options.durable)
         info = _finish(save, plan, store, text)
         log_placed(info["in_place"], info["lost"], text)
         return info
@@ -411,7 +351,7 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
         )
     before = file.getvalue() if type(file) is io.BytesIO else None
     try:
-        info = _finish(plan.start(file, _buffers(store), archive=False), plan, store, None)
+        info = _finish(plan.start(file, buffers(store), archive=False), plan, store, None)
     except BaseException:
         if before is not None:
             _restore(file, before)
@@ -448,9 +388,7 @@ def _restore(file: io.BytesIO, content: bytes) -> None:
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str | None) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    info = _finishing(save, path, plan.nbytes, lambda: save.finish([], _puller(store)))
-    _written.crc = info["crc"]
-    return info
+    return _finishing(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
 
 
 def _write_memory(
@@ -497,12 +435,10 @@ def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
         counters.logger.warning("'%s' was replaced, but %s could not be kept", path, lost)
 
 
-def _count_save(plan: _core.Plan, store: RecordStore, nbytes: int, path: str | None) -> None:
-    report_save(store.report, path, plan.engine, len(store.datasets), nbytes)
-    counters.count(engine=plan.engine, saves=1, bytes_written=nbytes, tensors_written=len(store.datasets))
-
-
-def report_save(report: reports.SaveReport, path: str | None, engine: str, tensors: int, nbytes: int) -> None:
-    """Completes the report of a save and makes it the last one."""
-    report.path, report.engine, report.tensors, report.bytes = path, engine, tensors, nbytes
-    reports.remember(report)
+def reported(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
+    """Counts a save, and says what it was."""
+    counters.count(engine=plan.engine, saves=1, bytes_written=info["bytes"], tensors_written=len(store.datasets))
+    report = store.report
+    report.path, report.engine, report.tensors = path, plan.engine, len(store.datasets)
+    report.bytes, report.crc = info["bytes"], info.get("crc")
+    return report

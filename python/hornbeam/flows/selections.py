@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,38 +14,10 @@ from keras.src.saving import saving_lib
 
 from hornbeam.base.reports import shorten
 from hornbeam.flows.recording import RecordStore
+from hornbeam.flows.requests import LoadRequest
 from hornbeam.seam import walking
 
 Groups = Mapping[str, Iterable[tuple[str, object]]]
-NameMap = Mapping[str, str | None] | Callable[[str], str | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What `hornbeam.saving` asks of the next load, beyond what Keras' functions can say.
-
-    Attributes:
-        strict: Raise unless the load is complete.
-        only: Patterns of what is loaded; `None` for everything.
-        skip: Patterns of what is not.
-        name_map: Name in the file → name in the model.
-        by_name: Match layers by their names instead of their places.
-    """
-
-    strict: bool = False
-    only: tuple[str, ...] | None = None
-    skip: tuple[str, ...] = ()
-    name_map: NameMap | None = None
-    by_name: bool = False
-
-    @property
-    def partial(self) -> bool:
-        """Whether not simply everything goes where Keras would put it."""
-        return self.only is not None or bool(self.skip) or self.name_map is not None or self.by_name
-
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """What a mapping has names for, though the file, which has these, does not."""
-        return sorted(set(self.name_map).difference(names)) if isinstance(self.name_map, Mapping) else []
 
 
 class Structure(RecordStore):
@@ -112,7 +83,7 @@ class Selection:
 
     def __init__(
         self,
-        request: Request,
+        request: LoadRequest,
         structure: Structure,
         shapes: Mapping[str, tuple[int, ...]],
         groups: Groups,
@@ -148,7 +119,7 @@ class Selection:
         for path in self.source:
             self._loaded.setdefault(path.rpartition("/")[0], set()).add(path)
 
-    def _entries(self, name: str, known: Mapping[str, list[str]], request: Request) -> list[str]:
+    def _entries(self, name: str, known: Mapping[str, list[str]], request: LoadRequest) -> list[str]:
         """The entries of the model that a name stands for: one, or all that are the same variable."""
         if self._names is not None and (request.name_map is None or name in self._names.targets):
             entries = self._names.targets.get(name, [])
@@ -196,7 +167,7 @@ def _group(path: str) -> str:
     return f"{path}/vars" if path else "vars"
 
 
-def _foreign_slots(request: Request, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+def _foreign_slots(request: LoadRequest, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """The optimizer's entries, where those of the file may belong to other variables: slots have only numbers."""
     ours = {p: tuple(getattr(v, "shape", ())) for p, v in structure.values.items() if p.startswith("optimizer/")}
     theirs = {p: tuple(shape) for p, shape in shapes.items() if p.startswith("optimizer/")}
@@ -208,7 +179,7 @@ def _foreign_slots(request: Request, structure: Structure, shapes: Mapping[str, 
     return set(ours)
 
 
-def _selected(names: list[str], request: Request) -> bool:
+def _selected(names: list[str], request: LoadRequest) -> bool:
     if any(_fits(name, pattern) for name in names for pattern in request.skip):
         return False
     return request.only is None or any(_fits(name, pattern) for name in names for pattern in request.only)
@@ -220,7 +191,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _renamer(
-    request: Request, structure: Structure, groups: Groups, names: Names | None
+    request: LoadRequest, structure: Structure, groups: Groups, names: Names | None
 ) -> Callable[[str], str | None]:
     name_map = request.name_map
     if callable(name_map):

@@ -1,19 +1,18 @@
 """TensorFlow SavedModels: Keras' archive of endpoints, written atomically, verified, with errors that say where.
 
-Each public function whose first argument is `stock` stands in for the function, or the method of the archive, of the
-same name in `keras.src.export.saved_model`.
+`get_input_signature`, `track`, `add_endpoint`, `add_variable_collection` and `write_out` stand in for the function, or
+the method of the archive, of that name in `keras.src.export.saved_model`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ from hornbeam import _core
 from hornbeam.base import counters, durability, locations, settings
 from hornbeam.base.savedmodel_parts import _DEBUG_INFO, FINGERPRINT, GRAPHS, PARTS, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
-from hornbeam.seam import keras_names
+from hornbeam.seam import entry, keras_names, targets
 from hornbeam.seam.culprits import describe, explain, unbuilt
-
-Stock = Callable[..., Any]
-
+from hornbeam.seam.operation import NotOurs
 
 #: Of 16-bit numbers, and of others: the largest difference between two ways to compute the same, relative to the
 #: largest number there, but at least to 1.
@@ -64,8 +61,8 @@ class ExportReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What this thread's next `write_out` does beyond Keras'.
+class ExportRequest:
+    """What a SavedModel is to be, beyond what Keras' archive writes.
 
     Attributes:
         verify: Compare the reloaded artifact with the model.
@@ -80,28 +77,17 @@ class Request:
     foreign: bool = True
 
 
-class _Local(threading.local):
-    request: Request | None = None
-    report: ExportReport | None = None
-
-
-_local = _Local()
-
-
-@contextlib.contextmanager
-def requested(request: Request) -> Iterator[None]:
-    """Makes `request` hold for the next `write_out` of this thread."""
-    before = _local.request
-    _local.request = request
-    try:
-        yield
-    finally:
-        _local.request = before
+_last: ContextVar[ExportReport | None] = ContextVar("hornbeam_last_export", default=None)
 
 
 def last_report() -> ExportReport | None:
-    """The report of this thread's last export, or `None`."""
-    return _local.report
+    """The report of this thread's or task's last export, or `None`."""
+    return _last.get()
+
+
+def forget() -> None:
+    """Makes no report the last one."""
+    _last.set(None)
 
 
 @dataclasses.dataclass
@@ -111,25 +97,30 @@ class _Endpoint:
     function: Any
     signature: Any
     verify: bool
+    tolerance: float | None
 
 
 def _endpoints(archive: Any) -> dict[str, _Endpoint]:
     return vars(archive).setdefault("_hornbeam_endpoints", {})
 
 
-def get_input_signature(stock: Stock, model: Any) -> Any:
+def _stock(name: str) -> Callable[..., Any]:
+    return entry.original(targets.EXPORTS, name)
+
+
+def get_input_signature(model: Any) -> Any:
     """`saved_model.get_input_signature`; its errors say which model."""
     try:
-        return stock(model)
+        return _stock("get_input_signature")(model)
     except ValueError as error:
         explain(error, lambda: f"The model is {describe(model)}{unbuilt(model)}.")
         raise
 
 
-def track(stock: Stock, self: Any, resource: Any) -> Any:
+def track(self: Any, resource: Any) -> Any:
     """`ExportArchive.track`; its errors say which layer."""
     try:
-        return stock(self, resource)
+        return _stock("track")(self, resource)
     except ValueError as error:
         if isinstance(resource, keras.Layer):
             explain(error, lambda: f"The layer is {describe(resource)}{unbuilt(resource)}.")
@@ -137,45 +128,63 @@ def track(stock: Stock, self: Any, resource: Any) -> Any:
 
 
 def add_endpoint(
-    stock: Stock, self: Any, name: str, fn: Any, input_signature: Any = None, *, verify: bool = False, **kwargs: Any
+    self: Any,
+    name: str,
+    fn: Any,
+    input_signature: Any = None,
+    *,
+    verify: bool = False,
+    tolerance: float | None = None,
+    **kwargs: Any,
 ) -> Any:
-    """`ExportArchive.add_endpoint`; `verify=True` has `write_out` compare it with `fn`."""
+    """`ExportArchive.add_endpoint`; `verify=True` has `write_out` compare it with `fn`, within `tolerance`."""
     if name not in self._endpoint_names and hasattr(self._tf_trackable, name):
         raise ValueError(f"Endpoint name '{name}' is already taken: by something of the archive that is no endpoint.")
     try:
-        made = stock(self, name, fn, input_signature, **kwargs)
+        made = _stock("add_endpoint")(self, name, fn, input_signature, **kwargs)
     except (TypeError, ValueError) as error:
         made = f"The endpoint is '{name}', made of"
         explain(error, lambda: f"{made} {describe(fn)}, with input_signature={input_signature!r}.")
         raise
-    _endpoints(self)[name] = _Endpoint(fn, self._endpoint_signatures.get(name), verify)
+    _endpoints(self)[name] = _Endpoint(fn, self._endpoint_signatures.get(name), verify, tolerance)
     return made
 
 
-def add_variable_collection(stock: Stock, self: Any, name: str, variables: Any) -> Any:
+def add_variable_collection(self: Any, name: str, variables: Any) -> Any:
     """`ExportArchive.add_variable_collection`; the collection is an attribute of the archive, as it was in Keras 2."""
     if name in self._endpoint_names:
         raise ValueError(f"'{name}' cannot be a variable collection: it is the name of an endpoint.")
     collections = vars(self).setdefault("_hornbeam_collections", set())
     if name in collections:
         raise ValueError(f"Variable collection '{name}' was added before.")
-    stock(self, name, variables)
+    _stock("add_variable_collection")(self, name, variables)
     collections.add(name)
     if not hasattr(self, name):
         setattr(self, name, getattr(self._tf_trackable, name))
 
 
-def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> Any:
+def write_out(self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> None:
     """`ExportArchive.write_out`: the directory appears, or is replaced, when it is complete."""
-    request, _local.request, _local.report = _local.request or Request(), None, None
+    forget()
+    _last.set(write(self, filepath, ExportRequest(), options, verbose=verbose))
+
+
+def write(
+    archive: Any, filepath: Any, request: ExportRequest, options: Any = None, *, verbose: bool = True
+) -> ExportReport:
+    """Writes an archive of endpoints.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
     target = os.fsdecode(filepath)
-    if not self._endpoint_names:
-        return stock(self, filepath, options, verbose)  # raises
+    if not archive._endpoint_names:
+        raise NotOurs(None)
     if saving_lib.file_utils.is_remote_path(target):
-        if request != Request() or any(endpoint.verify for endpoint in _endpoints(self).values()):
+        if request != ExportRequest() or any(endpoint.verify for endpoint in _endpoints(archive).values()):
             raise UnsupportedError(f"Stock Keras writes to remote paths, and does not verify. Received: {filepath}")
         durability.tell(target)
-        return counters.hand_over("remote path", stock, self, filepath, options, verbose)
+        raise NotOurs("remote path")
     target = locations.absolute(target)
     others = _others(target)
     if others and not request.foreign:
@@ -183,12 +192,12 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         raise InvalidError(
             f"'{target}' holds what is no part of a SavedModel ({shown}), so it is not replaced. Choose another name."
         )
-    report = ExportReport(target, list(self._endpoint_names))
-    known = _endpoints(self)
+    report = ExportReport(target, list(archive._endpoint_names))
+    known = _endpoints(archive)
     unknown = [name for name in report.endpoints if name not in known]
     if request.verify and unknown:
         raise UnsupportedError(f"Endpoints that hornbeam did not see being added cannot be verified: {unknown}")
-    _trace(self)
+    _trace(archive)
     current = settings.current()
     with _core.Directory(target, () if others else PARTS, atomic=current.atomic, durable=current.durable) as directory:
         root = Path(directory.path)
@@ -197,7 +206,7 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
             request.extra(root)
         elif in_place and _is_savedmodel(target):
             (root / WHOLE).unlink(missing_ok=True)  # it belongs to the old one
-        stock(self, str(root), options, False)
+        _stock("write_out")(archive, str(root), options, False)
         if request.extra is not None and (root / FINGERPRINT).exists():
             shutil.copyfile(root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT))
         _keep_extra(Path(target), root)
@@ -205,7 +214,10 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
         if compared:
             artifact = tf.saved_model.load(str(root))  # its functions work as long as it is there
             for name in compared:
-                _compare(self, name, artifact, request.tolerance, report)
+                tolerance = request.tolerance
+                if tolerance is None and name in known:
+                    tolerance = known[name].tolerance
+                _compare(archive, name, artifact, tolerance, report)
         if current.durable:
             durability.sync(root)
         lost = directory.commit()
@@ -217,9 +229,8 @@ def write_out(stock: Stock, self: Any, filepath: Any, options: Any = None, verbo
     if request.extra is None:
         counters.count(saves=1, bytes_written=sum(p.stat().st_size for p in Path(target).rglob("*") if p.is_file()))
     if verbose:
-        _announce(self, filepath, report, verbose)
-    _local.report = report
-    return None
+        _announce(archive, filepath, report, verbose)
+    return report
 
 
 def _keep_extra(old: Path, new: Path) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,35 +24,35 @@ from keras.src.models import Functional
 from keras.src.saving import object_registration, serialization_lib
 
 from hornbeam import _core
-from hornbeam.base import contents, counters, dtypes, progress, reports, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of, plain
+from hornbeam.base import contents, counters, dtypes, progress, settings, writer
+from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError
 from hornbeam.flows import loads
-from hornbeam.flows.selections import Request, _fits, _selected
+from hornbeam.flows.requests import LoadRequest
+from hornbeam.flows.selections import _fits, _selected
 from hornbeam.flows.serving import Image, LoadStore
 from hornbeam.flows.untrained import is_untrained
 from hornbeam.formats.legacy_save import top_level_weights, unsupported
 from hornbeam.seam import assignments, building, keras2, patches
 from hornbeam.values import ownership
 
-Stock = Callable[..., Any]
 _OPTIMIZER = "optimizer_weights"
 #: Names that `compile` understands without knowing a function of that name.
 _METRIC_NAMES = ("accuracy", "acc", "crossentropy", "ce")
 
 
-def load_model_from_hdf5(
-    stock: Stock, filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
-) -> Any:
-    """`legacy_h5_format.load_model_from_hdf5`."""
-    filepath = plain(filepath)
+def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
+    """Loads a whole model.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
+    filepath, compile = request.source, request.compile
     writer.settle(filepath, loads=True)
-    request = loads.take_request()
     reason = unsupported(filepath)
     if reason is not None:
-        path = filepath if isinstance(filepath, str | os.PathLike) else None
-        return loads._hand_over(request, reason, path, stock, filepath, custom_objects, compile, safe_mode)
+        raise loads.leave(request, reason, filepath if isinstance(filepath, str) else None)
     text = str(filepath)
     report = LoadReport(path_of(filepath))
     weights = _open(filepath)
@@ -63,7 +62,7 @@ def load_model_from_hdf5(
             f"No model config found in the file at {filepath}. It has weights and no architecture: build the model, "
             "and call `model.load_weights` with it."
         )
-    known = {**(custom_objects or {}), **object_registration.GLOBAL_CUSTOM_OBJECTS}
+    known = {**(request.custom_objects or {}), **object_registration.GLOBAL_CUSTOM_OBJECTS}
     known.update(global_state.get_global_attribute("custom_objects_scope_dict", {}))
     with ExitStack() as stack:
         journal = stack.enter_context(assignments.journal(undoable=False))
@@ -72,17 +71,17 @@ def load_model_from_hdf5(
         stack.callback(file.store.close)
         image, verify = file.image, settings.current().verify
         first = {i for path, i in file.where.items() if compile or _is_no_slot(path)} - image.decoded
-        image.read(None if verify else first, check=verify, read_ahead=loads._read_ahead())
+        image.read(None if verify else first, check=verify, read_ahead=loads.read_ahead_limit())
         stack.enter_context(progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
         config = _decode(attributes["model_config"], known)
-        safe = serialization_lib.SafeModeScope(safe_mode)
+        safe = serialization_lib.SafeModeScope(request.safe_mode)
         with saving_options.keras_option_scope(use_legacy_config=True), safe:
             model = _model_from_config(config, known)
             report.stage("build")
             steps = file.by_order("model_weights", model, skip_mismatch=False)
         if not verify:
-            image.read(_numbers(steps) & image.decoded, check=False, read_ahead=loads._read_ahead())
+            image.read(_numbers(steps) & image.decoded, check=False, read_ahead=loads.read_ahead_limit())
         file.assign(steps)
         if compile:
             with safe:
@@ -90,14 +89,14 @@ def load_model_from_hdf5(
         file.store.complete(drop_rest=True)
         untrained = _untrained(model, journal, file)
         report.stage("assign")
-    report.initialised = [v.path for v in loads._variables(model) if id(v) not in journal.assigned]
+    report.initialised = [v.path for v in loads.variables(model) if id(v) not in journal.assigned]
     outside = () if model.compiled else (f"{_OPTIMIZER}/",)
     _settle(report, request, journal, file, model, outside=outside, untrained=untrained)
-    return model
+    return model, report
 
 
 def _untrained(model: Any, journal: assignments.Journal, file: _File) -> AbstractSet[int]:
-    """As `_load._untrained`."""
+    """As in `flows.loads`."""
     variables = {id(v) for v in getattr(model.optimizer, "variables", ())} if model.compiled else set()
     if not variables or variables & journal.assigned.keys() or _OPTIMIZER not in file.groups:
         return set()
@@ -112,27 +111,18 @@ def _untrained(model: Any, journal: assignments.Journal, file: _File) -> Abstrac
     return variables
 
 
-def load_weights(
-    stock: Stock,
-    model: Any,
-    filepath: Any,
-    skip_mismatch: bool = False,
-    objects_to_skip: Any = None,
-    by_name: bool | None = None,
-    **kwargs: Any,
-) -> Any:
-    """`saving_api.load_weights` for a legacy file: everything is read and checked before the model is touched."""
-    stock = functools.partial(stock, objects_to_skip=objects_to_skip, by_name=by_name, **kwargs)
-    if kwargs or objects_to_skip is not None:
-        return stock(model, filepath, skip_mismatch)  # raises
-    filepath = plain(filepath)
+def load_weights(request: LoadRequest) -> LoadReport:
+    """Loads weights: everything is read and checked before the model is touched.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
+    model, filepath, skip_mismatch = request.model, request.source, request.skip_mismatch
     writer.settle(filepath, loads=True)
-    request = loads.take_request()
     reason = unsupported(filepath)
     if reason is not None:
-        return loads._hand_over(request, reason, str(filepath), stock, model, filepath, skip_mismatch)
+        raise loads.leave(request, reason, str(filepath))
     text = str(filepath)
-    by_name = bool(by_name) or request.by_name
     report = LoadReport(path_of(filepath))
     weights = _open(filepath)
     with ExitStack() as stack:
@@ -141,14 +131,14 @@ def load_weights(
         image = file.image
         inside = not any(name == "layer_names" for name, _ in weights.attributes) and "model_weights" in file.groups
         root = "model_weights" if inside else ""
-        plan = file.by_name if by_name else file.by_order
+        plan = file.by_name if request.by_name else file.by_order
         if request.name_map is not None:
             steps = file.by_map(root, model, request, skip_mismatch=skip_mismatch)
         else:
             steps = plan(root, model, skip_mismatch=skip_mismatch)
         steps = _part_of(steps, model, request)
         verify = settings.current().verify
-        image.read(None if verify else _numbers(steps), check=verify, read_ahead=loads._ALL)
+        image.read(None if verify else _numbers(steps), check=verify, read_ahead=loads.ALL)
         stack.enter_context(progress.watch("load", text, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
         file.store.complete(drop_rest=False)
@@ -159,8 +149,7 @@ def load_weights(
             journal.visit(step.owner, step.group)
         file.assign(steps)
         report.stage("assign")
-        partial = request.partial or by_name
-        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=partial)
+        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=request.partial)
     return report
 
 
@@ -321,7 +310,7 @@ class _File:
                 )
         return steps
 
-    def by_map(self, root: str, model: Any, request: Request, *, skip_mismatch: bool) -> list[_Step]:
+    def by_map(self, root: str, model: Any, request: LoadRequest, *, skip_mismatch: bool) -> list[_Step]:
         """Each dataset to the variable that `name_map` names."""
         known: dict[str, tuple[_Step, Any] | None] = {}
         steps = []
@@ -441,7 +430,7 @@ def _names(model: Any, group: str, variable: Any) -> list[str]:
     return list(dict.fromkeys([f"{group}/{path}", path.removeprefix(f"{model.name}/"), path]))
 
 
-def _part_of(steps: list[_Step], model: Any, request: Request) -> list[_Step]:
+def _part_of(steps: list[_Step], model: Any, request: LoadRequest) -> list[_Step]:
     """What `only` and `skip` leave.
 
     Raises:
@@ -463,7 +452,7 @@ def _part_of(steps: list[_Step], model: Any, request: Request) -> list[_Step]:
 
 def _settle(
     report: LoadReport,
-    request: Request,
+    request: LoadRequest,
     journal: assignments.Journal,
     file: _File,
     model: Any,
@@ -483,7 +472,7 @@ def _settle(
             report.refused.append(path)
         else:
             (report.skipped if partial else report.unexpected).append(path)
-    whole = model.weights if outside else loads._variables(model)
+    whole = model.weights if outside else loads.variables(model)
     variables = _asked_for(model, request) if partial else whole
     report.missing = [v.path for v in variables if id(v) not in {*journal.assigned, *untrained}]
     report.mismatched = file.mismatched
@@ -494,17 +483,16 @@ def _settle(
     report.engine = file.image.weights.engine
     lenient = request.name_map is None or bool(file.mismatched)
     if (report.missing and not lenient) or (request.strict and not report.complete):
-        differences = loads._differences(report, file.store, {}, None)
+        differences = loads.differences(report, file.store, {}, None)
         raised = IncompleteLoadError(f"The load is not complete.\n\n{differences}")
         raised.path, raised.report = report.path, report
         raise raised
     if partial:
         report.warn_of_nothing()
     counters.count(engine=report.engine, loads=1, bytes_read=report.bytes, tensors_read=file.image.tensors)
-    reports.remember(report)
 
 
-def _asked_for(model: Any, request: Request) -> list[Any]:
+def _asked_for(model: Any, request: LoadRequest) -> list[Any]:
     return [
         v for _, group, variables in _owners(model) for v in variables if _selected(_names(model, group, v), request)
     ]

@@ -25,14 +25,16 @@ from keras.src.utils import io_utils
 
 from hornbeam import _core
 from hornbeam.base import durability, settings, writer
-from hornbeam.base.file_objects import Stream, path_of, plain
+from hornbeam.base.file_objects import Stream, path_of
+from hornbeam.base.reports import SaveReport
 from hornbeam.errors import UnsupportedError
 from hornbeam.flows import casts, saves
 from hornbeam.flows.recording import Dataset, RecordStore
+from hornbeam.flows.requests import SaveRequest
 from hornbeam.seam import patches
+from hornbeam.seam.operation import NotOurs
 from hornbeam.values import tensors
 
-Stock = Callable[..., Any]
 #: Bytes that a row of strings may take in an object header; Keras counts the strings, HDF5 16 bytes for each.
 _HEADER = legacy_h5_format.HDF5_OBJECT_HEADER_LIMIT
 _local = threading.local()
@@ -49,30 +51,34 @@ def unsupported(filepath: Any) -> str | None:
     return None
 
 
-def save_model_to_hdf5(
-    stock: Stock, model: Any, filepath: Any, overwrite: bool = True, include_optimizer: bool = True
-) -> Any:
-    """`legacy_h5_format.save_model_to_hdf5`: the old file stays until the new one is complete."""
-    filepath = plain(filepath)
-    writer.refuse("the legacy HDF5 format")
+def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | None:
+    """Writes a whole model; the old file stays until the new one is complete.
+
+    Returns:
+        What was saved; `None` where the user keeps the old file.
+
+    Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
+    """
+    filepath, model = request.target, request.model
+    request.refuse_writer("the legacy HDF5 format")
     writer.settle(filepath)
-    smaller = casts.take_request()
-    if smaller.dtype == "bfloat16":
+    if request.dtype == "bfloat16":
         raise UnsupportedError(
             f"Legacy HDF5 files have no bfloat16: save as float16, or to a `.keras` file. Received: {filepath}"
         )
     reason = unsupported(filepath)
     if reason is not None:
-        with casts.requested(dataclasses.replace(smaller, include_optimizer=True)):  # that, stock Keras does as well
-            return saves._hand_over(reason, filepath, stock, model, filepath, overwrite, include_optimizer)
+        beyond = dataclasses.replace(request, include_optimizer=True).beyond()  # that, stock Keras does as well
+        raise NotOurs(reason, beyond, filepath if isinstance(filepath, str) else None)
     text = str(filepath)
     if not overwrite and os.path.isfile(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
     options = settings.current()
     with patches.collector_rests():
-        file = record(model, include_optimizer)
-        file.store.report = casts.narrow(file.store, model, smaller)
-        if not include_optimizer and getattr(model, "optimizer", None) is not None:
+        file = record(model, request.include_optimizer)
+        file.store.report = casts.narrow(file.store, request)
+        if not request.include_optimizer and getattr(model, "optimizer", None) is not None:
             file.store.report.left_out = [f"optimizer_weights/{v.path}" for v in model.optimizer.variables]
         plan = _core.plan(
             list(file.groups.items()),
@@ -86,8 +92,7 @@ def save_model_to_hdf5(
             with durability.directories(text, durable=options.durable):
                 os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
         info = saves.write_image(plan, file.store, filepath)
-    saves._count_save(plan, file.store, info["bytes"], path_of(filepath))
-    return None
+    return saves.reported(plan, file.store, info, path_of(filepath))
 
 
 class Recorded:
@@ -132,7 +137,7 @@ class Recorded:
             place = f"{path}/{name}"
             if place in self.store.datasets:
                 raise ValueError(f"Unable to create dataset (name already exists): {place}")
-            self.store._note(place, Dataset(tensors.view(variable), variable))
+            self.store.note(place, Dataset(tensors.view(variable), variable))
 
 
 class _Holder:

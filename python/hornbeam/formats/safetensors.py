@@ -7,8 +7,6 @@ each name stands for there is in the metadata, so that a file also fits a model 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 import json
 import os
 import re
@@ -23,14 +21,16 @@ from keras.src.utils import io_utils
 
 from hornbeam import _core
 from hornbeam.base import contents, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of, plain
+from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.model_file import read_index
-from hornbeam.base.reports import SaveReport
+from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
 from hornbeam.flows import loads, saves
 from hornbeam.flows.recording import RecordStore
+from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.flows.selections import Structure
-from hornbeam.formats import shards as shards_
+from hornbeam.formats.shards import write
+from hornbeam.seam.operation import NotOurs
 
 _SUFFIX = ".safetensors"
 _INDEX = f"{_SUFFIX}.index.json"
@@ -38,52 +38,45 @@ _INDEX = f"{_SUFFIX}.index.json"
 _PATHS = "keras_paths"
 
 
-def save_weights(
-    model: Any,
-    filepath: Any,
-    overwrite: bool = True,
-    max_shard_size: float | None = None,
-    objects_to_skip: Any = None,
-) -> None:
+def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | None:
     """Saves the weights and the optimizer's state, as `.weights.h5` does.
 
+    With `max_shard_size`, which counts the bytes of the tensors, what fits into one shard, at a path that ends in
+    `.safetensors`, is one file without an index.
+
     Args:
-        model: The model; it must be built.
-        filepath: Ends in `.safetensors` or, with `max_shard_size`, `.safetensors.index.json`.
+        request: What is asked for.
         overwrite: Replace what exists, shards and index included, without asking.
-        max_shard_size: Most bytes of the tensors of a shard in GB (1024³ bytes). What fits into one, at a path that
-            ends in `.safetensors`, is one file without an index.
-        objects_to_skip: Layers to leave out.
+
+    Returns:
+        What was saved; `None` where the user keeps the old files.
 
     Raises:
-        ValueError: When the model is not built, or two of its variables have one name.
+        NotOurs: For a model that is not built, which Keras refuses.
+        ValueError: When two variables have one name.
     """
-    filepath = plain(filepath)
-    text = str(filepath)
-    if not model.built:
-        inspect.unwrap(saving_lib.save_weights_only)(model, filepath)  # raises
-    if text.endswith(_INDEX) and max_shard_size is None:
+    text, size = str(request.target), request.max_shard_size
+    if not request.model.built:
+        raise NotOurs(None)
+    if text.endswith(_INDEX) and size is None:
         raise ValueError(
             f"The filename must end in `{_SUFFIX}`, or `max_shard_size` be specified. Received: filepath={text}"
         )
     _check_local(text)
-    writer.refuse("safetensors")
+    request.refuse_writer("safetensors")
     writer.settle(text)
     if settings.current().compression is not None:
         raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
-    skipped = {id(o) for o in objects_to_skip or ()}
-    with saves._recorded(model, assets=False, visited=skipped) as (store, _):
+    with saves.recorded(request, assets=False) as (store, _):
         named = _name(store)
-        shards = _split(named, None if max_shard_size is None else max_shard_size * 1024**3)
+        shards = _split(named, None if size is None else size * 1024**3)
         places = None if len(shards) == 1 and text.endswith(_SUFFIX) else _Places(text, len(shards))
-        replaced = [] if isinstance(filepath, Stream) else [Path(text)] if places is None else places.replaced()
+        single = [] if isinstance(request.target, Stream) else [Path(text)]
+        replaced = single if places is None else places.replaced()
         there = ", ".join(str(path) for path in replaced if path.exists())
         if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
-            return
-        if places is None:
-            _save_one(named, filepath)
-        else:
-            _save_shards(shards, places)
+            return None
+        return _save_one(named, request.target) if places is None else _save_shards(shards, places)
 
 
 def _check_local(text: str) -> None:
@@ -168,10 +161,10 @@ def _split(named: _Named, limit: float | None) -> list[_Named]:
     return shards or [named]
 
 
-def _save_one(named: _Named, place: str | Stream) -> None:
+def _save_one(named: _Named, place: str | Stream) -> SaveReport:
     plan = named.plan()
     info = saves.write_image(plan, named, place)
-    saves._count_save(plan, named, info["bytes"], path_of(place))
+    return saves.reported(plan, named, info, path_of(place))
 
 
 class _Places:
@@ -205,18 +198,18 @@ class _Places:
         return [self.index, *self.shards, *self.stale]
 
 
-def _save_shards(shards: list[_Named], places: _Places) -> None:
+def _save_shards(shards: list[_Named], places: _Places) -> SaveReport:
     """Every shard is complete before the first takes its place; the old index goes first, the new one comes last."""
-    options, report = settings.current(), shards[0].report
     named = list(zip(places.shards, shards, strict=True))
     weight_map = {tensor: path.name for path, shard in named for tensor in shard.datasets}
     total = sum(shard.nbytes for shard in shards)
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     files = [(str(path), shard, shard.plan()) for path, shard in named]
-    shards_.write(files, places.index, index.encode(), options, report)
+    report = write(files, places.index, index.encode(), shards[0].report)
     for path in places.stale:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+    return report
 
 
 def _old_shards(index_path: Path, base: str) -> list[str]:
@@ -228,27 +221,17 @@ def _old_shards(index_path: Path, base: str) -> list[str]:
     return [name for name in names if name.startswith(f"{base}-") and name.endswith(_SUFFIX)]
 
 
-def load_weights(
-    model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None, by_name: bool | None = None
-) -> None:
-    """Loads weights; everything is read before the model is touched.
-
-    Args:
-        model: The model; it must be built.
-        filepath: Ends in `.safetensors` or `.safetensors.index.json`; the index stands in for a file that is not there.
-        skip_mismatch: Warn about layers that do not fit, instead of raising.
-        objects_to_skip: Layers to leave alone.
-        by_name: What is not in the file keeps its value.
+def load_weights(request: LoadRequest) -> LoadReport:
+    """Loads weights; everything is read before the model is touched. An index stands in for a file that is not there.
 
     Raises:
         ValueError: When the file does not fit the model.
         OSError: For a damaged file.
     """
-    _check_local(str(filepath))
-    request = loads.take_request()
-    stock = inspect.unwrap(saving_lib.load_weights_only)
-    with loads.requested(dataclasses.replace(request, by_name=request.by_name or bool(by_name))):
-        loads.load_weights_only(stock, model, filepath, skip_mismatch, objects_to_skip)
+    _check_local(str(request.source))
+    if not request.model.built:
+        raise NotOurs(None)
+    return loads.load_weights(request, open_weights, Names)
 
 
 def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
@@ -257,6 +240,11 @@ def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     Raises:
         WeightsFileError: When a tensor that the index names is not there.
     """
+    with contents.explained(place, "shards" if str(place).endswith(".json") else "safetensors"):
+        return _open(place)
+
+
+def _open(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     text = str(place)
     if text.endswith(_SUFFIX):
         index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"

@@ -5,32 +5,41 @@ TensorFlow leaves `assets.extra/` to whoever writes a SavedModel; what Keras loa
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import keras
 from keras.src.export import saved_model as stock_export
-from keras.src.saving import saving_api, serialization_lib
+from keras.src.saving import serialization_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam.base import locations, reports, writer
+from hornbeam.base import locations
+from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.base.savedmodel_parts import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
+from hornbeam.flows import loads, saves
+from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.formats import exports
+from hornbeam.seam import entry
 
 
-def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | None:
     """Writes a SavedModel that holds the whole model as well.
+
+    Returns:
+        What was saved; `None` where the user keeps the old directory.
 
     Raises:
         ValueError: For a model that is not built, another backend, a directory that holds other files.
         ImportError: Without TensorFlow.
     """
+    filepath, model = request.target, request.model
     target = locations.absolute(filepath)
-    writer.refuse("a SavedModel")
-    if kwargs.get("dtype") is not None:
+    request.refuse_writer("a SavedModel")
+    if request.dtype is not None:
         raise UnsupportedError(f"A SavedModel is saved in the types of the model. Received: filepath={filepath}")
     if keras.backend.backend() not in ("tensorflow", "jax"):
         raise UnsupportedError(
@@ -44,31 +53,34 @@ def save_model(model: Any, filepath: Any, overwrite: bool = True, **kwargs: Any)
         )
     if not isinstance(model, keras.Model):
         raise InvalidError(f"Only models can be saved as a SavedModel. Received: {model!r} (of type {type(model)})")
-    signature = stock_export.get_input_signature(model)
-    if os.path.exists(target) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(filepath):
-        return
+    with entry.scope():  # the errors of Keras' exports say which layer
+        signature = stock_export.get_input_signature(model)
+        if os.path.exists(target) and not overwrite and not io_utils.ask_to_proceed_with_overwrite(filepath):
+            return None
+        reports: list[SaveReport] = []
 
-    def whole(root: Path) -> None:
-        (root / WHOLE).parent.mkdir(exist_ok=True)
-        saving_api.save_model(model, root / WHOLE, **kwargs)
+        def whole(root: Path) -> None:
+            (root / WHOLE).parent.mkdir(exist_ok=True)
+            saved = saves.save_archive(dataclasses.replace(request, target=str(root / WHOLE)))
+            assert isinstance(saved, SaveReport)
+            reports.append(saved)
 
-    archive = stock_export.ExportArchive()
-    archive.track_and_add_endpoint(stock_export.DEFAULT_ENDPOINT_NAME, model, signature)
-    with exports.requested(exports.Request(extra=whole, foreign=False)):
-        archive.write_out(target, verbose=False)
-    report = reports.last_save_report()
-    if report is not None:
-        report.path = target  # it was written under another name
+        archive = stock_export.ExportArchive()
+        archive.track_and_add_endpoint(stock_export.DEFAULT_ENDPOINT_NAME, model, signature)
+        exports.write(archive, target, exports.ExportRequest(extra=whole, foreign=False), verbose=False)
+    reports[0].path = target  # it was written under another name
+    return reports[0]
 
 
-def load_model(filepath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
+def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
     """The whole model, or a model for inference around a SavedModel of somebody else's."""
+    filepath = request.source
     whole = os.path.join(os.fsdecode(filepath), WHOLE)
     if os.path.exists(whole):
         _check_fingerprint(Path(os.fsdecode(filepath)))
-        return saving_api.load_model(whole, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        return loads.load_archive(dataclasses.replace(request, source=whole))
     known = serialization_lib.in_safe_mode()
-    if safe_mode if known is None else known:
+    if request.safe_mode if known is None else known:
         raise ValueError(
             f"'{filepath}' is a SavedModel without a Keras model in it ('{WHOLE}'). Its graph can run any TensorFlow "
             "operation, file access included, so it is not loaded by default. If you trust its source, pass "
@@ -79,7 +91,12 @@ def load_model(filepath: Any, custom_objects: Any, compile: bool, safe_mode: boo
             f"'{filepath}' is a SavedModel without a Keras model in it ('{WHOLE}'), and such a one becomes a layer "
             f"only with the TensorFlow backend. The backend is {keras.backend.backend()}."
         )
-    return _inference_model(os.fsdecode(filepath))
+    if request.strict:
+        raise UnsupportedError(
+            f"'{filepath}' is a SavedModel without a Keras model in it ('{WHOLE}'): TensorFlow loads it, and does not "
+            "say what."
+        )
+    return _inference_model(os.fsdecode(filepath)), LoadReport(os.fsdecode(filepath))
 
 
 def _check_fingerprint(root: Path) -> None:

@@ -12,11 +12,12 @@ from keras.src.saving import saving_lib
 from keras.src.utils import dtype_utils
 
 from hornbeam import _core
-from hornbeam.base import counters, progress, settings
+from hornbeam.base import contents, counters, progress, settings
 from hornbeam.base.model_file import read_index
 from hornbeam.base.reports import SaveReport
 from hornbeam.flows import saves
 from hornbeam.flows.recording import RecordStore
+from hornbeam.flows.requests import SaveRequest
 
 
 def _index_path(text: str, *, saving: bool) -> Path:
@@ -33,43 +34,48 @@ def _index_path(text: str, *, saving: bool) -> Path:
     return path
 
 
-def save_shards(store: RecordStore, text: str, max_shard_size: float, options: settings.Options) -> None:
-    """Writes the recorded values in shards of at most `max_shard_size` GB (1024³ bytes) and their index.
+def save_weights(request: SaveRequest) -> SaveReport:
+    """Writes the weights in shards of at most `max_shard_size` GB (1024³ bytes) and their index.
 
     Every shard is complete before the first takes its place; the old index goes first and the new one comes last, so
     that an interrupted replacement is refused instead of mixing two saves.
 
     Raises:
+        NotOurs: Where stock Keras has to do it; nothing was touched.
         ValueError: When a single value exceeds the size.
     """
-    path = _index_path(text, saving=True)
-    shards, weight_map, total = _split(store, path, max_shard_size * 1024**3)
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
-    planned = [(str(path.with_name(name)), shard, saves._plan(shard)) for name, shard in shards]
-    write(planned, path, index.encode(), options, store.report)
+    assert request.max_shard_size is not None
+    request.refuse_writer("shards")
+    saves.check_weights(request)
+    path = _index_path(str(request.target), saving=True)
+    with saves.recorded(request, assets=False) as (store, _):
+        shards, weight_map, total = _split(store, path, request.max_shard_size * 1024**3)
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
+        planned = [(str(path.with_name(name)), shard, saves.planned(shard)) for name, shard in shards]
+        return write(planned, path, index.encode(), store.report)
 
 
 def write(
     planned: list[tuple[str, RecordStore, _core.Plan]],
     path: Path,
     index: bytes,
-    options: settings.Options,
     report: SaveReport,
-) -> None:
-    """Writes planned shards, then the index at `path`, as `save_shards` promises."""
+) -> SaveReport:
+    """Writes planned shards, then the index at `path`, as `save_weights` promises."""
+    options = settings.current()
     running: list[tuple[_core.Save, int]] = []
     nbytes = sum(plan.nbytes for *_, plan in planned)
     with progress.watch("save", str(path), nbytes, lambda: sum(save.written for save, _ in running)):
         for name, shard, plan in planned:
             save = plan.start(
                 name,
-                saves._buffers(shard),
+                saves.buffers(shard),
                 archive=False,
                 atomic=options.atomic,
                 durable=options.durable,
             )
             running.append((save, 0))
-            running[-1] = save, save.finish([], saves._puller(shard), commit=False)["bytes"]
+            running[-1] = save, save.finish([], saves.puller(shard), commit=False)["bytes"]
     if options.atomic:
         _withdraw(path)
     for (name, *_), (save, _) in zip(planned, running, strict=True):
@@ -77,9 +83,10 @@ def write(
     placed = _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
     saves.log_placed(*placed, str(path))
     total, tensors = sum(nbytes for _, nbytes in running), sum(len(shard.datasets) for _, shard, _ in planned)
-    saves.report_save(report, str(path), planned[0][2].engine, tensors, total)
+    report.path, report.engine, report.tensors, report.bytes = str(path), planned[0][2].engine, tensors, total
     for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         counters.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
+    return report
 
 
 def _withdraw(index: Path) -> None:
@@ -134,13 +141,19 @@ def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str
     return shards, weight_map, total
 
 
-def open_shards(text: str) -> list[tuple[str, _core.File]]:
+def open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
     """Opens every shard that the index names.
 
     Raises:
         ValueError: When the index is malformed or names a file elsewhere.
         FileNotFoundError: When a shard is missing.
     """
-    path = _index_path(text, saving=False)
-    _, names = read_index(path)
-    return [(name, _core.open(str(path.with_name(name)), archive=False)) for name in names]
+    with contents.explained(place, "shards"):
+        path = _index_path(str(place), saving=False)
+        _, names = read_index(path)
+        opened = [(name, _core.open(str(path.with_name(name)), archive=False)) for name in names]
+    shards = []
+    for name, file in opened:
+        with contents.explained(str(path.with_name(name)), "h5"):
+            shards.append((name, file.weights(engine=settings.current().engine)))
+    return shards

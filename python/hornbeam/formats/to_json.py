@@ -1,30 +1,27 @@
 """Architectures as JSON text, through the Rust codec: `Model.to_json` and `model_from_json`.
 
-Each function stands in for the one of `keras.src.models.model`; the first argument is the stock one.
+Each function stands in for the one of that name in `keras.src.models.model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from keras.src.saving import serialization_lib
 
 from hornbeam import _core
-from hornbeam.seam import keras2, missing_classes, shortcuts
-
-Stock = Callable[..., Any]
+from hornbeam.seam import entry, keras2, missing_classes, shortcuts, targets
 
 
-def to_json(stock: Stock, model: Any, **kwargs: Any) -> Any:
-    """`Model.to_json`; with arguments for `json.dumps`, stock Keras' own."""
+def to_json(model: Any, **kwargs: Any) -> str:
+    """`Model.to_json`; with arguments for `json.dumps`, Keras' own codec writes."""
     if kwargs:
-        return stock(model, **kwargs)
+        return entry.original(targets.MODEL, "Model.to_json")(model, **kwargs)
     with shortcuts.describing(model):
         return _core.encode_json(serialization_lib.serialize_keras_object(model)).decode()
 
 
-def model_from_json(stock: Stock, json_string: Any, custom_objects: Any = None) -> Any:
+def model_from_json(json_string: Any, custom_objects: Any = None) -> Any:
     """`keras.models.model_from_json`."""
     config = _decoded(json_string)
     with missing_classes.explained(lambda: _decoded(json_string), custom_objects):

@@ -13,15 +13,17 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from hornbeam.base import counters, settings, writer
+from hornbeam.base import counters, durability, settings
 from hornbeam.errors import UnsupportedError
 from hornbeam.seam import displaced, hook, keras_names, targets
+from hornbeam.seam.operation import NotOurs
 from hornbeam.seam.patches import Users, reaches
 
+T = TypeVar("T")
 #: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.
 _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
     targets.SAVING_LIB: {
@@ -57,17 +59,10 @@ _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-#: Where hornbeam's own functions of the same names are (without a leading underscore): what saves, then what loads.
-_OURS = {
-    targets.SAVING_LIB: ("hornbeam.flows.saves", "hornbeam.flows.loads"),
-    targets.SAVING_API: ("hornbeam.formats.table",),
-    targets.LEGACY_H5: ("hornbeam.formats.legacy_save", "hornbeam.formats.legacy_load"),
-    targets.MODEL: ("hornbeam.formats.to_json",),
-    targets.EXPORTS: ("hornbeam.formats.exports",),
-}
-
-
-assert tuple(_REPLACED) == targets.MODULES
+#: Where hornbeam's own are: modules that are imported when one of their functions is first called.
+_SAVES, _LOADS = "hornbeam.formats.save_adapters", "hornbeam.formats.load_adapters"
+_PREFIXES = {targets.SAVING_LIB: "lib_", targets.SAVING_API: "api_", targets.LEGACY_H5: "h5_"}
+_OTHERS = {targets.MODEL: "hornbeam.formats.to_json", targets.EXPORTS: "hornbeam.formats.exports"}
 
 
 _lock = threading.RLock()
@@ -93,69 +88,140 @@ def _active() -> bool:
     return hook.is_installed() or bool(getattr(_local, "scopes", None))
 
 
-@functools.cache
-def _ours(module: str, name: str) -> Callable[..., Any]:
-    places = _OURS[module]
-    for place in places[::-1] if "load" in name else places:  # imports no more than it must
-        function = getattr(importlib.import_module(place), name.rpartition(".")[2].lstrip("_"), None)
-        if function is not None:
-            return function
-    raise AttributeError(name)
-
-
 def _operation(module: str, name: str) -> str:
-    """The operation that a function belongs to, as `_names` calls it."""
-    if module in (targets.SAVING_LIB, targets.LEGACY_H5):
-        kind = "load" if "load" in name else "save"
-        return kind if module == targets.SAVING_LIB else f"legacy {kind}"
-    return {targets.SAVING_API: "formats", targets.MODEL: "json", targets.EXPORTS: "export"}[module]
+    """The operation that a function belongs to, as `keras_names` calls it."""
+    if module in _OTHERS:
+        return "json" if module == targets.MODEL else "export"
+    kind = "load" if "load" in name else "save"
+    return f"legacy {kind}" if module == targets.LEGACY_H5 else kind
+
+
+def _ours(module: str, name: str) -> Callable[..., Any]:
+    """Hornbeam's function for one of Keras'."""
+    if module in _OTHERS:
+        return function(f"{_OTHERS[module]}:{name.rpartition('.')[2]}")
+    return function(f"{_LOADS if 'load' in name else _SAVES}:{_PREFIXES[module]}{name.lstrip('_')}")
+
+
+def function(name: str) -> Callable[..., Any]:
+    """What `module:function` names, imported now."""
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     operation, wanted = _operation(module, name), _REPLACED[module][name]
 
     @functools.cache
-    def translated() -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Hornbeam's function and Keras', as each calls the other."""
-        ours = _ours(module, name)
-        if tuple(inspect.signature(original).parameters) == wanted:
-            return ours, original
-        return _translated(ours, original, wanted)
+    def ours() -> Callable[..., Any]:
+        found = _ours(module, name)
+        return found if tuple(inspect.signature(original).parameters) == wanted else _translated(found, original)
 
     @functools.wraps(original)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         if not _active():
             return original(*args, **kwargs)
-        reason = keras_names.unknown(operation)
-        if reason is not None:
-            return stock_only(reason, original, *args, **kwargs)
-        ours, stock = translated()
-        return ours(stock, *args, **kwargs)
+        left = _unknown(operation)
+        if left is None:
+            try:
+                return ours()(*args, **kwargs)
+            except NotOurs as error:
+                left = error
+        return _leave(left, original, *args, **kwargs)
 
     dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
     return dispatch
 
 
-def _translated(
-    ours: Callable[..., Any], original: Callable[..., Any], wanted: tuple[str, ...]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two functions with the parameters of the other, where a Keras has fewer than hornbeam's knows."""
-    theirs = inspect.signature(original)
-    _, *parameters = inspect.signature(ours).parameters.values()
-    mine = inspect.Signature([p for p in parameters if p.name in wanted])
+def run(
+    operation: str,
+    ours: str,
+    stock: Callable[[], Any],
+    *args: Any,
+    beyond: Sequence[str] = (),
+    **kwargs: Any,
+) -> Any:
+    """Calls hornbeam's function, or Keras' where hornbeam's leaves it to that.
 
-    def call(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    What stock Keras does is counted and logged; nothing that it calls comes back to hornbeam.
+
+    Args:
+        operation: What is needed, as `keras_names` calls it.
+        ours: Hornbeam's function, as `module:function`, imported when this Keras is known.
+        stock: Calls Keras' function.
+        *args: What `ours` is called with.
+        beyond: What was asked for that stock Keras does not do.
+        **kwargs: As `args`.
+
+    Raises:
+        UnsupportedError: Where more was asked for than stock Keras does, and with `options(fallback=False)`.
+    """
+    left = _unknown(operation)
+    if left is None:
+        try:
+            return function(ours)(*args, **kwargs)
+        except NotOurs as error:
+            left = error
+    else:
+        left.beyond = [*beyond, *left.beyond]
+    return _leave(left, stock)
+
+
+def _unknown(operation: str) -> NotOurs | None:
+    """What there is to say where this Keras is not one that hornbeam knows."""
+    reason = keras_names.unknown(operation)
+    if reason is None:
+        return None
+    saves = "load" not in operation
+    durable = saves and settings.current().durable
+    return NotOurs(reason, ["does not wait for stable storage"] if durable else [], saves=saves)
+
+
+def _leave(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stock Keras does all of it.
+
+    Raises:
+        UnsupportedError: As `run`.
+    """
+    options = settings.current()
+    more = list(left.beyond)
+    if options.compression is not None and left.saves:
+        more.append("does not compress")
+    if left.reason is not None and more:
+        raise UnsupportedError(f"Stock Keras would have to do this ({left.reason}), and {', and '.join(more)}.")
+    before = getattr(_local, "stock", False)
+    _local.stock = True
+    try:
+        if left.reason is None:
+            return stock(*args, **kwargs)
+        with durability.directories(left.path, durable=options.durable):
+            result = counters.hand_over(left.reason, stock, *args, **kwargs)
+        if left.saves:
+            durability.sync_handed_over(left.path)
+        return result
+    finally:
+        _local.stock = before
+
+
+def original(module: str, name: str) -> Callable[..., Any]:
+    """What a dispatcher stands for; what is there, where there is none."""
+    placed = _placed.get((module, name))
+    return placed[0] if placed is not None else getattr(*_place(module, name))
+
+
+def _translated(ours: Callable[..., T], original: Callable[..., Any]) -> Callable[..., T]:
+    """Hornbeam's function for a Keras whose own takes fewer arguments than hornbeam's."""
+    theirs = inspect.signature(original)
+
+    def call(*args: Any, **kwargs: Any) -> T:
         try:
             given = theirs.bind(*args, **kwargs)
         except TypeError:
-            return original(*args, **kwargs)  # raises, in Keras' words
-        return ours(stock, **_named(given))
+            raise NotOurs(None) from None  # Keras says what is wrong
+        return ours(**_named(given))
 
-    def stock(*args: Any, **kwargs: Any) -> Any:
-        given = _named(mine.bind(*args, **kwargs))
-        return original(**{name: value for name, value in given.items() if name in theirs.parameters or name in kwargs})
-
-    return call, stock
+    return call
 
 
 def _named(given: inspect.BoundArguments) -> dict[str, Any]:
@@ -165,39 +231,6 @@ def _named(given: inspect.BoundArguments) -> dict[str, Any]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
-
-
-def stock_only(reason: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stock Keras does all of it: nothing that it calls comes back to hornbeam.
-
-    Raises:
-        UnsupportedError: Under `options(strict=True)`, and where more was asked for than stock Keras does.
-    """
-    _refuse_requests(reason)
-    before = getattr(_local, "stock", False)
-    _local.stock = True
-    try:
-        return counters.hand_over(reason, stock, *args, **kwargs)
-    finally:
-        _local.stock = before
-
-
-def _refuse_requests(reason: str) -> None:
-    """What is asked of this thread's next save or load beyond Keras' arguments; who asks has imported the module."""
-    options, more = settings.current(), []
-    if writer.claim() is not None:
-        more.append("does not save asynchronously")
-    cast, load = sys.modules.get("hornbeam.flows.casts"), sys.modules.get("hornbeam.flows.loads")
-    if cast is not None and cast.take_request() != cast.Smaller():
-        more.append("neither casts weights nor leaves the optimizer's state out")
-    if load is not None and load.take_request() != load.Request():
-        more.append("does not load strictly or in part")
-    if options.compression is not None:
-        more.append("does not compress")
-    if options.durable:
-        more.append("does not wait for stable storage")
-    if more:
-        raise UnsupportedError(f"Stock Keras would have to do this ({reason}), and {', and '.join(more)}.")
 
 
 def _place(where: str, name: str) -> tuple[Any, str]:
@@ -303,19 +336,6 @@ def scope() -> Iterator[None]:
             _users.discard(token)
             for module in modules:
                 unpatch(module)
-
-
-def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
-    """Why stock Keras must do a save or load, if it must."""
-    from keras.src.saving import saving_lib
-
-    if weights_format != "h5":
-        return f"weights_format={weights_format!r}"
-    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # a patch of somebody else's
-        return "saving_lib.H5IOStore is replaced"
-    if path is not None and saving_lib.file_utils.is_remote_path(str(path)):
-        return "remote path"
-    return None
 
 
 def _start_anew() -> None:

@@ -38,6 +38,19 @@ def unknown(operation: str) -> str | None:
     return _verdicts[operation]
 
 
+def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
+    """Why stock Keras must do a save or load, if it must."""
+    from keras.src.saving import saving_lib
+
+    if weights_format != "h5":
+        return f"weights_format={weights_format!r}"
+    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # a patch of somebody else's
+        return "saving_lib.H5IOStore is replaced"
+    if path is not None and saving_lib.file_utils.is_remote_path(str(path)):
+        return "remote path"
+    return None
+
+
 def require(operation: str) -> None:
     """Raises where an operation that stock Keras has not is not possible with this Keras.
 

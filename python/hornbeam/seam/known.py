@@ -4,125 +4,120 @@ from __future__ import annotations
 
 #: Operation → the modules of hornbeam that do it, and the functions of Keras that they replace.
 OPERATIONS: dict[str, tuple[str, str]] = {
-    "formats": (
-        "_formats",
-        (
-            "saving.saving_api.save_model saving.saving_api.load_model saving.saving_api.save_weights "
-            "saving.saving_api.load_weights"
-        ),
-    ),
     "save": (
-        "_keras _save _shards _shortcuts _store _tensors",
         (
-            "saving.saving_lib.save_model saving.saving_lib._save_model_to_fileobj "
-            "saving.saving_lib._save_model_to_dir saving.saving_lib.save_weights_only"
+            "flows.asset_store flows.recording flows.saves formats.save_adapters formats.save_formats formats.shards "
+            "seam.keras_names seam.shortcuts seam.walking values.creating values.on_tensorflow values.tensors "
+            "values.tf_variables"
+        ),
+        (
+            "saving.saving_api.save_model saving.saving_api.save_weights saving.saving_lib.save_model "
+            "saving.saving_lib._save_model_to_fileobj saving.saving_lib._save_model_to_dir "
+            "saving.saving_lib.save_weights_only"
         ),
     ),
     "load": (
-        "_build _journal _keras _load _migrate _registry _select _shards _shortcuts _store _tensors",
         (
-            "saving.saving_lib._load_model_from_fileobj saving.saving_lib._load_model_from_dir "
-            "saving.saving_lib.load_weights_only"
+            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "formats.load_formats formats.shards seam.assignments seam.building seam.keras2 seam.keras_names "
+            "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
+            "values.tensors values.tf_variables"
+        ),
+        (
+            "saving.saving_api.load_model saving.saving_api.load_weights saving.saving_lib._load_model_from_fileobj "
+            "saving.saving_lib._load_model_from_dir saving.saving_lib.load_weights_only"
         ),
     ),
     "legacy save": (
-        "_keras _legacy_save _save _shortcuts _store _tensors",
+        (
+            "flows.asset_store flows.recording flows.saves formats.legacy_save seam.keras_names seam.shortcuts "
+            "seam.walking values.creating values.on_tensorflow values.tensors values.tf_variables"
+        ),
         "legacy.saving.legacy_h5_format.save_model_to_hdf5",
     ),
     "legacy load": (
         (
-            "_build _journal _keras _legacy _legacy_save _load _migrate _registry _save _select _shortcuts "
-            "_store _tensors"
+            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "formats.legacy_load formats.legacy_save seam.assignments seam.building seam.keras2 seam.keras_names "
+            "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
+            "values.tensors values.tf_variables"
         ),
         "legacy.saving.legacy_h5_format.load_model_from_hdf5",
     ),
     "json": (
-        "_json _migrate _registry _shortcuts _tensors",
+        (
+            "formats.to_json seam.keras2 seam.keras_names seam.missing_classes seam.shortcuts values.creating "
+            "values.on_tensorflow values.tf_variables"
+        ),
         "models.model.Model.to_json models.model.model_from_json",
     ),
     "export": (
-        "_explain _export _formats",
+        "formats.exports seam.culprits seam.keras_names",
         (
-            "export.saved_model.get_input_signature archive:track archive:add_endpoint "
-            "archive:add_variable_collection archive:write_out"
+            "export.saved_model.get_input_signature archive:track archive:add_endpoint archive:add_variable_collection "
+            "archive:write_out"
         ),
     ),
     "safetensors": (
         (
-            "_build _journal _keras _load _migrate _registry _safetensors _save _select _shards _shortcuts "
-            "_store _tensors"
+            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "formats.safetensors formats.shards seam.assignments seam.building seam.keras2 seam.keras_names "
+            "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
+            "values.tensors values.tf_variables"
         ),
         "",
     ),
     "savedmodel": (
-        "_explain _export _formats _savedmodel",
+        (
+            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving formats.exports "
+            "formats.savedmodel seam.assignments seam.building seam.culprits seam.keras2 seam.keras_names "
+            "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
+            "values.tensors values.tf_variables"
+        ),
         "",
     ),
     "training": (
         (
-            "_backup _fit _keras _matching _model_checkpoint _random _save _select _shortcuts _store _tensors "
-            "_training_state data saving"
+            "flows.recording flows.selections formats.operations seam.keras_names seam.walking training.backup "
+            "training.fit training.matching training.model_checkpoint training.resumable training.training_state "
+            "values.on_tensorflow values.randomness values.tensors"
         ),
         "",
     ),
 }
 #: Module of hornbeam → the names that it uses.
 USES: dict[str, str] = {
-    "_backup": (
-        "keras.Layer:_flatten_layers keras.Model:_compile_metrics keras.Model:_get_metrics_result_or_logs "
-        "keras.Model:_initial_epoch keras.Model:_symbolic_build "
-        "keras.callbacks.BackupAndRestore:_should_save_on_batch keras.optimizers.Optimizer:_learning_rate "
-        "utils.python_utils.pythonify_logs"
+    "flows.asset_store": (
+        "saving.saving_lib saving.saving_lib.DiskIOStore saving.saving_lib._ASSETS_DIRNAME saving.saving_lib.file_utils "
+        "saving.saving_lib.file_utils.rmtree saving.saving_lib.get_temp_dir"
     ),
-    "_build": (
-        "backend.common.global_state backend.common.global_state.get_global_attribute "
-        "backend.common.stateless_scope.get_stateless_scope backend.common.stateless_scope.in_stateless_scope "
-        "backend.common.symbolic_scope.in_symbolic_scope backend.config backend.config.is_nnx_enabled "
-        "backend.tensorflow.optimizer.TFOptimizer backend.tensorflow.optimizer.TFOptimizer._var_key "
-        "backend.tensorflow.optimizer.TFOptimizer.add_variable_from_reference keras.Variable:_convert_to_tensor "
-        "keras.Variable:_dtype keras.Variable:_initialize_with_initializer keras.Variable:_layout "
-        "keras.Variable:_maybe_autocast keras.Variable:_shape optimizers.base_optimizer.BaseOptimizer "
-        "optimizers.base_optimizer.BaseOptimizer.add_variable_from_reference"
+    "flows.loads": (
+        "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables saving.saving_lib "
+        "saving.saving_lib.DiskIOStore saving.saving_lib.ObjectSharingScope saving.saving_lib._ASSETS_DIRNAME "
+        "saving.saving_lib._CONFIG_FILENAME saving.saving_lib._VARS_FNAME_H5 saving.saving_lib._VARS_FNAME_NPZ "
+        "saving.saving_lib._ZIP_CUMULATIVE_BOMB_FLOOR_BYTES saving.saving_lib._ZIP_EXTRACT_BOMB_FLOOR_BYTES "
+        "saving.saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES saving.saving_lib._ZIP_MEMBER_MAX_EXPANSION "
+        "saving.saving_lib._load_state saving.saving_lib._raise_loading_failure "
+        "saving.saving_lib.deserialize_keras_object saving.saving_lib.readable_memory_size"
     ),
-    "_explain": "keras.Layer:_flatten_layers saving.saving_lib saving.saving_lib.serialize_keras_object",
-    "_export": (
+    "flows.recording": "saving.saving_lib saving.saving_lib.H5IOStore",
+    "flows.saves": (
+        "saving.saving_lib saving.saving_lib.ObjectSharingScope saving.saving_lib._ASSETS_DIRNAME "
+        "saving.saving_lib._CONFIG_FILENAME saving.saving_lib._METADATA_FILENAME saving.saving_lib._VARS_FNAME_H5 "
+        "saving.saving_lib._save_state saving.saving_lib.keras_version saving.saving_lib.serialize_keras_object"
+    ),
+    "flows.selections": (
+        "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables saving.saving_lib "
+        "saving.saving_lib._save_state"
+    ),
+    "flows.serving": "saving.saving_lib saving.saving_lib.H5IOStore",
+    "formats.exports": (
         "archive:_endpoint_names archive:_endpoint_signatures archive:_get_concrete_fn archive:_print_signature "
         "archive:_tf_trackable saving.saving_lib saving.saving_lib.file_utils "
         "saving.saving_lib.file_utils.is_remote_path utils.io_utils utils.io_utils.print_msg "
         "utils.module_utils.tensorflow"
     ),
-    "_fit": (
-        "trainers.data_adapters.array_data_adapter.ArrayDataAdapter "
-        "trainers.data_adapters.data_adapter.DataAdapter trainers.data_adapters.data_adapter_utils "
-        "trainers.data_adapters.data_adapter_utils.super_batch_iterator "
-        "trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter "
-        "trainers.data_adapters.tf_dataset_adapter.TFDatasetAdapter trainers.epoch_iterator.EpochIterator"
-    ),
-    "_formats": (
-        "legacy.saving.legacy_h5_format legacy.saving.legacy_h5_format.load_model_from_hdf5 "
-        "legacy.saving.legacy_h5_format.save_model_to_hdf5 saving.saving_lib "
-        "saving.saving_lib._load_model_from_fileobj saving.saving_lib.load_weights_only "
-        "saving.saving_lib.save_model saving.saving_lib.save_weights_only utils.file_utils "
-        "utils.file_utils.is_remote_path"
-    ),
-    "_journal": (
-        "backend.common.stateless_scope.in_stateless_scope backend.common.variables.Variable "
-        "backend.common.variables.Variable.assign keras.Variable:_dtype keras.Variable:_shape "
-        "saving.keras_saveable.KerasSaveable saving.saving_lib saving.saving_lib._load_state"
-    ),
-    "_json": (
-        "saving.serialization_lib saving.serialization_lib.deserialize_keras_object "
-        "saving.serialization_lib.serialize_keras_object"
-    ),
-    "_keras": (
-        "backend.common.global_state backend.common.global_state.get_global_attribute keras.Layer:_obj_type "
-        "optimizers.base_optimizer.BaseOptimizer optimizers.base_optimizer.BaseOptimizer.save_own_variables "
-        "saving.keras_saveable.KerasSaveable saving.saving_lib saving.saving_lib.H5IOStore "
-        "saving.saving_lib._name_key saving.saving_lib._walk_saveable saving.saving_lib.file_utils "
-        "saving.saving_lib.file_utils.is_remote_path saving.saving_lib.get_attr_skipset "
-        "saving.saving_lib.naming"
-    ),
-    "_legacy": (
+    "formats.legacy_load": (
         "backend.common.global_state backend.common.global_state.get_global_attribute "
         "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables layers legacy.saving.json_utils "
         "legacy.saving.json_utils._decode_helper legacy.saving.legacy_h5_format "
@@ -135,97 +130,108 @@ USES: dict[str, str] = {
         "saving.serialization_lib saving.serialization_lib.SafeModeScope "
         "saving.serialization_lib.deserialize_keras_object"
     ),
-    "_legacy_save": (
+    "formats.legacy_save": (
         "keras.Layer:_non_trainable_variables keras.Layer:_obj_type keras.Layer:_trainable_variables "
         "keras.Model:_compile_config layers legacy.saving.json_utils legacy.saving.json_utils.get_json_type "
         "legacy.saving.legacy_h5_format legacy.saving.legacy_h5_format.HDF5_OBJECT_HEADER_LIMIT "
-        "legacy.saving.legacy_h5_format._legacy_weights "
-        "legacy.saving.legacy_h5_format.save_attributes_to_hdf5_group legacy.saving.saving_options "
-        "legacy.saving.saving_options.keras_option_scope legacy.saving.saving_utils "
+        "legacy.saving.legacy_h5_format._legacy_weights legacy.saving.legacy_h5_format.save_attributes_to_hdf5_group "
+        "legacy.saving.saving_options legacy.saving.saving_options.keras_option_scope legacy.saving.saving_utils "
         "legacy.saving.saving_utils._serialize_nested_config legacy.saving.saving_utils.model_metadata "
-        "legacy.saving.serialization legacy.saving.serialization.serialize_keras_object "
-        "saving.object_registration saving.object_registration.GLOBAL_CUSTOM_OBJECTS "
-        "saving.object_registration.get_registered_name saving.saving_lib saving.saving_lib.file_utils "
-        "saving.saving_lib.file_utils.is_remote_path saving.serialization_lib "
-        "saving.serialization_lib.serialize_dict saving.serialization_lib.serialize_keras_object utils.io_utils "
-        "utils.io_utils.ask_to_proceed_with_overwrite"
+        "legacy.saving.serialization legacy.saving.serialization.serialize_keras_object saving.object_registration "
+        "saving.object_registration.GLOBAL_CUSTOM_OBJECTS saving.object_registration.get_registered_name "
+        "saving.saving_lib saving.saving_lib.file_utils saving.saving_lib.file_utils.is_remote_path "
+        "saving.serialization_lib saving.serialization_lib.serialize_dict "
+        "saving.serialization_lib.serialize_keras_object utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite"
     ),
-    "_load": (
-        "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables "
-        "saving.saving_lib saving.saving_lib.DiskIOStore saving.saving_lib.ObjectSharingScope "
-        "saving.saving_lib._ASSETS_DIRNAME saving.saving_lib._CONFIG_FILENAME saving.saving_lib._VARS_FNAME_H5 "
-        "saving.saving_lib._VARS_FNAME_NPZ saving.saving_lib._ZIP_CUMULATIVE_BOMB_FLOOR_BYTES "
-        "saving.saving_lib._ZIP_EXTRACT_BOMB_FLOOR_BYTES saving.saving_lib._ZIP_MEMBER_BOMB_FLOOR_BYTES "
-        "saving.saving_lib._ZIP_MEMBER_MAX_EXPANSION saving.saving_lib._load_state "
-        "saving.saving_lib._raise_loading_failure saving.saving_lib.deserialize_keras_object "
-        "saving.saving_lib.readable_memory_size"
+    "formats.load_formats": "utils.file_utils utils.file_utils.is_remote_path",
+    "formats.operations": (
+        "saving.saving_api saving.saving_api.load_model saving.saving_api.load_weights saving.saving_api.save_model "
+        "saving.saving_api.save_weights"
     ),
-    "_migrate": (
+    "formats.safetensors": (
+        "saving.saving_lib saving.saving_lib.file_utils saving.saving_lib.file_utils.is_remote_path "
+        "saving.saving_lib.readable_memory_size utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite"
+    ),
+    "formats.save_adapters": "utils.file_utils utils.file_utils.is_remote_path",
+    "formats.save_formats": "utils.file_utils utils.file_utils.is_remote_path utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite",
+    "formats.savedmodel": (
+        "export.saved_model export.saved_model.DEFAULT_ENDPOINT_NAME export.saved_model.ExportArchive "
+        "export.saved_model.get_input_signature keras.layers.TFSMLayer:_reloaded_obj saving.serialization_lib "
+        "saving.serialization_lib.in_safe_mode utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite "
+        "utils.module_utils.tensorflow"
+    ),
+    "formats.shards": "saving.saving_lib saving.saving_lib.readable_memory_size utils.dtype_utils utils.dtype_utils.dtype_size",
+    "formats.to_json": (
+        "saving.serialization_lib saving.serialization_lib.deserialize_keras_object "
+        "saving.serialization_lib.serialize_keras_object"
+    ),
+    "models": "models.model models.model.model_from_json",
+    "saving": "saving.saving_api saving.saving_api.load_weights saving.saving_api.save_model saving.saving_api.save_weights",
+    "seam.assignments": (
+        "backend.common.stateless_scope.in_stateless_scope backend.common.variables.Variable "
+        "backend.common.variables.Variable.assign keras.Variable:_dtype keras.Variable:_shape keras.Variable:_value "
+        "saving.keras_saveable.KerasSaveable saving.saving_lib saving.saving_lib._load_state"
+    ),
+    "seam.building": (
+        "backend.common.global_state backend.common.global_state.get_global_attribute "
+        "backend.common.stateless_scope.get_stateless_scope backend.common.stateless_scope.in_stateless_scope "
+        "backend.common.symbolic_scope.in_symbolic_scope backend.config backend.config.is_nnx_enabled "
+        "backend.tensorflow.optimizer.TFOptimizer backend.tensorflow.optimizer.TFOptimizer._var_key "
+        "backend.tensorflow.optimizer.TFOptimizer.add_variable_from_reference keras.Variable:_convert_to_tensor "
+        "keras.Variable:_dtype keras.Variable:_initialize_with_initializer keras.Variable:_layout "
+        "keras.Variable:_maybe_autocast keras.Variable:_shape keras.Variable:_value "
+        "optimizers.base_optimizer.BaseOptimizer optimizers.base_optimizer.BaseOptimizer.add_variable_from_reference"
+    ),
+    "seam.culprits": "keras.Layer:_flatten_layers saving.saving_lib saving.saving_lib.serialize_keras_object",
+    "seam.keras2": (
         "keras.Layer:_trainable_variables keras.optimizers.Optimizer:_learning_rate saving.object_registration "
         "saving.object_registration.get_registered_object"
     ),
-    "_model_checkpoint": (
-        "keras.callbacks.ModelCheckpoint:_get_file_path keras.callbacks.ModelCheckpoint:_set_monitor_op "
-        "utils.io_utils.print_msg"
+    "seam.keras_names": (
+        "saving.saving_lib saving.saving_lib.H5IOStore saving.saving_lib.file_utils "
+        "saving.saving_lib.file_utils.is_remote_path"
     ),
-    "_random": (
-        "backend.common.global_state backend.common.global_state.get_global_attribute "
-        "backend.common.global_state.set_global_attribute random.seed_generator "
-        "random.seed_generator.GLOBAL_SEED_GENERATOR random.seed_generator.global_seed_generator"
-    ),
-    "_registry": (
+    "seam.missing_classes": (
         "api_export api_export.get_symbol_from_name backend.common.global_state "
         "backend.common.global_state.get_global_attribute saving.object_registration "
         "saving.object_registration.GLOBAL_CUSTOM_OBJECTS saving.object_registration.get_registered_object "
         "saving.serialization_lib saving.serialization_lib.BUILTIN_MODULES"
     ),
-    "_safetensors": (
-        "saving.saving_lib saving.saving_lib.file_utils saving.saving_lib.file_utils.is_remote_path "
-        "saving.saving_lib.load_weights_only saving.saving_lib.readable_memory_size "
-        "saving.saving_lib.save_weights_only utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite"
-    ),
-    "_save": (
-        "saving.saving_lib saving.saving_lib.ObjectSharingScope saving.saving_lib._ASSETS_DIRNAME "
-        "saving.saving_lib._CONFIG_FILENAME saving.saving_lib._METADATA_FILENAME "
-        "saving.saving_lib._VARS_FNAME_H5 saving.saving_lib._save_state saving.saving_lib.file_utils "
-        "saving.saving_lib.file_utils.is_remote_path saving.saving_lib.keras_version "
-        "saving.saving_lib.serialize_keras_object"
-    ),
-    "_savedmodel": (
-        "export.saved_model export.saved_model.DEFAULT_ENDPOINT_NAME export.saved_model.ExportArchive "
-        "export.saved_model.get_input_signature keras.layers.TFSMLayer:_reloaded_obj saving.saving_api "
-        "saving.saving_api.load_model saving.saving_api.save_model saving.serialization_lib "
-        "saving.serialization_lib.in_safe_mode utils.io_utils utils.io_utils.ask_to_proceed_with_overwrite "
-        "utils.module_utils.tensorflow"
-    ),
-    "_select": (
-        "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables saving.saving_lib "
-        "saving.saving_lib._save_state"
-    ),
-    "_shards": (
-        "saving.saving_lib saving.saving_lib.readable_memory_size utils.dtype_utils utils.dtype_utils.dtype_size"
-    ),
-    "_shortcuts": (
-        "keras.Layer:_flatten_layers keras.Layer:_initialize_tracker keras.Layer:_tracker "
-        "keras.Variable:_map_aggregation keras.Variable:_map_synchronization keras.Variable:_shape layers.layer "
-        "layers.layer.inspect models.functional models.functional.copy models.sequential models.sequential.copy "
-        "ops.operation ops.operation.inspect saving.serialization_lib "
+    "seam.shortcuts": (
+        "keras.Layer:_flatten_layers keras.Layer:_initialize_tracker keras.Layer:_tracker keras.Variable:_shape "
+        "layers.layer layers.layer.inspect models.functional models.functional.copy models.sequential "
+        "models.sequential.copy ops.operation ops.operation.inspect saving.serialization_lib "
         "saving.serialization_lib.serialize_keras_object utils.tracking utils.tracking.DotNotTrackScope "
         "utils.tracking.TrackedDict utils.tracking.TrackedList utils.tracking.TrackedSet utils.tracking.Tracker "
         "utils.tracking.is_tracking_enabled"
     ),
-    "_store": (
-        "saving.saving_lib saving.saving_lib.DiskIOStore saving.saving_lib.H5IOStore "
-        "saving.saving_lib._ASSETS_DIRNAME saving.saving_lib.file_utils saving.saving_lib.file_utils.rmtree "
-        "saving.saving_lib.get_temp_dir"
+    "seam.walking": (
+        "backend.common.global_state backend.common.global_state.get_global_attribute keras.Layer:_obj_type "
+        "optimizers.base_optimizer.BaseOptimizer optimizers.base_optimizer.BaseOptimizer.save_own_variables "
+        "saving.keras_saveable.KerasSaveable saving.saving_lib saving.saving_lib._name_key "
+        "saving.saving_lib._walk_saveable saving.saving_lib.file_utils saving.saving_lib.get_attr_skipset "
+        "saving.saving_lib.naming"
     ),
-    "_tensors": "keras.Variable:_trainable keras.Variable:_value",
-    "_matching": (
+    "training.backup": (
+        "keras.Layer:_flatten_layers keras.Model:_compile_metrics keras.Model:_get_metrics_result_or_logs "
+        "keras.Model:_initial_epoch keras.Model:_symbolic_build keras.callbacks.BackupAndRestore:_should_save_on_batch "
+        "keras.optimizers.Optimizer:_learning_rate utils.python_utils.pythonify_logs"
+    ),
+    "training.fit": (
+        "trainers.data_adapters.array_data_adapter.ArrayDataAdapter trainers.data_adapters.data_adapter.DataAdapter "
+        "trainers.data_adapters.data_adapter_utils trainers.data_adapters.data_adapter_utils.super_batch_iterator "
+        "trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter "
+        "trainers.data_adapters.tf_dataset_adapter.TFDatasetAdapter trainers.epoch_iterator.EpochIterator"
+    ),
+    "training.matching": (
         "keras.Layer:_flatten_layers keras.Layer:_metrics keras.Layer:_non_trainable_variables "
         "keras.Layer:_seed_generators keras.Layer:_trainable_variables utils.naming.to_snake_case"
     ),
-    "_training_state": "keras.Layer:_flatten_layers keras.Layer:_trainable_variables",
-    "data": (
+    "training.model_checkpoint": (
+        "keras.callbacks.ModelCheckpoint:_get_file_path keras.callbacks.ModelCheckpoint:_set_monitor_op "
+        "utils.io_utils.print_msg"
+    ),
+    "training.resumable": (
         "trainers.data_adapters.data_adapter.DataAdapter trainers.data_adapters.data_adapter_utils "
         "trainers.data_adapters.data_adapter_utils.get_jax_iterator "
         "trainers.data_adapters.data_adapter_utils.get_numpy_iterator "
@@ -233,11 +239,17 @@ USES: dict[str, str] = {
         "trainers.data_adapters.data_adapter_utils.get_torch_dataloader "
         "trainers.data_adapters.data_adapter_utils.super_batch_iterator"
     ),
-    "models": "models.model models.model.model_from_json",
-    "saving": (
-        "saving.saving_api saving.saving_api.load_model saving.saving_api.load_weights "
-        "saving.saving_api.save_model saving.saving_api.save_weights"
+    "training.training_state": "keras.Layer:_flatten_layers keras.Layer:_trainable_variables",
+    "values.creating": "keras.Variable:_trainable",
+    "values.randomness": (
+        "backend.common.global_state backend.common.global_state.get_global_attribute "
+        "backend.common.global_state.set_global_attribute random.seed_generator "
+        "random.seed_generator.GLOBAL_SEED_GENERATOR random.seed_generator.global_seed_generator"
     ),
+    "values.tf_variables": "keras.Variable:_map_aggregation keras.Variable:_map_synchronization keras.Variable:_value",
+    "values.tensors": "keras.Variable:_value",
+    "values.holding": "keras.Variable:_value",
+    "values.on_tensorflow": "keras.Variable:_value",
 }
 #: Name → what it is known to be, in one Keras or another: its parameters, nothing for what is no function, `-` where it
 #: may be missing.

@@ -27,8 +27,8 @@ from hornbeam.base.model_file import File
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle
 from hornbeam.errors import CheckpointError
-from hornbeam.flows.saves import checksum
-from hornbeam.saving import load_weights, save_model, save_weights
+from hornbeam.flows.requests import LoadRequest, SaveRequest
+from hornbeam.formats import operations
 from hornbeam.training import processes, statefile, training_state
 from hornbeam.training.copies import BeginsAnew
 from hornbeam.values import randomness
@@ -340,7 +340,7 @@ class CheckpointManager(BeginsAnew):
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
-        load_weights(model, chosen.model, strict=True)
+        operations.load_weights(LoadRequest(str(chosen.model), model, strict=True))
         training_state.apply(model, state["model"], where)
         for name, item in extra.items():
             training_state.give_state(item, state["extra"][name], f"{where}: {name}", model)
@@ -416,12 +416,13 @@ class CheckpointManager(BeginsAnew):
         encoded = statefile.encode(state, copy=asynchronous)
         target = self.directory / self._unused_name(step)
         file = _WEIGHTS if self.save_weights_only else _MODEL
-        write: Callable[..., Any] = save_weights if self.save_weights_only else save_model
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(_core.Directory(target, [file, _STATE], durable=self.durable))
             root = Path(directory.path)
-            with options(durable=self.durable, atomic=False), checksum() as crc:
-                handle = write(model, root / file, asynchronous=asynchronous)
+            with options(durable=self.durable, atomic=False), writer.asked(asynchronous) as queue:
+                request = SaveRequest(model, str(root / file), writer=queue)
+                save = operations.save_weights if self.save_weights_only else operations.save_model
+                written = save(request)
             temporary = stack.pop_all()
 
         def finish() -> Checkpoint:
@@ -429,7 +430,8 @@ class CheckpointManager(BeginsAnew):
                 statefile.write(root / _STATE, encoded, durable=self.durable)
                 files = {inner: (root / inner).stat().st_size for inner in (file, _STATE)}
                 directory.commit()
-            known = crc() if self.save_weights_only else None
+            report = written.report if isinstance(written, Handle) else written
+            known = report.crc if report is not None and self.save_weights_only else None
             saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, known)
             try:
                 self._commit(saved, time.monotonic() - started)
@@ -438,11 +440,11 @@ class CheckpointManager(BeginsAnew):
                 raise
             return saved
 
-        if not asynchronous:
+        if not isinstance(written, Handle):
             saved = finish()
             self._delete(self._unlisted())
             return saved
-        self._pending = _Pending(handle, finish, temporary, lambda: _remove(self._unlisted()))
+        self._pending = _Pending(written, finish, temporary, lambda: _remove(self._unlisted()))
         return None
 
     def _commit(self, saved: Checkpoint, seconds: float) -> None:

@@ -21,7 +21,7 @@ from hornbeam.base.counters import logger
 from hornbeam.base.locks import FileLock
 from hornbeam.base.settings import options
 from hornbeam.errors import CheckpointError, UnsupportedError
-from hornbeam.seam import entry, fits
+from hornbeam.seam import entry, fits, operation
 from hornbeam.training import processes
 from hornbeam.training.copies import BeginsAnew
 from hornbeam.training.ledger import Ledger
@@ -281,7 +281,12 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             since = time.perf_counter()
             # A save after a signal has to be complete before the signal goes its way.
             asynchronous = self.asynchronous and reason != "signal"
-            with entry.scope(), options(durable=self.durable), writer.asked(asynchronous, False) as request:
+            with (
+                entry.scope(),
+                options(durable=self.durable),
+                writer.asked(asynchronous) as request,
+                operation.offered(model, path, request),
+            ):
                 if self.save_weights_only:
                     model.save_weights(path, overwrite=True)
                 else:

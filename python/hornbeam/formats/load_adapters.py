@@ -1,0 +1,78 @@
+"""What stands in for the functions of Keras' that load: their arguments become a request.
+
+The names say which module a function belongs to: `saving_api`, `saving_lib` or `legacy_h5_format`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hornbeam.base import reports
+from hornbeam.base.file_objects import plain
+from hornbeam.flows import loads
+from hornbeam.flows.requests import LoadRequest
+from hornbeam.formats import load_formats
+from hornbeam.seam.operation import NotOurs
+
+
+def api_load_model(filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True) -> Any:
+    """`saving_api.load_model`."""
+    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    model, report = load_formats.load_model(request)
+    reports.remember(report)
+    return model
+
+
+def api_load_weights(
+    model: Any,
+    filepath: Any,
+    skip_mismatch: bool = False,
+    objects_to_skip: Any = None,
+    by_name: bool | None = None,
+    **more: Any,
+) -> None:
+    """`saving_api.load_weights`."""
+    place = plain(filepath)
+    if more or (by_name is not None and str(place).endswith((".weights.h5", ".weights.json", ".keras"))):
+        raise NotOurs(None)
+    request = LoadRequest(
+        place, model, skip_mismatch=skip_mismatch, objects_to_skip=objects_to_skip, by_name=bool(by_name)
+    )
+    reports.remember(load_formats.load_weights(request))
+
+
+def lib_load_model_from_fileobj(fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
+    """`saving_lib._load_model_from_fileobj`."""
+    request = LoadRequest(fileobj, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    model, report = loads.load_archive(request)
+    reports.remember(report)
+    return model
+
+
+def lib_load_model_from_dir(dirpath: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:
+    """`saving_lib._load_model_from_dir`."""
+    request = LoadRequest(dirpath, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    model, report = loads.load_directory(request)
+    reports.remember(report)
+    return model
+
+
+def lib_load_weights_only(model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None) -> None:
+    """`saving_lib.load_weights_only`."""
+    place = plain(filepath)
+    if not str(place).endswith(("weights.h5", "weights.json", ".keras")):
+        raise NotOurs(None)
+    request = LoadRequest(place, model, skip_mismatch=skip_mismatch, objects_to_skip=objects_to_skip)
+    reports.remember(load_formats.load_weights(request))
+
+
+def h5_load_model_from_hdf5(
+    filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
+) -> Any:
+    """`legacy_h5_format.load_model_from_hdf5`."""
+    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    from hornbeam.formats import legacy_load
+
+    model, report = legacy_load.load_model(request)
+    reports.remember(report)
+    return model

@@ -1,0 +1,101 @@
+"""What stands in for the functions of Keras' that save: their arguments become a request.
+
+The names say which module a function belongs to: `saving_api`, `saving_lib` or `legacy_h5_format`. Those of
+`saving_api` take hornbeam's arguments beside Keras', which so reach them through `model.save`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from keras.src.utils import file_utils
+
+from hornbeam.base import file_objects, reports
+from hornbeam.base.file_objects import plain
+from hornbeam.base.reports import SaveReport
+from hornbeam.flows import saves
+from hornbeam.flows.requests import SaveRequest
+from hornbeam.formats import save_formats
+from hornbeam.seam import operation
+from hornbeam.seam.operation import NotOurs
+
+_SMALLER = ("include_optimizer", "dtype", "allow_overflow")
+
+
+def api_save_model(
+    model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+) -> None:
+    """`saving_api.save_model`."""
+    smaller = {name: kwargs.pop(name) for name in _SMALLER if name in kwargs}
+    save_format = kwargs.pop("save_format", None)
+    if kwargs:
+        raise NotOurs(None)
+    request = SaveRequest(model, plain(filepath), writer=operation.claim(model, filepath), **smaller)
+    _remember(save_formats.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format))
+
+
+def api_save_weights(
+    model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
+) -> None:
+    """`saving_api.save_weights`."""
+    smaller = {name: kwargs.pop(name) for name in _SMALLER if name in kwargs}
+    skip = kwargs.pop("objects_to_skip", None)
+    if kwargs:
+        raise NotOurs(None)
+    asynchronous = operation.claim(model, filepath)
+    request = SaveRequest(
+        model, plain(filepath), max_shard_size=max_shard_size, skip=skip, writer=asynchronous, **smaller
+    )
+    _remember(save_formats.save_weights(request, overwrite=overwrite))
+
+
+def lib_save_model(model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> None:
+    """`saving_lib.save_model`."""
+    place = plain(filepath)
+    if file_objects.is_file_object(place):
+        file_objects.check(place, "write")
+        zipped = True
+    else:
+        text = str(place)
+        if zipped != text.endswith(".keras"):
+            raise NotOurs(None)
+        if text.startswith("hf://") or file_utils.is_remote_path(text):
+            raise NotOurs("remote path", path=text)
+    _remember(save_formats.save_native(SaveRequest(model, place, weights_format), zipped=zipped))
+
+
+def lib_save_model_to_fileobj(model: Any, fileobj: Any, weights_format: str = "h5") -> None:
+    """`saving_lib._save_model_to_fileobj`."""
+    _remember(saves.save_archive(SaveRequest(model, fileobj, weights_format)))
+
+
+def lib_save_model_to_dir(model: Any, dirpath: Any, weights_format: str = "h5") -> None:
+    """`saving_lib._save_model_to_dir`."""
+    _remember(saves.save_directory(SaveRequest(model, os.fspath(dirpath), weights_format)))
+
+
+def lib_save_weights_only(
+    model: Any, filepath: Any, max_shard_size: float | None = None, objects_to_skip: Any = None
+) -> None:
+    """`saving_lib.save_weights_only`."""
+    text = str(filepath)
+    if text.endswith(".safetensors"):
+        raise NotOurs(None)
+    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, skip=objects_to_skip)
+    _remember(save_formats.save_weights(request))
+
+
+def h5_save_model_to_hdf5(model: Any, filepath: Any, overwrite: bool = True, include_optimizer: bool = True) -> None:
+    """`legacy_h5_format.save_model_to_hdf5`."""
+    request = SaveRequest(model, plain(filepath), include_optimizer=include_optimizer)
+    from hornbeam.formats import legacy_save
+
+    report = legacy_save.save_model(request, overwrite=overwrite)
+    if report is not None:
+        reports.remember(report)
+
+
+def _remember(saved: save_formats.Saved) -> None:
+    if isinstance(saved, SaveReport):
+        reports.remember(saved)
