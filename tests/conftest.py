@@ -1,4 +1,4 @@
-"""Shared fixtures. `strict` means: through the core, or an error."""
+"""Shared fixtures. `strict`: no fallback to stock Keras: through the core, or an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture
 def strict() -> Iterator[None]:
     """Everything goes through hornbeam; handing over to stock Keras is an error."""
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         yield
 
 

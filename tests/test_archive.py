@@ -30,13 +30,13 @@ WEIGHTS = "model.weights.h5"
 
 def model_and_archive(path: Path, name: str = "functional") -> Any:
     model, _, _ = ZOO[name]()
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(path)
     return model
 
 
 def ours(path: Any) -> Any:
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         return keras.models.load_model(path)
 
 
@@ -132,7 +132,7 @@ def test_recompressed_copies_load(by: str, level: int, tmp_path: Path) -> None:
     assert saved(loaded) == before
     for variable in loaded.weights:
         variable.assign(np.zeros(variable.shape))
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         loaded.load_weights(packed)
     assert saved(loaded) == before
 
@@ -163,7 +163,7 @@ def test_streamed_archives_load_everywhere(tmp_path: Path) -> None:
 
     model, _, _ = ZOO["functional"]()
     pipe = Pipe()
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         saving_lib.save_model(model, pipe)
     path = tmp_path / "m.keras"
     path.write_bytes(pipe.data)
@@ -182,7 +182,7 @@ def test_a_named_pipe_gets_the_archive(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     received = tmp_path / "received.keras"
     with subprocess.Popen(["cat", pipe], stdout=received.open("wb")) as reader:
-        with hornbeam.installed(), hornbeam.options(strict=True):
+        with hornbeam.installed(), hornbeam.options(fallback=False):
             model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
             keras.saving.save_model(model, pipe, overwrite=True)
         assert reader.wait(60) == 0
@@ -210,7 +210,7 @@ def test_more_members_than_16_bits_count(extra: int, tmp_path: Path) -> None:
             archive.writestr(zipfile.ZipInfo(f"extra/{i}"), b"")
         assert len(archive.namelist()) == extra + 3
     assert saved(ours(path)) == saved(model)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.load_weights(path)
     if extra == 65_533:
         assert saved(keras.models.load_model(path)) == saved(model)
@@ -232,7 +232,7 @@ class ManyAssets(keras.layers.Layer):
 
 def test_more_assets_than_16_bits_count(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         chain(ManyAssets()).save(path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()

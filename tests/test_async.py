@@ -26,7 +26,7 @@ import hornbeam
 from helpers import archive_tree, saved, script, tree
 from hornbeam.base import deferred, writer
 from hornbeam.checkpoint import CheckpointManager
-from hornbeam.errors import CancelledError, UnsupportedError
+from hornbeam.errors import UnsupportedError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from hornbeam.values import tensors
 from zoo import TRAINABLE_BACKEND, ZOO, chain, floats
@@ -48,12 +48,11 @@ def held(values: Sequence[Any] = ()) -> Iterator[writer.Handle]:
     """Keeps the writer busy while the block lasts; gives the handle of the save it is busy with, which has `values`."""
     release = threading.Event()
 
-    def write() -> int:
+    def write() -> hornbeam.SaveReport:
         assert release.wait(60)
-        return 0
+        return hornbeam.SaveReport()
 
-    with writer.Request(False) as request:
-        writer.claim()
+    with writer.Request() as request:
         request.stage(values)
         request.submit("held", write, lambda: None, hornbeam.base.settings.current())
     try:
@@ -224,7 +223,7 @@ def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: 
     taken: list[Any] = []
 
     def second() -> None:
-        with writer.Request(False) as request:
+        with writer.Request() as request:
             taken.extend([*request.stage([value, value]), first.done()])
 
     with held([value]) as first:
@@ -301,42 +300,6 @@ def test_a_third_save_waits_for_a_place(tmp_path: Path) -> None:
     assert seen == [True]
     hornbeam.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2.keras", "3.keras"]
-
-
-def test_the_latest_wins(tmp_path: Path) -> None:
-    model = small()
-    with held():
-        handles = []
-        for i in range(4):
-            fill(model, i)
-            handles.append(save_model(model, tmp_path / f"{i}.keras", asynchronous=True, latest_wins=True))
-        assert [h.done() for h in handles] == [True, True, True, False]
-        assert len(list(tmp_path.iterdir())) == 1  # the file it has opened
-    hornbeam.wait()
-    for handle in handles[:3]:
-        assert isinstance(handle.exception(), CancelledError)
-        with pytest.raises(CancelledError, match="took the place"):
-            handle.result()
-    assert [p.name for p in tmp_path.iterdir()] == ["3.keras"]
-    assert values(tmp_path / "3.keras") == {3.0}
-
-
-def test_only_who_agrees_is_replaced(tmp_path: Path) -> None:
-    model = small()
-    with held() as first:
-        keep = save_model(model, tmp_path / "keep.keras", asynchronous=True)
-        latest: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: latest.append(
-                (save_model(model, tmp_path / "l.keras", asynchronous=True, latest_wins=True), first.done())
-            )
-        )
-        thread.start()
-    thread.join()
-    assert latest[0][1]
-    hornbeam.wait()
-    assert keep.result() == str(tmp_path / "keep.keras")
-    assert latest[0][0].exception() is None
 
 
 def test_one_path_keeps_its_order(tmp_path: Path) -> None:
@@ -548,19 +511,43 @@ def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError):
             call()
     assert memory.getvalue() == b""
-    with pytest.raises(ValueError, match="latest_wins"):
-        save_model(model, tmp_path / "m.keras", latest_wins=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_nobody_made_asynchronous_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(hornbeam.seam.entry, "_active", lambda: False)  # somebody else's `save_model`, say
-    save_model(small(), tmp_path / "m.keras", asynchronous=True)
+class SavesElsewhere(keras.Model):
+    """Its own `save` writes another file; one of its layers' first."""
+
+    def save(self, filepath: Any, **kwargs: Any) -> None:
+        small().save(f"{filepath}.encoder.keras")
+        super().save(f"{filepath}.other.keras", **kwargs)
+
+
+def test_a_save_that_nobody_made_asynchronous_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = keras.Input((4,))
+    model = SavesElsewhere(inputs, layers.Dense(3)(inputs))
+    callback = hornbeam.callbacks.ModelCheckpoint(tmp_path / "m.keras", asynchronous=True)
+    model.compile(loss="mse")
+    with pytest.raises(FileNotFoundError):  # its file was not saved
+        model.fit(np.zeros((2, 4)), np.zeros((2, 3)), callbacks=[callback], verbose=0)
     assert "`asynchronous=True` did nothing" in caplog.text
-    monkeypatch.undo()
-    load_model(tmp_path / "m.keras")
+    load_model(tmp_path / "m.keras.encoder.keras")
+
+
+class SavesItsEncoder(keras.Model):
+    def save(self, filepath: Any, **kwargs: Any) -> None:
+        small().save(f"{filepath}.encoder.keras")
+        self.pending = not os.path.exists(f"{filepath}.encoder.keras")
+        super().save(filepath, **kwargs)
+
+
+def test_a_model_that_saves_its_encoder_first_is_itself_saved_asynchronously(tmp_path: Path) -> None:
+    inputs = keras.Input((4,))
+    model = SavesItsEncoder(inputs, layers.Dense(64)(inputs))
+    model.compile(loss="mse")
+    callback = hornbeam.callbacks.ModelCheckpoint(tmp_path / "m.keras", asynchronous=True)
+    model.fit(np.zeros((2, 4)), np.zeros((2, 64)), callbacks=[callback], verbose=0)
+    assert not model.pending  # the encoder's file was complete at once
+    assert callback.history[0]["bytes"] == os.path.getsize(tmp_path / "m.keras")
 
 
 def test_whoever_looks_for_the_first_file_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,7 +601,7 @@ import atexit, os, signal, sys, threading
 import keras, numpy as np
 from keras import layers
 import hornbeam
-from hornbeam import _async
+from hornbeam.base import writer
 from hornbeam.saving import load_model, save_model
 
 root = sys.argv[1]
@@ -658,9 +645,9 @@ def test_an_error_at_exit_is_told(tmp_path: Path) -> None:
         """
 os.mkdir(root + "/d")
 release = threading.Event()
-with _async.Request(False) as request:
-    _async.claim()
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
+write = lambda: release.wait(60) and hornbeam.SaveReport()
+with writer.Request() as request:
+    request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 save_model(model, root + "/d/a.keras", asynchronous=True)
 for name in os.listdir(root + "/d"):
     os.unlink(root + "/d/" + name)
@@ -679,15 +666,15 @@ def test_a_forked_child_starts_anew(tmp_path: Path) -> None:
         """
 import gc
 release = threading.Event()
-with _async.Request(False) as request:
-    _async.claim()
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
+write = lambda: release.wait(60) and hornbeam.SaveReport()
+with writer.Request() as request:
+    request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 handle = save_model(model, root + "/parent.keras", asynchronous=True)
 for how in ("exit", "_exit"):
     child = os.fork()
     if child == 0:
         assert handle.done() and "parent process" in str(handle.exception())
-        assert _async._queue.writing is None and _async._queue.places() == 2
+        assert writer._queue.writing is None and writer._queue.places() == 2
         hornbeam.wait()
         fill(2)
         save_model(model, root + f"/{how}.keras", asynchronous=True)
@@ -772,20 +759,19 @@ WAITS: dict[str, Callable[[Path], Any]] = {
     "save": lambda path: save_model(small(), path),
     "save there asynchronously": lambda path: save_model(small(), path, asynchronous=True),
     "save asynchronously": lambda path: save_model(small(), path.with_name("third.keras"), asynchronous=True),
-    "latest wins": lambda path: save_model(small(), path.with_name("third.keras"), asynchronous=True, latest_wins=True),
     "manager": manager_waits,
 }
 
 
 ALL_WAITS = """
 import pathlib, sys
-from hornbeam import _async
+from hornbeam.base import writer
 import test_async
 for how, ask in test_async.WAITS.items():
     root = pathlib.Path(sys.argv[1]) / how
     root.mkdir()
     error, after = test_async.in_a_callback(ask, root)
-    assert (_async._queue.reserved, _async._queue.staged) == (0, False)
+    assert (writer._queue.reserved, writer._queue.staged) == (0, False)
     test_async.load_model(root / "behind.keras")
     left = sorted(p.name for p in root.iterdir() if p.name != "c")
     print("answer", [how, type(error).__name__, "cannot wait" in str(error), after, left], flush=True)
@@ -879,13 +865,13 @@ os.makedirs(f"{root}/d")
 hornbeam.errors  # imported
 import atexit
 atexit.register(lambda: print("cleaned up", flush=True) or print("said", file=sys.stderr, flush=True))
-from hornbeam import _async
+from hornbeam.base import writer
 import threading
 release = threading.Event()
-with _async.Request(False) as request:
-    _async.claim()
+write = lambda: release.wait(60) and hornbeam.SaveReport()
+with writer.Request() as request:
     request.stage([])
-    request.submit("held", lambda: release.wait(60) and 0, lambda: None, hornbeam.base.settings.current())
+    request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 
 def break_it():
     shutil.rmtree(f"{root}/d")
@@ -907,11 +893,11 @@ elif what == "at exit":
     release.set()
     hornbeam.wait()
     def save():
-        original = _async._Job.run
+        original = writer._Job.run
         def run(job):
             shutil.rmtree(f"{root}/d")
             return original(job)
-        _async._Job.run = run
+        writer._Job.run = run
         save_model(model, f"{root}/d/m.keras", asynchronous=True)
     atexit.register(save)
 elif what == "good":

@@ -47,7 +47,7 @@ def test_every_dtype_arrives(dtype: str, tmp_path: Path) -> None:
     layer.kept.assign(np.array([[0, 1], [1, 0], [1, 1]]))
     holder = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     holder.extra = layer
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         holder.save_weights(tmp_path / "m.weights.h5")
         expected = saved(holder)
         layer.kept.assign(np.zeros((3, 2)))
@@ -59,7 +59,7 @@ def test_every_dtype_arrives(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["functional", "custom_state", "odd_variables", "many_layers"])
 def test_files_cross_to_this_backend_and_back(name: str, tmp_path: Path) -> None:
     model, _, _ = ZOO[name]()
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(tmp_path / "m.keras")
         loaded = keras.models.load_model(tmp_path / "m.keras")
     assert saved(loaded) == saved(model)
@@ -82,7 +82,7 @@ def test_a_variable_changed_by_others_code_after_it_was_stored_keeps_its_value(t
             self.w.assign(before)
 
     model = chain(Restores(), shape=(3,))
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save_weights(tmp_path / "m.weights.h5")
         model.load_weights(tmp_path / "m.weights.h5")
     np.testing.assert_array_equal(model.layers[1].get_weights()[0], [5, 5, 5])
@@ -103,7 +103,7 @@ class Averaged(keras.layers.Dense):
 
 def test_values_lent_to_super_are_what_is_saved(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((3,)), Averaged(2, kernel_initializer="ones")])
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     for variable in loaded.variables:

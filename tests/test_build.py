@@ -46,7 +46,7 @@ def both(path: Path) -> tuple[Any, Any]:
     stock = keras.models.load_model(path)
     after_stock = _drawn()
     _seed()
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         ours = keras.models.load_model(path)
     assert _drawn() == after_stock
     return stock, ours
@@ -258,7 +258,7 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
         return original(self, owner, name)
 
     monkeypatch.setattr(patches.Patch, "__call__", noted)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         for name in ("m.keras", "m.weights.h5", "m.h5"):
             _save(model, tmp_path / name)
         assert patched == {(owner, name) for owner, name, *_ in _saving_points()}
@@ -331,7 +331,7 @@ def test_an_error_at_any_patch_point_leaves_nothing_patched(
     assert values(model) == values_before
     assert gc.isenabled()
     assert gc.get_threshold()[0] > 0
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         again = keras.models.load_model(tmp_path / "m.keras")
     assert saved(again) == saved(model)
 
@@ -377,7 +377,7 @@ def test_an_error_at_any_patch_point_of_a_save_leaves_the_old_file(
         kernel = model.layers[1].kernel
         kernel.assign(kernel + 1)
         expected = state(model)
-        with hornbeam.installed(), hornbeam.options(strict=True):
+        with hornbeam.installed(), hornbeam.options(fallback=False):
             _save(model, path)
         kernel.assign(kernel * 0)
         model.load_weights(path)
@@ -693,7 +693,7 @@ def test_an_error_while_building_leaves_nothing_patched(tmp_path: Path) -> None:
     before = patchable()
     chain(Fails()).save(tmp_path / "m.keras")
     Fails.armed = True
-    with pytest.raises(RuntimeError, match="in build"), hornbeam.installed(), hornbeam.options(strict=True):
+    with pytest.raises(RuntimeError, match="in build"), hornbeam.installed(), hornbeam.options(fallback=False):
         keras.models.load_model(tmp_path / "m.keras")
     assert patchable() == before
     assert type(keras.Variable(np.ones(2))) is backend.Variable
@@ -717,7 +717,7 @@ def test_a_model_may_be_loaded_while_one_is_loaded(tmp_path: Path) -> None:
     inner = chain(keras.layers.Dense(3))
     inner.save(tmp_path / "inner.keras")
     model = chain(LoadsInside(str(tmp_path / "inner.keras")))
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(tmp_path / "outer.keras")
         loaded = keras.models.load_model(tmp_path / "outer.keras")
     np.testing.assert_array_equal(loaded.layers[1].first, keras.ops.convert_to_numpy(inner(floats(2, 6))))
@@ -734,7 +734,7 @@ def test_loads_in_several_threads(tmp_path: Path) -> None:
     def round_trip(job: tuple[int, str]) -> bool:
         i, name = job
         path = tmp_path / f"{i}.keras"
-        with hornbeam.options(strict=True):
+        with hornbeam.options(fallback=False):
             models[name].save(path)
             loaded = keras.models.load_model(path)
         return saved(loaded) == saved(models[name])

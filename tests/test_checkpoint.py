@@ -514,11 +514,11 @@ with CheckpointManager(sys.argv[1]) as again:
 def test_a_forked_child_does_not_wait_for_its_parent(tmp_path: Path) -> None:
     code = r"""
 import faulthandler, os, sys, threading, keras
-from hornbeam import _async
+from hornbeam.base import writer
 from hornbeam.checkpoint import CheckpointManager
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-release, run = threading.Event(), _async._Job.run
-_async._Job.run = lambda job: release.wait() and run(job)
+release, run = threading.Event(), writer._Job.run
+writer._Job.run = lambda job: release.wait() and run(job)
 with CheckpointManager(sys.argv[1], asynchronous=True) as ckpt:
     ckpt.save(0, model)
     child = os.fork()

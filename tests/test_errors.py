@@ -182,7 +182,7 @@ def test_a_flipped_bit_in_json(member: str, archive: tuple[Any, Path]) -> None:
         assert isinstance(error, ChecksumError)
         assert (error.member, error.path) == ("config.json", str(path))
     before = state(model)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.load_weights(path)  # needs neither
     assert state(model) == before
 
@@ -424,7 +424,7 @@ def target(place: Path) -> tuple[Any, Any, Path]:
     layer = Awkward()
     model = chain(layers.Dense(4), layer)
     path = place / "m.keras"
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(path)
     model.layers[1].bias.assign(np.ones(4))
     return model, layer, path
@@ -449,7 +449,7 @@ def test_code_that_fails_while_it_is_saved(where: str, form: str, target: Any, p
         else:
             model.save(path if form == "archive" else place / "directory", zipped=form == "archive")
 
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         save()
         before, values = files(place), state(model)
         layer._when = {where: fail}
@@ -498,7 +498,7 @@ def test_a_read_only_directory(target: Any, place: Path, caplog: pytest.LogCaptu
     closed = place / "closed"
     with unprivileged():
         closed.mkdir()
-        with hornbeam.installed(), hornbeam.options(strict=True):
+        with hornbeam.installed(), hornbeam.options(fallback=False):
             model.save(closed / "m.keras")
             closed.chmod(0o555)
             before = files(closed)
@@ -590,7 +590,7 @@ def test_a_full_file_system(place: Path) -> None:
     try:
         model = chain(layers.Dense(400), layers.Dense(350))  # 570 kB: one file fits, two do not
         path = disk / "m.keras"
-        with hornbeam.installed(), hornbeam.options(strict=True):
+        with hornbeam.installed(), hornbeam.options(fallback=False):
             model.save(path)
             before = files(disk)
             error = failure(lambda: model.save(path))

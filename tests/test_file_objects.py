@@ -177,7 +177,7 @@ def api(request: pytest.FixtureRequest) -> Iterator[dict[str, Callable[..., Any]
             "load_weights": hornbeam.saving.load_weights,
         }
         return
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         yield {
             "save_model": lambda model, *rest, **named: model.save(*rest, **named),
             "load_model": keras.models.load_model,

@@ -25,7 +25,7 @@ from hornbeam.saving import load_weights, save_model, save_weights
 
 @pytest.fixture(autouse=True)
 def _installed() -> Any:
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         yield
 
 
@@ -156,7 +156,7 @@ before = {path: os.stat(path) for path in paths}
 os.setegid(65534)
 os.seteuid(65534)
 for path in paths:
-    with hornbeam.options(strict=True):
+    with hornbeam.options(fallback=False):
         (model.save_weights if ".weights" in path else model.save)(path)
     now = os.stat(path)
     assert (now.st_ino, now.st_uid, now.st_mode) == (before[path].st_ino, 12345, before[path].st_mode), now

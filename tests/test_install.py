@@ -409,7 +409,7 @@ def test_callbacks_go_through_the_core(tmp_path: Path) -> None:
     if y is None:
         pytest.skip("this backend does not train")
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.fit(x, y, epochs=2, callbacks=[checkpoint], verbose=0)
     assert hornbeam.stats().saves == 2
     hornbeam.stats(reset=True)
@@ -435,14 +435,14 @@ def test_handing_over_is_counted_and_refused_under_strict(
         keras.models.load_model(tmp_path / "stock.keras")
         assert hornbeam.stats().handovers == {"saving_lib.H5IOStore is replaced": 2}
         assert caplog.messages == ["handed over to Keras: saving_lib.H5IOStore is replaced"] * 2
-        with hornbeam.options(strict=True), pytest.raises(UnsupportedError, match="does not handle this"):
+        with hornbeam.options(fallback=False), pytest.raises(UnsupportedError, match="does not handle this"):
             model.save(tmp_path / "refused.keras")
         assert not (tmp_path / "refused.keras").exists()
     assert hornbeam.stats().saves == 1
 
 
 def test_options_are_scoped_and_checked() -> None:
-    with hornbeam.options(strict=True) as outer:
+    with hornbeam.options(fallback=False) as outer:
         assert outer.strict
         with hornbeam.options(durable=True) as inner:
             assert inner.strict
@@ -463,7 +463,7 @@ def test_every_way_to_write_gives_the_same_file(atomic: bool, durable: bool, tmp
     target = tmp_path / "m.keras"
     target.write_bytes(b"x" * 1_000_000)
     inode = target.stat().st_ino
-    with hornbeam.installed(), hornbeam.options(strict=True, atomic=atomic, durable=durable):
+    with hornbeam.installed(), hornbeam.options(fallback=False, atomic=atomic, durable=durable):
         model.save(target)
     assert (target.stat().st_ino == inode) == (not atomic)
     assert archive_tree(target) == archive_tree(tmp_path / "stock.keras")

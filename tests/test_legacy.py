@@ -51,12 +51,12 @@ def tree(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, **kwargs: Any) -> Any:
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         return keras.models.load_model(path, **kwargs)
 
 
 def save(model: Any, path: Path, **kwargs: Any) -> None:
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(path, **kwargs)
 
 
@@ -223,7 +223,7 @@ def keras1(model: Any, path: Path, *, root: str = "/") -> None:
 def test_weights_of_keras_1_and_2(root: str, by_name: bool | None, tmp_path: Path) -> None:
     model, other = pair()
     keras1(model, tmp_path / "w.h5", root=root)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         other.load_weights(tmp_path / "w.h5", by_name=by_name)
     assert saved(other) == saved(model)
     report = hornbeam.last_report()
@@ -256,7 +256,7 @@ def mobilenet(top: bool, weights: Any = None) -> Any:
 def test_weights_of_applications(top: bool, pretrained: tuple[dict[bool, Any], dict[bool, Path]]) -> None:
     models, paths = pretrained
     wanted = saved(models[top])
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         assert saved(mobilenet(top, weights=paths[top])) == wanted
         report = hornbeam.last_report()
         assert report is not None
@@ -276,7 +276,7 @@ def test_the_top_of_an_application_is_left_out_by_name(
     models, paths = pretrained
     other = mobilenet(False)
     before = saved(other)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         with pytest.raises(ValueError, match="Layer count mismatch"):
             other.load_weights(paths[True])
         assert saved(other) == before
@@ -525,7 +525,7 @@ def test_nothing_reads_legacy_files_with_h5py(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(h5py, "File", Refuses)
     save(model, tmp_path / "m.h5")
     assert saved(load(tmp_path / "m.h5")) == saved(model)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.load_weights(tmp_path / "m.h5")
     assert hornbeam.stats().handovers == {}
 
@@ -556,7 +556,7 @@ def test_an_open_file_is_keras_own(tmp_path: Path) -> None:
     assert hornbeam.stats().handovers == {"an open HDF5 file": 2}
     with (
         hornbeam.installed(),
-        hornbeam.options(strict=True),
+        hornbeam.options(fallback=False),
         h5py.File(tmp_path / "m.h5") as file,
         pytest.raises(UnsupportedError),
     ):

@@ -74,7 +74,7 @@ class Busy(threading.Thread):
 
 
 def save(model: Any, path: Path) -> None:
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(path)
 
 

@@ -161,7 +161,7 @@ def test_what_needs_a_name_that_is_different_is_stock(
                 assert reasons, name
                 assert all("is unknown" in reason for reason in reasons), (name, reasons)
                 assert set(reasons) <= set(keras_names._verdicts.values()), name
-                with warnings.catch_warnings(record=True) as told, hornbeam.options(strict=True):
+                with warnings.catch_warnings(record=True) as told, hornbeam.options(fallback=False):
                     warnings.simplefilter("always", UnknownKerasWarning)
                     with pytest.raises(UnsupportedError, match="is unknown"):
                         work(model, tmp_path / file)

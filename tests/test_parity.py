@@ -30,7 +30,7 @@ def load(path: Any, *, ours: bool, compile: bool = True, engine: str = "auto") -
     keras.utils.set_random_seed(3)
     if not ours:
         return keras.models.load_model(path, compile=compile)
-    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+    with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
         return keras.models.load_model(path, compile=compile)
 
 
@@ -61,7 +61,7 @@ def test_zoo(name: str, opened: list[Any], tmp_path: Path) -> None:
     for engine, path in ours.items():
         opened.clear()
         hornbeam.stats(reset=True)
-        with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+        with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
             model.save(path)
         assert not opened
         stats = hornbeam.stats()
@@ -102,7 +102,7 @@ def test_weights_files(name: str, tmp_path: Path) -> None:
     paths = {engine: tmp_path / f"{engine}.weights.h5" for engine in ("stock", *RAN)}
     model.save_weights(paths["stock"])
     for engine in RAN:
-        with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+        with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
             model.save_weights(paths[engine])
         assert hornbeam.stats(reset=True).engines == {RAN[engine]: 1}
         assert tree(paths[engine]) == tree(paths["stock"])
@@ -112,7 +112,7 @@ def test_weights_files(name: str, tmp_path: Path) -> None:
             for variable in model.variables:
                 variable.assign(np.zeros(variable.shape, "int8"))
             if engine is not None:
-                with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+                with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
                     model.load_weights(path)
             else:
                 model.load_weights(path)
@@ -125,7 +125,7 @@ def test_engines_write_and_read_the_same(engine: str, tmp_path: Path) -> None:
     model, _, _ = ZOO["odd_variables"]()
     path = tmp_path / "m.keras"
     model.save(tmp_path / "stock.keras")
-    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+    with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
         model.save(path)
         loaded = keras.models.load_model(path)
     assert hornbeam.stats().engines == {engine: 2}
@@ -152,7 +152,7 @@ def test_wide_complex_numbers(engine: str, tmp_path: Path) -> None:
     assert saved(model)[0][:2] == ("complex128", (3,))
     stock, ours = tmp_path / "stock.keras", tmp_path / "ours.keras"
     model.save(stock)
-    with hornbeam.installed(), hornbeam.options(strict=True, engine=engine):
+    with hornbeam.installed(), hornbeam.options(fallback=False, engine=engine):
         model.save(ours)
     assert archive_tree(ours) == archive_tree(stock)
     assert saved(load(ours, ours=False)) == saved(model)
@@ -177,7 +177,7 @@ def test_import_swap_needs_no_install(tmp_path: Path) -> None:
     model, _, _ = ZOO["functional"]()
     path, weights = tmp_path / "m.keras", tmp_path / "m.weights.h5"
     before = saved(model)
-    with hornbeam.options(strict=True):
+    with hornbeam.options(fallback=False):
         hornbeam.saving.save_model(model, path)
         loaded = hornbeam.models.load_model(path)
         hornbeam.saving.save_weights(model, weights)
@@ -213,7 +213,7 @@ def test_file_objects(tmp_path: Path) -> None:
     model, _, _ = ZOO["functional"]()
     model.save(tmp_path / "stock.keras")
     expected = archive_tree(tmp_path / "stock.keras")
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         memory = io.BytesIO(b"before" + bytes(10_000_000))
         memory.seek(6)
         saving_lib.save_model(model, memory)
@@ -286,7 +286,7 @@ def test_shards(size: float, tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
     (tmp_path / "ours").mkdir()
     model.save_weights(tmp_path / "stock" / "m.weights.json", max_shard_size=size)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save_weights(tmp_path / "ours" / "m.weights.json", max_shard_size=size)
     stock, ours = ({p.name: p for p in (tmp_path / d).iterdir()} for d in ("stock", "ours"))
     assert sorted(ours) == sorted(stock)
@@ -308,7 +308,7 @@ def test_directories(tmp_path: Path) -> None:
     model, _x, _ = ZOO["custom_assets"]()
     stock, ours = tmp_path / "stock", tmp_path / "ours"
     model.save(stock, zipped=False)
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(ours, zipped=False)
         model.layers[1].text = "second"
         model.save(ours, zipped=False)  # stock Keras fails here
@@ -320,7 +320,7 @@ def test_directories(tmp_path: Path) -> None:
         assert one.layers[1].text == "second"
         assert saved(one) == saved(model)
     (ours / "notes.txt").write_text("mine")
-    with hornbeam.installed(), hornbeam.options(strict=True):
+    with hornbeam.installed(), hornbeam.options(fallback=False):
         model.save(ours, zipped=False)
     assert (ours / "notes.txt").read_text() == "mine"
     assert saved(keras.models.load_model(ours)) == saved(model)

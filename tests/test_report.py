@@ -25,7 +25,7 @@ from zoo import ZOO, chain, floats, train
 
 @pytest.fixture(autouse=True)
 def _strict() -> Any:
-    with hornbeam.options(strict=True):
+    with hornbeam.options(fallback=False):
         yield
 
 

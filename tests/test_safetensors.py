@@ -28,7 +28,7 @@ from zoo import ZOO, chain, floats, train
 
 @pytest.fixture(autouse=True)
 def _strict() -> Any:
-    with hornbeam.options(strict=True):
+    with hornbeam.options(fallback=False):
         yield
 
 
@@ -224,7 +224,7 @@ def test_without_the_optimizer(tmp_path: Path) -> None:
     assert set(peer(path)) == {v.path for v in model.weights}
     assert report.left_out == [f"optimizer/vars/{i}" for i in range(len(model.optimizer.variables))]
     before = saved(model)
-    with hornbeam.options(strict=False):
+    with hornbeam.options(fallback=True):
         loaded = saving.load_weights(model, path)
     assert loaded.missing == [v.path for v in model.optimizer.variables]
     assert not loaded.complete
@@ -262,7 +262,7 @@ def test_an_optimizer_is_loaded_as_a_whole_or_not_at_all(tmp_path: Path) -> None
     saving.save_weights(model, tmp_path / "w.safetensors")
     other = two_layers()
     other.compile("adam", "mse")  # its slots are made by the first step
-    with pytest.warns(UserWarning, match="other variables for it"), hornbeam.options(strict=False):
+    with pytest.warns(UserWarning, match="other variables for it"), hornbeam.options(fallback=True):
         report = saving.load_weights(other, tmp_path / "w.safetensors")
     assert int(other.optimizer.iterations) == 0
     assert saved(other)[:4] == saved(model)[:4]
@@ -413,7 +413,7 @@ def test_weights_of_another_tool_through_a_map_and_a_function(tmp_path: Path) ->
     names = {"net.0.w": "first/kernel", "net.0.b": "first/bias", "net.1.w": "second/kernel", "net.1.b": "second/bias"}
     for name_map in (names, lambda name: names.get(name)):
         model = two_layers()
-        with hornbeam.options(strict=False):
+        with hornbeam.options(fallback=True):
             report = saving.load_weights(model, path, name_map=name_map)
         assert sorted(report.loaded) == sorted(values)
         assert report.skipped == ["net.pos"]

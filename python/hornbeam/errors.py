@@ -54,7 +54,7 @@ class UnsafeFileError(HornbeamError, ValueError):
 
 
 class UnsupportedError(HornbeamError, ValueError):
-    """Hornbeam does not handle this; under `options(strict=True)` it is not handed to Keras either."""
+    """Hornbeam does not handle this; under `options(fallback=False)` it is not handed to Keras either."""
 
 
 class InvalidError(HornbeamError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from os import PathLike
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle
 from hornbeam.flows.requests import LoadRequest, NameMap, SaveRequest
 from hornbeam.formats import operations
+from hornbeam.seam import entry
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
 Progressed = Callable[[Progress], Any] | bool | None
@@ -120,7 +122,8 @@ def load_model(
         plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
     )
     with _options(progress=progress):
-        model, report = operations.load_model(request)
+        stock, beyond = partial(operations.stock_load, request), request.beyond()
+        model, report = entry.run("load", f"{operations.LOADS}:load_model", stock, request, beyond=beyond)
     remember(report)
     return model
 

@@ -74,9 +74,9 @@ def count(*, engine: str | None = None, **amounts: int) -> None:
 
 
 def hand_over(reason: str, stock: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Lets stock Keras do it: counted, logged, refused under `strict`."""
-    if current().strict:
-        raise UnsupportedError(f"hornbeam does not handle this: {reason}. Without `strict`, stock Keras would do it.")
+    """Lets stock Keras do it: counted, logged, refused with `options(fallback=False)`."""
+    if not current().fallback:
+        raise UnsupportedError(f"hornbeam does not handle this: {reason}. Stock Keras would, with `fallback=True`.")
     with _lock:
         _stats.handovers[reason] = _stats.handovers.get(reason, 0) + 1
     logger.info("handed over to Keras: %s", reason)

@@ -17,7 +17,7 @@ class Options:
     """What `hornbeam.options` can set.
 
     Attributes:
-        strict: Raise `UnsupportedError` instead of handing over to stock Keras.
+        fallback: Hand over to stock Keras what hornbeam does not handle; otherwise `UnsupportedError` is raised.
         engine: `"auto"` (our own; libhdf5 for reading what it does not), `"direct"` or `"libhdf5"`.
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
@@ -29,7 +29,7 @@ class Options:
         progress: `None` (a bar on a terminal, after two seconds), `True`, `False`, or called with a `Progress`.
     """
 
-    strict: bool = False
+    fallback: bool = True
     engine: str = "auto"
     atomic: bool = True
     durable: bool = False
@@ -52,7 +52,7 @@ def current() -> Options:
 @contextlib.contextmanager
 def options(
     *,
-    strict: bool | None = None,
+    fallback: bool | None = None,
     engine: str | None = None,
     atomic: bool | None = None,
     durable: bool | None = None,
@@ -66,7 +66,7 @@ def options(
     """Sets options for the calling thread or task while the context lasts; `None` leaves one as it is.
 
     Args:
-        strict: Raise `UnsupportedError` where hornbeam would hand over to stock Keras.
+        fallback: `False` raises `UnsupportedError` where hornbeam would hand over to stock Keras.
         engine: `"auto"`, `"direct"` or `"libhdf5"`.
         atomic: Replace files by renaming (the default) or write over them.
         durable: Wait for stable storage.
@@ -88,7 +88,7 @@ def options(
         ValueError: For what is none of these.
     """
     given: dict[str, Any] = {
-        "strict": strict,
+        "fallback": fallback,
         "engine": engine,
         "atomic": atomic,
         "durable": durable,

@@ -35,6 +35,7 @@ class Tried:
         self._lock = threading.Lock()
 
     def __call__(self) -> bool:
+        """Whether it works here; tried now, if that was not done yet."""
         if self._verdict is None and not fork.is_child():
             with self._lock:
                 if self._verdict is None:

@@ -28,6 +28,7 @@ class AssetStore(saving_lib.DiskIOStore):
 
     @property
     def working_dir(self) -> str:
+        """The temporary directory, made when it is first asked for."""
         if self._working_dir is None:
             self.tmp_dir = saving_lib.get_temp_dir()
             self._working_dir = str(Path(self.tmp_dir) / self.root_path)

@@ -37,9 +37,11 @@ class Dataset:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the value."""
         return math.prod(self.shape) * self.memory.dtype.itemsize
 
     def array(self) -> np.ndarray:
+        """The value, fetched now where it was deferred."""
         return self.memory.array() if isinstance(self.memory, deferred.Deferred) else self.memory
 
 

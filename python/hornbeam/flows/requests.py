@@ -12,6 +12,7 @@ from hornbeam.errors import UnsupportedError
 NameMap = Mapping[str, str | None] | Callable[[str], str | None]
 #: What weights can be cast to.
 DTYPES = ("float16", "bfloat16")
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ class SaveRequest:
         found = []
         if self.writer is not None:
             found.append("does not save asynchronously")
+        if str(self.target).endswith(_SAFETENSORS):
+            found.append("knows no safetensors")
         if self.smaller:
             found.append("neither casts weights nor leaves the optimizer's state out")
         return found
@@ -124,4 +127,5 @@ class LoadRequest:
 
     def beyond(self) -> list[str]:
         """What of it stock Keras does not do."""
-        return ["does not load strictly or in part"] if self.strict or self.partial else []
+        found = ["does not load strictly or in part"] if self.strict or self.partial else []
+        return [*found, "knows no safetensors"] if str(self.source).endswith(_SAFETENSORS) else found

@@ -56,7 +56,7 @@ def save_archive(request: SaveRequest) -> Saved:
             return save_archive(dataclasses.replace(request, target=file))
     options = settings.current()
     with recorded(request, assets=True) as (store, assets):
-        plan = planned(store)
+        plan = _core.plan(**layout(store))
         if request.writer is not None:
             return _defer(request.writer, plan, store, target, options, _members(request.model), assets)
         if path is not None:
@@ -96,7 +96,7 @@ def save_directory(request: SaveRequest) -> Saved:
     _check(request, target)
     options = settings.current()
     with recorded(request, assets=True) as (store, assets):
-        plan = planned(store)
+        plan = _core.plan(**layout(store))
         members = _members(request.model)  # before anything is written: the directory may be written in place
         names = [saving_lib._CONFIG_FILENAME, saving_lib._METADATA_FILENAME]
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
@@ -149,7 +149,7 @@ def save_weights(request: SaveRequest) -> Saved:
     """
     check_weights(request)
     with recorded(request, assets=False) as (store, _):
-        plan = planned(store)
+        plan = _core.plan(**layout(store))
         if request.writer is not None:
             return _defer(request.writer, plan, store, request.target, settings.current())
         info = write_image(plan, store, request.target)
@@ -238,19 +238,17 @@ def recorded(request: SaveRequest, *, assets: bool) -> Iterator[tuple[RecordStor
             asset_store.close()
 
 
-def planned(store: RecordStore) -> _core.Plan:
-    """Lays out what was recorded, as the options say."""
-    groups = list(store.groups.items())
-    datasets = [(path, d.dtype, d.shape, d.tag) for path, d in store.datasets.items()]
+def layout(store: RecordStore) -> dict[str, Any]:
+    """What the core plans from: what was recorded, and how the options want it written."""
     options = settings.current()
-    return _core.plan(
-        groups,
-        datasets,
-        engine=options.engine,
-        compression=options.compression,
-        shuffle=options.shuffle,
-        chunk_bytes=options.chunk_bytes,
-    )
+    return {
+        "groups": list(store.groups.items()),
+        "datasets": [(path, d.dtype, d.shape, d.tag) for path, d in store.datasets.items()],
+        "engine": options.engine,
+        "compression": options.compression,
+        "shuffle": options.shuffle,
+        "chunk_bytes": options.chunk_bytes,
+    }
 
 
 def buffers(store: RecordStore) -> list[np.ndarray | None]:

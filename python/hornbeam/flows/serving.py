@@ -276,9 +276,11 @@ class Image:
         return np.frombuffer(block, np.uint8).view(dtype).reshape(shape)
 
     def complete(self, *, drop_rest: bool) -> None:
+        """Waits until what is being read was read and checked; what nobody took is let go with `drop_rest`."""
         for reading in self._readings or ():
             reading.complete(drop_rest=drop_rest)
 
     def close(self) -> None:
+        """Stops what is being read."""
         self._readings = None
         self._by = {}

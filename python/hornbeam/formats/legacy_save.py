@@ -108,6 +108,7 @@ class Recorded:
         self.store = RecordStore()
 
     def group(self, path: str) -> None:
+        """Adds an empty group."""
         if path in self.groups:
             raise ValueError(f"Unable to create group (name already exists): {path}")
         self.groups[path] = []

@@ -1,4 +1,4 @@
-"""The four operations, for who has a request: hornbeam's way, or stock Keras' where hornbeam leaves it to that."""
+"""Saves and loads, for who has a request: hornbeam's way, or stock Keras' where hornbeam leaves it to that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hornbeam.base.writer import Handle
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.seam import entry
 
-_SAVES, _LOADS = "hornbeam.formats.save_formats", "hornbeam.formats.load_formats"
+_SAVES = "hornbeam.formats.save_formats"
+LOADS = "hornbeam.formats.load_formats"
 
 
 def save_model(
@@ -47,12 +48,8 @@ def _stock_save(function: Any, request: SaveRequest, **kwargs: Any) -> SaveRepor
     return SaveReport(request.path)
 
 
-def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
-    """Loads a model; see `save_model`."""
-    return entry.run("load", f"{_LOADS}:load_model", partial(_stock_load, request), request, beyond=request.beyond())
-
-
-def _stock_load(request: LoadRequest) -> tuple[Any, LoadReport]:
+def stock_load(request: LoadRequest) -> tuple[Any, LoadReport]:
+    """What stock Keras loads, and a report that says so."""
     model = saving_api.load_model(
         request.source,
         custom_objects=request.custom_objects,
@@ -65,7 +62,7 @@ def _stock_load(request: LoadRequest) -> tuple[Any, LoadReport]:
 def load_weights(request: LoadRequest) -> LoadReport:
     """Loads weights; see `save_model`."""
     stock = partial(_stock_load_weights, request)
-    return entry.run("load", f"{_LOADS}:load_weights", stock, request, beyond=request.beyond())
+    return entry.run("load", f"{LOADS}:load_weights", stock, request, beyond=request.beyond())
 
 
 def _stock_load_weights(request: LoadRequest) -> LoadReport:

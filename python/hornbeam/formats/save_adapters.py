@@ -62,7 +62,9 @@ def lib_save_model(model: Any, filepath: Any, weights_format: str = "h5", zipped
             raise NotOurs(None)
         if text.startswith("hf://") or file_utils.is_remote_path(text):
             raise NotOurs("remote path", path=text)
-    _remember(save_formats.save_native(SaveRequest(model, place, weights_format), zipped=zipped))
+    save_formats.warn_unbuilt(model)
+    request = SaveRequest(model, place, weights_format)
+    _remember(saves.save_archive(request) if zipped else saves.save_directory(request))
 
 
 def lib_save_model_to_fileobj(model: Any, fileobj: Any, weights_format: str = "h5") -> None:

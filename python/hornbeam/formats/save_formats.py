@@ -70,7 +70,8 @@ def save_model(
     _warn_of_format(text, save_format)
     if not overwrite and os.path.exists(text) and not io_utils.ask_to_proceed_with_overwrite(text):
         return None
-    return save_native(request, zipped=zipped)
+    warn_unbuilt(request.model)
+    return saves.save_archive(request) if zipped else saves.save_directory(request)
 
 
 def _warn_of_format(text: str, save_format: Any) -> None:
@@ -88,19 +89,14 @@ def _warn_of_format(text: str, save_format: Any) -> None:
         )
 
 
-def save_native(request: SaveRequest, *, zipped: bool = True) -> SaveReport | Handle:
-    """Saves as `.keras`, or as the directory that holds the same.
-
-    Raises:
-        NotOurs: As `save_model`.
-    """
-    if not request.model.built:
+def warn_unbuilt(model: Any) -> None:
+    """What Keras says of a model that has no weights yet."""
+    if not model.built:
         warnings.warn(
             "You are saving a model that has not yet been built. It might not contain any weights yet. Consider "
             "building the model first by calling it on some data.",
             stacklevel=2,
         )
-    return saves.save_archive(request) if zipped else saves.save_directory(request)
 
 
 def _save_h5(request: SaveRequest, *, overwrite: bool) -> SaveReport | None:
@@ -122,7 +118,8 @@ def _save_model_to(request: SaveRequest, zipped: bool | None, save_format: Any) 
         raise ValueError(f"`save_format` is 'keras' or 'h5' for a file object. Received: save_format={save_format!r}")
     if save_format in ("h5", "hdf5") or (not save_format and file_objects.name(file).endswith(_HDF5)):
         return _save_h5(dataclasses.replace(request, target=Stream(file, ".h5")), overwrite=True)
-    return save_native(request)
+    warn_unbuilt(request.model)
+    return saves.save_archive(request)
 
 
 def save_weights(request: SaveRequest, *, overwrite: bool = True) -> Saved:

@@ -51,7 +51,7 @@ def save_weights(request: SaveRequest) -> SaveReport:
     with saves.recorded(request, assets=False) as (store, _):
         shards, weight_map, total = _split(store, path, request.max_shard_size * 1024**3)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
-        planned = [(str(path.with_name(name)), shard, saves.planned(shard)) for name, shard in shards]
+        planned = [(str(path.with_name(name)), shard, _core.plan(**saves.layout(shard))) for name, shard in shards]
         return write(planned, path, index.encode(), store.report)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from hornbeam.base import counters, durability, settings
 from hornbeam.errors import UnsupportedError
-from hornbeam.seam import displaced, hook, keras_names, targets
+from hornbeam.seam import displaced, keras_names, targets
 from hornbeam.seam.operation import NotOurs
 from hornbeam.seam.patches import Users, reaches
 
@@ -85,7 +85,7 @@ _local = threading.local()
 def _active() -> bool:
     if getattr(_local, "stock", False):  # inside of what stock Keras does as a whole
         return False
-    return hook.is_installed() or bool(getattr(_local, "scopes", None))
+    return bool(targets.installation or getattr(_local, "scopes", None))
 
 
 def _operation(module: str, name: str) -> str:
@@ -281,7 +281,7 @@ def unpatch(module: ModuleType) -> None:
     """
     where = module.__name__
     with _lock:
-        if _users or hook.is_installed():
+        if _users or targets.installation:
             return
         for name in _REPLACED[where]:
             original, dispatcher = _placed.get((where, name), (None, None))
@@ -343,7 +343,7 @@ def _start_anew() -> None:
     global _lock
     _lock = threading.RLock()
     _users.keep_own()
-    if not hook.is_installed():
+    if not targets.installation:
         restore_aliases()
     for name in _REPLACED:
         if name in sys.modules:

@@ -19,16 +19,9 @@ from typing import Any
 
 from hornbeam.base.counters import logger
 from hornbeam.errors import UnknownKerasWarning
-from hornbeam.seam.patches import Users
-from hornbeam.seam.targets import MODULES
+from hornbeam.seam.targets import MODULES, installation
 
 _lock = threading.RLock()
-
-
-_forever = False  # between install() and uninstall()
-
-
-_blocks = Users()  # `with installed()` blocks in force
 
 
 _asking = threading.local()
@@ -138,18 +131,16 @@ def install() -> None:
     `copy.deepcopy` and `pickle` of models are covered, also through references taken before. Calling it again is
     harmless. Before `import keras` it imports neither Keras nor a backend.
     """
-    global _forever
     _await_import()
     with _lock:
-        _forever = True
+        installation.forever = True
         _update()
 
 
 def uninstall() -> None:
     """Undoes `install()` exactly; `installed()` blocks go on. Harmless when nothing is installed."""
-    global _forever
     with _lock:
-        _forever = False
+        installation.forever = False
         _update()
 
 
@@ -194,7 +185,7 @@ def _update_all() -> None:
 
 def is_installed() -> bool:
     """Whether `install()` or an `installed()` block is in force."""
-    return _forever or bool(_blocks)
+    return bool(installation)
 
 
 @contextlib.contextmanager
@@ -204,12 +195,12 @@ def installed() -> Iterator[None]:
     token = object()
     try:
         with _lock:
-            _blocks.add(token)
+            installation.blocks.add(token)
             _update()
         yield
     finally:
         with _lock:
-            _blocks.discard(token)
+            installation.blocks.discard(token)
             _update()
 
 
@@ -218,7 +209,7 @@ def _start_anew() -> None:
     global _lock
     _lock = threading.RLock()
     _asking.__dict__.clear()
-    _blocks.keep_own()
+    installation.blocks.keep_own()
     if not is_installed() and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 

@@ -85,7 +85,7 @@ def _compare(operation: str) -> str | None:
 def _tell(operation: str, reason: str) -> None:
     text = (
         f"{reason}. From now on stock Keras does without hornbeam what it can do itself (operation: {operation}). A "
-        "newer hornbeam may know this Keras; `hornbeam.options(strict=True)` makes this an error."
+        "newer hornbeam may know this Keras; `hornbeam.options(fallback=False)` makes this an error."
     )
     counters.logger.warning("%s", text)
     level, frame = 1, inspect.currentframe()

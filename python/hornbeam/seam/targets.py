@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hornbeam.seam.patches import Users
+
 SAVING_LIB = "keras.src.saving.saving_lib"
 
 
@@ -18,3 +20,22 @@ EXPORTS = "keras.src.export.saved_model"
 
 
 MODULES = (SAVING_LIB, SAVING_API, LEGACY_H5, MODEL, EXPORTS)
+
+
+class Installation:
+    """Whether hornbeam stands in for Keras' functions in the whole process.
+
+    Attributes:
+        forever: Between `install()` and `uninstall()`.
+        blocks: `with installed()` blocks in force.
+    """
+
+    def __init__(self) -> None:
+        self.forever = False
+        self.blocks = Users()
+
+    def __bool__(self) -> bool:
+        return self.forever or bool(self.blocks)
+
+
+installation = Installation()

@@ -30,6 +30,7 @@ class FastWalk:
         self.names: dict[tuple[Any, ...], list[str]] = {}  # by class and what an instance has
 
     def __call__(self, stock: Callable[[Any], Iterator[tuple[str, Any]]], saveable: Any) -> Iterator[tuple[str, Any]]:
+        """Name and value of what Keras would go on to from `saveable`."""
         from keras.src.saving.keras_saveable import KerasSaveable
 
         if not isinstance(saveable, KerasSaveable):
