@@ -6,14 +6,17 @@ The writer is held by a save that ends when the test says so: whatever is saved 
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +191,11 @@ def test_a_donated_array_stays_in_the_file(tmp_path: Path) -> None:
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has what the backend would share fetched as from an accelerator, large values in many pieces."""
     if SHARED:
-        monkeypatch.setitem(tensors._VIEWERS, BACKEND, getattr(tensors, f"_fetch_{BACKEND}"))
+        monkeypatch.setitem(
+            tensors._VIEWERS,
+            BACKEND,
+            getattr(importlib.import_module(f"hornbeam.values.on_{BACKEND}"), f"_fetch_{BACKEND}"),
+        )
         monkeypatch.setattr(deferred, "_FETCHED", 30_000)
 
 
@@ -401,7 +408,7 @@ def break_next(model: Any, directory: Path) -> writer.Handle:
             left.unlink()
         directory.rmdir()
     while not handle.done():
-        handle._finished.wait()
+        futures.wait([handle])
     return handle
 
 
@@ -512,6 +519,31 @@ def test_what_is_not_saved_asynchronously_says_so(tmp_path: Path) -> None:
             call()
     assert memory.getvalue() == b""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_handle_is_a_future(tmp_path: Path) -> None:
+    model = small()
+    handles = {save_model(model, tmp_path / f"{i}.keras", asynchronous=True): i for i in range(3)}
+    assert {handles[handle] for handle in futures.as_completed(handles, 60)} == {0, 1, 2}
+    handle = save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
+
+    async def path() -> str:
+        return await asyncio.wrap_future(handle)
+
+    assert asyncio.run(path()) == str(tmp_path / "m.weights.h5")
+    assert not handle.cancel()
+    assert handle.report.tensors == len(model.variables)
+    assert handle.report.bytes == handle.bytes == (tmp_path / "m.weights.h5").stat().st_size
+
+
+def test_who_keeps_the_old_file_has_a_handle_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keras.src.utils.io_utils.ask_to_proceed_with_overwrite", lambda _: False)
+    (tmp_path / "m.keras").write_bytes(b"old")
+    handle = save_model(small(), tmp_path / "m.keras", overwrite=False, asynchronous=True)
+    with pytest.raises(futures.CancelledError, match="old file"):
+        handle.result()
+    assert (tmp_path / "m.keras").read_bytes() == b"old"
+    hornbeam.wait()  # nothing went wrong
 
 
 class SavesElsewhere(keras.Model):
@@ -734,7 +766,7 @@ def in_a_callback(ask: Callable[[Path], Any], tmp_path: Path) -> list[Any]:
         behind.add_done_callback(lambda h: found.append("behind"))
         HANDLES[:] = [behind]
         first.add_done_callback(callback)
-    assert behind._finished.wait(60)
+    assert futures.wait([behind], 60).done
     hornbeam.wait()
     return found
 

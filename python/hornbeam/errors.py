@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import zipfile
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class CheckpointError(HornbeamError, RuntimeError):
     """A directory of checkpoints is in use, incomplete, or of another training."""
 
 
-class CancelledError(HornbeamError, RuntimeError):
-    """The operation was cancelled."""
+class CancelledError(HornbeamError, futures.CancelledError, RuntimeError):
+    """An asynchronous save that was not made: the user kept the old file, or it belongs to another process."""
 
 
 class OutOfMemoryError(HornbeamError, MemoryError):

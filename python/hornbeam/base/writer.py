@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.base import counters, locations, settings
@@ -28,8 +30,13 @@ if TYPE_CHECKING:
     from hornbeam.base.deferred import Deferred
 
 
-class Handle:
+class Handle(Future[str]):
     """An asynchronous save; `save_model(…, asynchronous=True)` makes them.
+
+    A `concurrent.futures.Future` whose result is the path of the file: `as_completed`, `asyncio.wrap_future` and done
+    callbacks work. A callback is called in the writer's thread, or at once if the save has ended; what it raises is
+    logged. There it cannot wait for the saves behind it, which would wait for it: that is an `UnsupportedError`. A save
+    cannot be cancelled.
 
     Attributes:
         path: The file, from the root: the process may change its directory before it is written.
@@ -40,17 +47,16 @@ class Handle:
     """
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self.path = locations.absolute(path)
         self._real = os.path.realpath(self.path)  # now: links may change, too
         self.bytes: int | None = None
         self.stalled = 0.0
         self.written: float | None = None
         self.report: SaveReport | None = None
-        self._finished = threading.Event()
-        self._lock = threading.Lock()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # for those who tell nobody of it
         self._seen = False  # whether somebody was given the error
-        self._callbacks: list[Callable[[Handle], Any]] = []
+        self.set_running_or_notify_cancel()
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -59,12 +65,8 @@ class Handle:
         )
 
     def __repr__(self) -> str:
-        state = "pending" if not self.done() else "failed" if self._error is not None else "done"
+        state = "pending" if not self.done() else "failed" if self.error is not None else "done"
         return f"<hornbeam save of '{self.path}': {state}>"
-
-    def done(self) -> bool:
-        """Whether it has ended: the file is in its place, or there is an error."""
-        return self._finished.is_set()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Waits for the end.
@@ -79,12 +81,14 @@ class Handle:
             TimeoutError: When it has not ended by then.
             UnsupportedError: In a callback of a save, which this one waits for.
         """
-        if timeout is None or timeout > 0:
-            _queue.refuse_waiting_for(self._finished)
-        if not self._finished.wait(timeout):
-            raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.")
+        if (timeout is None or timeout > 0) and not self.done():
+            _queue.refuse_waiting_for(None)
+        try:
+            error = super().exception(timeout)
+        except TimeoutError:
+            raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.") from None
         self._seen = True
-        return self._error
+        return error
 
     def result(self, timeout: float | None = None) -> str:
         """Waits for the end.
@@ -106,31 +110,31 @@ class Handle:
             raise error
         return self.path
 
-    def add_done_callback(self, callback: Callable[[Handle], Any]) -> None:
-        """Has `callback(handle)` called when the save has ended, in the writer's thread, or now if it has.
+    def add_done_callback(self, fn: Callable[[Handle], Any]) -> None:
+        """Has `fn(handle)` called when the save has ended, or now if it has."""
 
-        What it raises is logged. In the writer's thread it cannot wait for the saves behind it, which would wait for
-        it: that is an `UnsupportedError`.
-        """
-        with self._lock:
-            if not self._finished.is_set():
-                self._callbacks.append(callback)
-                return
-        self._call(callback)
+        def call(handle: Any) -> None:
+            try:
+                fn(handle)
+            except BaseException:  # the writer goes on, also after a `sys.exit()`
+                counters.logger.exception("a callback of the save of '%s' failed", self.path)
 
-    def _end(self, error: BaseException | None) -> list[Callable[[Handle], Any]]:
-        """Notes how it ended; returns whom to tell."""
-        with self._lock:
-            self._error = error
-            self._finished.set()
-            callbacks, self._callbacks = self._callbacks, []
-        return callbacks
+        super().add_done_callback(call)
 
-    def _call(self, callback: Callable[[Handle], Any]) -> None:
-        try:
-            callback(self)
-        except BaseException:  # the writer goes on, also after a `sys.exit()`
-            counters.logger.exception("a callback of the save of '%s' failed", self.path)
+    def end(self, error: BaseException | None) -> None:
+        """Notes how it ended, and calls back."""
+        self.error = error
+        if error is None:
+            self.set_result(self.path)
+        else:
+            self.set_exception(error)
+
+    def start_anew(self) -> None:
+        """In a forked child, where it belongs to the parent, and so do its callbacks."""
+        self._condition = threading.Condition()
+        vars(self).update(_done_callbacks=[], _waiters=[])
+        if not self.done():
+            self.end(CancelledError(f"The save of '{self.path}' belongs to the parent process."))
 
 
 @dataclasses.dataclass
@@ -194,9 +198,8 @@ class _Queue:
                 except RuntimeError:  # no more threads
                     ending, self.writing, self.thread = True, None, None
         if ending:
-            for callback in self._end(job, job.run()):
-                job.handle._call(callback)
-            if job.handle._error is not None:
+            self._end(job, job.run())
+            if job.handle.error is not None:
                 _fail_exit()  # which may have looked already
 
     def _work(self) -> None:
@@ -205,8 +208,7 @@ class _Queue:
                 job = self.writing
             if job is None:
                 return
-            for callback in self._end(job, job.run()):
-                job.handle._call(callback)
+            self._end(job, job.run())
             with self.changed:
                 job = self.writing = self.waiting
                 self.waiting = None
@@ -214,8 +216,8 @@ class _Queue:
                     self.thread = None
                 self.changed.notify_all()
 
-    def _end(self, job: _Job, error: BaseException | None) -> list[Callable[[Handle], Any]]:
-        """Gives back what the save held; returns whom to tell."""
+    def _end(self, job: _Job, error: BaseException | None) -> None:
+        """Gives back what the save held, and tells its handle."""
         try:
             job.drop()
         except BaseException as e:
@@ -224,11 +226,11 @@ class _Queue:
         with self.changed:
             if job.stages:
                 self.staged = False
-            job.handle._error = error  # before anybody is told of it
+            job.handle.error = error  # before anybody is told of it
             if error is not None:
                 self.failed.append(job.handle)
             self.changed.notify_all()
-        return job.handle._end(error)
+        job.handle.end(error)
 
     def is_writer(self) -> bool:
         """Whether this is the writer's thread, in a callback, or one that it waits for."""
@@ -262,11 +264,11 @@ class _Queue:
             return
         for handle in chosen:
             handle._seen = True
-        error = chosen[0]._error
+        error = chosen[0].error
         assert error is not None
         error.add_note(f"This happened while '{chosen[0].path}' was saved asynchronously.")
         for handle in chosen[1:]:
-            error.add_note(f"The asynchronous save of '{handle.path}' failed as well: {handle._error}")
+            error.add_note(f"The asynchronous save of '{handle.path}' failed as well: {handle.error}")
         raise error
 
 
@@ -309,9 +311,7 @@ def _start_anew() -> None:
     _inherited.append(_queue)  # never collected
     for job in (_queue.writing, _queue.waiting):
         if job is not None:
-            job.handle._finished, job.handle._lock = threading.Event(), threading.Lock()
-            job.handle._callbacks = []  # the parent's to call
-            job.handle._end(CancelledError(f"The save of '{job.handle.path}' belongs to the parent process."))
+            job.handle.start_anew()
     _queue = _Queue()
     untold.clear()
     counters.renew_lock()  # the writer may have held it
@@ -352,7 +352,7 @@ class _FailedStream:
 
 def _lost() -> list[tuple[str, BaseException | None]]:
     """The failed saves that nobody was told of."""
-    return [*((h.path, h._error) for h in _queue.failed if not h._seen), *untold.values()]
+    return [*((h.path, h.error) for h in _queue.failed if not h._seen), *untold.values()]
 
 
 def _fail_exit() -> None:
@@ -463,7 +463,7 @@ def asked(asynchronous: bool) -> Iterator[Request | None]:
 def cancelled(path: str) -> Handle:
     """What there is of a save for which the user did not want to lose the old file."""
     handle = Handle(path)
-    handle._end(CancelledError(f"'{path}' was not saved: the old file was to be kept."))
+    handle.end(CancelledError(f"'{path}' was not saved: the old file was to be kept."))
     return handle
 
 
@@ -488,8 +488,9 @@ def settle(path: Any, *, loads: bool = False) -> None:
     if loads and queue.is_writer() and pending != handles:
         return  # in a callback of the save that wrote what is there
     for handle in pending:
-        queue.refuse_waiting_for(handle._finished)
-        handle._finished.wait()
+        if not handle.done():
+            queue.refuse_waiting_for(None)
+        futures.wait([handle])
     if loads:
         queue.raise_failed(real)
 

@@ -304,7 +304,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             return
 
         def ended(handle: writer.Handle) -> None:
-            if handle._error is None:
+            if handle.error is None:
                 self._confirm(record, pending, handle.bytes, handle.written)
             else:
                 self._abandon(pending)
