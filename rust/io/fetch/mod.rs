@@ -81,11 +81,16 @@ impl Slot {
         Ok(Self { block: Arc::new(block), start: 0, len })
     }
 
-    /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
+    /// Where its `len` bytes start. They may be written through it as long as nobody has them by [`Slot::bytes`].
+    pub fn as_ptr(&self) -> *mut u8 {
         assert!(self.start + self.len <= self.block.len());
+        self.block.as_ptr().wrapping_add(self.start)
+    }
+
+    /// The bytes, of a slot whose pointer was not given to somebody who may write.
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: in bounds; the reader finished this slot before it handed it out and never writes it again.
-        unsafe { std::slice::from_raw_parts(self.block.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
     }
 }
 
