@@ -217,7 +217,7 @@ proptest! {
         let members = Members::open(&file).unwrap();
         assert_eq!(members.iter().map(|m| m.name.clone()).collect::<Vec<_>>(), taken);
         for member in members.iter() {
-            member.read(&file).unwrap();
+            member.read(&file, &|| Ok(())).unwrap();
         }
     }
 }
