@@ -846,20 +846,23 @@ mod replacing {
         let ours = names(root).pop().unwrap();
         let host = &ours[".m.keras.".len()..][..8];
         drop(here);
-        let leave = |host: &str, hours: u64| {
-            let left = root.join(format!(".m.keras.{host}7fffffff{hours:08x}.hornbeam-tmp"));
+        let leave = |host: &str, hours: u64, process: u32| {
+            let left = root.join(format!(".m.keras.{host}{process:08x}{hours:08x}.hornbeam-tmp"));
             let file = fs::File::create(&left).unwrap();
             let age = std::time::Duration::from_secs(hours * 3600);
             file.set_modified(std::time::SystemTime::now() - age).unwrap();
             left
         };
         let other = format!("{:08x}", !u32::from_str_radix(host, 16).unwrap());
-        let (dead, recent, old) = (leave(host, 1), leave(&other, 23), leave(&other, 25));
+        let dead = i32::MAX as u32;
+        let (dead, recent, old) = (leave(host, 1, dead), leave(&other, 23, dead), leave(&other, 25, dead));
+        let writing = leave(&other, 0, std::os::unix::process::parent_id());
         // Somebody there who still writes does not refuse us: nobody here knows whether he lives.
-        let held = fs::File::open(&recent).unwrap();
+        let held = fs::File::open(&writing).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
         put(&path, "new", ATOMIC);
         assert_eq!((dead.exists(), recent.exists(), old.exists()), (false, true, false));
+        assert!(writing.exists());
     }
 
     #[test]

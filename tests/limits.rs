@@ -298,11 +298,3 @@ fn attributes_that_no_reader_takes_together_are_refused() {
     let mut add = |i: usize| tree.add_dataset(&format!("d{i}"), DType::F32, [1], vec![("a".into(), large())]).is_ok();
     assert_eq!((0..5).map(&mut add).collect::<Vec<_>>(), [true, true, true, false, false]);
 }
-
-#[test]
-fn tensors_that_no_image_holds_together_are_refused() {
-    let mut tree = Tree::new();
-    let mut add = |name: &str, elements: u64| tree.add_dataset(name, DType::F64, [elements], vec![]).is_ok();
-    let half = MAX_IMAGE_BYTES / 2 / 8;
-    assert!(!add("alone", 2 * half + 1) && add("a", half) && add("b", half) && !add("c", 1) && add("empty", 0));
-}
