@@ -21,7 +21,7 @@ BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint
   tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_matching.py \
   tests/test_untrained.py tests/test_chdir.py tests/test_keras_suite.py::test_our_model_checkpoint
 NIGHTLY_TESTS ?= $(MATRIX_TESTS) tests/test_install.py tests/test_patch.py tests/test_checkpoint.py \
-  tests/test_backup.py tests/test_data.py
+  tests/test_backup.py tests/test_data.py tests/test_compress.py
 SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build

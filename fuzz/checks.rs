@@ -78,7 +78,7 @@ pub(crate) fn archive(data: &[u8]) {
     let listing = for_listing(data.len());
     let Ok(members) = bounded("the directory", listing, || Members::open(&*source)) else { return };
     for member in members.iter().filter(|m| m.size < 1 << 20) {
-        if let Ok(bytes) = member.read(&*source) {
+        if let Ok(bytes) = member.read(&*source, &|| Ok(())) {
             assert_eq!(bytes.len() as u64, member.size);
         }
     }

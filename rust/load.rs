@@ -4,14 +4,13 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result, try_with_capacity};
 use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
 use crate::io::buffer::Block;
-use crate::io::fetch::{Extent, Fetch, Interrupt, POLL, Request, Slot};
+use crate::io::fetch::{Extent, Fetch, Interrupt, Patience, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
 use crate::limits;
 use crate::safetensors::Safetensors;
@@ -133,12 +132,9 @@ fn ours(source: &Arc<dyn ReadAt>, image: Extent, interrupt: Interrupt<'_>) -> Re
         return Ok((Arc::clone(source), image));
     }
     let mut bytes: Vec<u8> = try_with_capacity(image.len as usize)?;
-    let mut asked = Instant::now();
+    let mut patience = Patience::new(interrupt);
     while (bytes.len() as u64) < image.len {
-        if asked.elapsed() >= POLL {
-            interrupt()?;
-            asked = Instant::now();
-        }
+        patience.ask()?;
         let at = bytes.len();
         bytes.resize(at + STEP.min(image.len as usize - at), 0);
         source.read_at(&mut bytes[at..], image.offset + at as u64)?;
@@ -191,7 +187,8 @@ impl Weights {
             }
             Method::Deflated => {
                 member.check_expansion(limits::BOMB_FLOOR_BYTES, limits::MAX_MEMBER_EXPANSION)?;
-                let whole = Self::open(Arc::new(member.read(&**source)?), choice); // which compares its CRC
+                let bytes = Arc::new(member.read(&**source, interrupt)?); // which compares its CRC
+                let whole = Self::open_interruptibly(bytes, None, choice, interrupt);
                 whole.map(|w| Self { crc: Some(member.crc), checked: true, stored: member.stored, ..w })
             }
         };
@@ -206,7 +203,7 @@ impl Weights {
         choice: Choice,
         interrupt: Interrupt<'_>,
     ) -> Result<Self> {
-        let check = || member.map_or(Ok(()), |m| m.check(&*source));
+        let check = || member.map_or(Ok(()), |m| m.check(&*source, interrupt));
         let engine = choice.writer()?;
         let opened = |source: Arc<dyn ReadAt>, image: Extent, engine: Box<dyn Engine>, checked| {
             let index = engine.index(&Window::new(&*source, image.offset, image.len))?;

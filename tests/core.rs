@@ -132,7 +132,7 @@ fn read_all(bytes: &[u8], archive: bool) -> Result<Whole> {
     let weights = if archive {
         let found = Members::open(&*source)?;
         for m in found.iter().filter(|m| m.name != WEIGHTS) {
-            members.insert(m.name.clone(), m.read(&*source)?);
+            members.insert(m.name.clone(), m.read(&*source, WAIT)?);
         }
         Weights::open_member(&source, &found, Choice::Direct)?
     } else {
@@ -437,7 +437,7 @@ fn deflated(bytes: &[u8]) -> Vec<u8> {
     let bytes = bytes.to_vec();
     let members = Members::open(&bytes).unwrap();
     for m in members.iter() {
-        let data = m.read(&bytes).unwrap();
+        let data = m.read(&bytes, WAIT).unwrap();
         let mut packed = Vec::with_capacity(data.len() + 1024);
         let mut stream = flate2::Compress::new(flate2::Compression::default(), false);
         let done = stream.compress_vec(&data, &mut packed, flate2::FlushCompress::Finish).unwrap();
@@ -510,10 +510,10 @@ fn more_members_than_16_bits_count() {
         let members = Members::open(&bytes).unwrap();
         assert_eq!(members.iter().count(), 70_001);
         for i in [0, 1, 65_534, 65_535, 65_536, 69_999] {
-            let found = members.get(&format!("assets/{i}")).unwrap().read(&bytes).unwrap();
+            let found = members.get(&format!("assets/{i}")).unwrap().read(&bytes, WAIT).unwrap();
             assert_eq!(found, vec![i as u8; i % 3]);
         }
-        assert_eq!(members.get(WEIGHTS).unwrap().read(&bytes).unwrap(), b"abc");
+        assert_eq!(members.get(WEIGHTS).unwrap().read(&bytes, WAIT).unwrap(), b"abc");
     }
 }
 
@@ -564,7 +564,7 @@ fn members_and_offsets_beyond_4_gib() {
         let members = Members::open(&*source).unwrap();
         let weights = members.get(WEIGHTS).unwrap();
         assert_eq!((weights.size, weights.crc), (weights.stored, written.crc));
-        assert_eq!(members.get("assets/größe/x").unwrap().read(&*source).unwrap(), "ß".as_bytes());
+        assert_eq!(members.get("assets/größe/x").unwrap().read(&*source, WAIT).unwrap(), "ß".as_bytes());
         let weights = Arc::new(Weights::open_member(&source, &members, Choice::Direct).unwrap());
         let last = &weights.index().datasets[65];
         assert!(last.path == "b" && matches!(last.storage, Storage::Contiguous(at) if at > 4 << 30));
@@ -846,20 +846,23 @@ mod replacing {
         let ours = names(root).pop().unwrap();
         let host = &ours[".m.keras.".len()..][..8];
         drop(here);
-        let leave = |host: &str, hours: u64| {
-            let left = root.join(format!(".m.keras.{host}7fffffff{hours:08x}.hornbeam-tmp"));
+        let leave = |host: &str, hours: u64, process: u32| {
+            let left = root.join(format!(".m.keras.{host}{process:08x}{hours:08x}.hornbeam-tmp"));
             let file = fs::File::create(&left).unwrap();
             let age = std::time::Duration::from_secs(hours * 3600);
             file.set_modified(std::time::SystemTime::now() - age).unwrap();
             left
         };
         let other = format!("{:08x}", !u32::from_str_radix(host, 16).unwrap());
-        let (dead, recent, old) = (leave(host, 1), leave(&other, 23), leave(&other, 25));
+        let dead = i32::MAX as u32;
+        let (dead, recent, old) = (leave(host, 1, dead), leave(&other, 23, dead), leave(&other, 25, dead));
+        let writing = leave(&other, 0, std::os::unix::process::parent_id());
         // Somebody there who still writes does not refuse us: nobody here knows whether he lives.
-        let held = fs::File::open(&recent).unwrap();
+        let held = fs::File::open(&writing).unwrap();
         rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
         put(&path, "new", ATOMIC);
         assert_eq!((dead.exists(), recent.exists(), old.exists()), (false, true, false));
+        assert!(writing.exists());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,13 +97,17 @@ int fchown(int fd, uid_t user, gid_t group) {
     FAIL("fchown", ours(fd));
     return REAL(fchown)(fd, user, group);
 }
-/* The first half is copied before it fails. */
+/* The first half is copied before it fails. A negative number is that of a signal, which the process sends itself then. */
 ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *there, size_t n, unsigned flags) {
     struct stat found;
     if (ours(from) && !fstat(to, &found)) {
         off_t half = lseek(from, 0, SEEK_CUR) ? 0 : lseek(from, 0, SEEK_END) / 2;
         lseek(from, 0, half ? SEEK_SET : SEEK_CUR);
         int e = fails("copy");
+        if (e < 0) {
+            if (half) REAL(copy_file_range)(from, at, to, there, (size_t)half, flags);
+            raise(-e);
+        }
         if (e && half) return REAL(copy_file_range)(from, at, to, there, (size_t)half, flags);
         if (e) {
             errno = e;

@@ -239,16 +239,25 @@ def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureF
         while True:
             yield X[:4], Y[:4]
 
-    def said(data: Any, backup: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
+    class Endless(Batches):
+        num_batches = None
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.stop_training = True
+
+    def said(data: Any, backup: dict[str, Any] | None = None, *others: Any, **kwargs: Any) -> list[str]:
         caplog.clear()
         saver = BackupAndRestore(tmp_path / "b", **(backup or {}))
         with caplog.at_level(logging.WARNING, "hornbeam"):
             for _ in range(2):
-                build().fit(*data, verbose=0, callbacks=[saver], **kwargs)
+                build().fit(*data, verbose=0, callbacks=[saver, *others], **kwargs)
         return [record.getMessage() for record in caplog.records if record.name == "hornbeam"]
 
     (text,) = said([batches()], steps_per_epoch=2)
     assert "GeneratorData" in text
+    (text,) = said([Endless()], {}, Stop())
+    assert "infinite" in text
     (text,) = said([X, Y], {"seed": 1}, steps_per_epoch=2, batch_size=4)
     assert "steps_per_epoch" in text
     (text,) = said([X, Y], {"seed": 1, "save_freq": 2})
@@ -270,6 +279,11 @@ def test_inexact_inputs_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureF
         assert "without a seed" in text
         (text,) = said([data.map(lambda x, y: (x + tf.random.normal((3,)), y)).batch(4)], shuffle=False)
         assert "stateful" in text
+    if BACKEND == "tensorflow":
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            for distributed, backup in ((data.batch(4), {}), (resumable(data.batch(4)), {"save_freq": 2})):
+                (text,) = said([distributed], backup, shuffle=False)
+                assert "distributed" in text
 
 
 def test_layers_that_decide_what_is_saved_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -451,6 +465,62 @@ def test_an_order_that_the_adapter_counts_goes_on(
         return
     for found, expected in zip(restarted, whole, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def tensorflow_data(unknown: bool = False, repeat: bool = False) -> Any:
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X[:22], Y[:22])).shuffle(8, seed=5)
+    data = data.filter(lambda x, y: True) if unknown else data
+    return resumable((data.repeat() if repeat else data).batch(4))
+
+
+#: The last batch is smaller, which cannot be stacked with others; and is missing from the last of the steps.
+TOGETHER = {
+    "arrays": (lambda: resumable((X[:22], Y[:22]), batch_size=4, shuffle=True, seed=2), {}),
+    "pydataset": (lambda: resumable(Batches(), shuffle=True, seed=2), {}),
+    "tfdata": (tensorflow_data, {}),
+    "unknown": (lambda: tensorflow_data(unknown=True), {}),
+    "endless": (lambda: tensorflow_data(repeat=True), {"steps_per_epoch": 5}),
+}
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="there `steps_per_execution` must be 1")
+@pytest.mark.parametrize("size", [4, *([2, 3] if SOAK else [])])
+@pytest.mark.parametrize("source", TOGETHER)
+def test_several_steps_at_once_go_on(source: str, size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With `steps_per_execution`; Keras 3.16 takes their batches as one on JAX."""
+    if source in ("tfdata", "unknown", "endless") and importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("tf.data needs TensorFlow")
+    make, kwargs = TOGETHER[source]
+    seen: list[tuple[int, int]] = []
+
+    class Watch(Interrupt):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            seen.append((self.epoch, batch))
+            super().on_train_batch_end(batch)
+
+    def fit(name: str, *stop: int, seed: int = 5) -> Any:
+        model, data = build(steps_per_execution=size), make()
+        keras.utils.set_random_seed(seed)  # what is drawn from here on is the backup's
+        saver = BackupAndRestore(tmp_path / name, save_freq=1)
+        with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+            model.fit(data, epochs=3, verbose=0, callbacks=[saver, Watch(*stop)], **kwargs)
+        return values(model)
+
+    with caplog.at_level(logging.WARNING, "hornbeam"):
+        whole = fit("whole")
+        moments = seen.copy()
+        ends = [batch for epoch, batch in moments if epoch == 1]
+        assert len(ends) > 1
+        for i, stop in enumerate((ends[0], ends[-1])):
+            fit(f"stopped {i}", 1, stop)
+            seen.clear()
+            assert fit(f"stopped {i}", seed=77) == whole
+            again = len(seen) - (len(moments) - moments.index((1, stop)) - 1)
+            assert again in (0, 1)  # what was not saved yet: the last batches of an epoch, or what may be the last
+            assert seen == moments[-len(seen) :]
+    assert not [r for r in caplog.records if "not exact" in r.getMessage()]
 
 
 @pytest.mark.parametrize("shuffle", [True, "batch"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,70 @@ def test_assets_are_judged_together(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             archive.writestr(f"assets/{i}", bytes(90_000))
     with pytest.raises(LimitError, match="bomb"):
         saving.load_model(path)
+
+
+SUMMED = pytest.mark.skipif(
+    not hasattr(saving_lib, "_ZIP_CUMULATIVE_BOMB_FLOOR_BYTES"), reason="before Keras 3.16 there is no limit of the sum"
+)
+FLOOR = 200_000
+#: Sizes of members, and whether Keras 3.16 refuses the archive: what expands a lot counts, and only together.
+SUMS = {
+    "at": ([FLOOR // 2, FLOOR // 2], False),
+    "above": ([FLOOR // 2, FLOOR // 2 + 1], True),
+    "many": ([FLOOR // 40] * 41, True),
+    "one": ([FLOOR + 1], True),
+    "stored": ([FLOOR, -FLOOR], False),
+}
+
+
+@SUMMED
+@pytest.mark.parametrize("case", SUMS)
+def test_members_are_judged_together_as_keras_does(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, refused = SUMS[case]
+    path = tmp_path / "m.keras"
+    model = chain(layers.Dense(2))
+    saving.save_model(model, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i, size in enumerate(sizes):
+            how = zipfile.ZIP_DEFLATED if size > 0 else zipfile.ZIP_STORED
+            archive.writestr(f"other/{i}", bytes(abs(size)), how)
+    monkeypatch.setattr(saving_lib, "_ZIP_CUMULATIVE_BOMB_FLOOR_BYTES", FLOOR)
+    monkeypatch.setattr(saving_lib, "_ZIP_MEMBER_MAX_EXPANSION", 50)
+
+    def load(how: str) -> Any:
+        if how == "weights":
+            return model.load_weights(path)
+        return saving_lib.load_model(io.BytesIO(path.read_bytes()) if how == "file object" else path)
+
+    before = state(model)
+    for how in ("model", "file object", "weights"):
+        if not refused:
+            load(how)
+            with hornbeam.installed():
+                load(how)
+            continue
+        with pytest.raises(ValueError, match=r"members declare .* decompression bomb") as theirs:
+            load(how)
+        with hornbeam.installed(), pytest.raises(LimitError) as found:
+            load(how)
+        assert str(theirs.value) in str(found.value)
+        assert found.value.found == saving_lib.readable_memory_size(sum(sizes))
+        assert found.value.path == (None if how == "file object" else str(path))
+        assert state(model) == before
+
+
+@SUMMED
+def test_a_member_at_the_limit_of_expansion_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.keras"
+    saving.save_model(chain(layers.Dense(2)), path)
+    size = next(n for n in range(200, 10_000) if n % len(zlib.compress(bytes(n), wbits=-15)) == 0)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("other", bytes(size))
+        ratio, rest = divmod(size, archive.getinfo("other").compress_size)
+    assert (ratio > 1, rest) == (True, 0)
+    monkeypatch.setattr(saving_lib, "_ZIP_CUMULATIVE_BOMB_FLOOR_BYTES", 10)
+    for most, refused in ((ratio, False), (ratio - 1, True)):
+        monkeypatch.setattr(saving_lib, "_ZIP_MEMBER_MAX_EXPANSION", most)
+        for context in (contextlib.nullcontext(), hornbeam.installed()):
+            with context, pytest.raises(ValueError, match="bomb") if refused else contextlib.nullcontext():
+                saving_lib.load_model(path)

@@ -447,6 +447,100 @@ print("all of it")
 """
 
 
+KILLED = r"""
+import errno, itertools, os, re, signal, sys
+import keras, numpy as np
+from keras import layers
+import hornbeam
+from hornbeam.saving import load_model, load_weights, save_model, save_weights
+
+root = sys.argv[1]
+fault = os.environ["HORNBEAM_FAULT"]
+model = keras.Sequential([keras.Input((300,)), layers.Dense(1000)])
+
+def fill(value):
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+def held(path):
+    if path.endswith(".keras"):
+        loaded = load_model(path)
+    else:
+        fill(-1)
+        load_weights(model, path)
+        loaded = model
+    (value,) = {float(v) for w in loaded.get_weights() for v in np.unique(w)}
+    return value
+
+def arm(text):
+    with open(fault + ".new", "w") as file:
+        file.write(text)
+    os.replace(fault + ".new", fault)
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+def killed(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+saves = {"m.keras": save_model, "m.weights.h5": save_weights}
+value = 0
+for (name, save), empty, asynchronous, durable in itertools.product(saves.items(), *[(False, True)] * 3):
+    path = os.path.join(root, name)
+    value += 1
+    fill(value)
+    save(model, path)
+    value += 1
+    fill(value)
+    with open(path, "wb" if empty else "rb+") as file:
+        old, inode = read(path), os.fstat(file.fileno()).st_ino
+        arm(f"copy 1 {-signal.SIGKILL} {value}")
+
+        def work():
+            with hornbeam.options(durable=durable):
+                handle = save(model, path, asynchronous=asynchronous)
+                if asynchronous:
+                    handle.result()
+
+        killed(work)
+        arm("none 0 0")
+        # Inside the copy: the target is half the one and half the other.
+        (kept,) = [n for n in os.listdir(root) if n != name]
+        assert re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{24}}\.complete\.hornbeam-tmp", kept), kept
+        kept = os.path.join(root, kept)
+        new, half = read(kept), os.path.getsize(kept) // 2
+        assert read(path) == new[:half] + old[half:] and os.stat(path).st_ino == inode
+        # Nothing is lost: the complete file is what was saved, and no save that fails takes it.
+        whole = os.path.join(root, f"whole-{name}")
+        os.link(kept, whole)
+        assert held(whole) == value
+        os.remove(whole)
+        arm(f"write 0 {errno.EIO}")
+        try:
+            save(model, path)
+        except OSError as error:
+            assert error.errno == errno.EIO, error
+        else:
+            raise AssertionError("written")
+        arm("none 0 0")
+        assert read(kept) == new
+        # The next that is complete does.
+        value += 1
+        fill(value)
+        save(model, path)
+        assert held(path) == value and os.listdir(root) == [name] and os.stat(path).st_ino == inode
+    os.remove(path)
+print("all of it")
+"""
+
+
 def run(code: str, root: Path, *arguments: str) -> str:
     """Runs a script above the library; gives what it prints."""
     library, inside = root / "faults.so", root / "root"
@@ -476,3 +570,7 @@ def test_everything_that_is_new_reaches_stable_storage(tmp_path: Path) -> None:
 
 def test_what_cannot_be_replaced_is_written_over_and_never_lost(tmp_path: Path) -> None:
     assert "all of it" in run(REPLACING, tmp_path)
+
+
+def test_a_kill_inside_the_copy_over_a_target_leaves_the_complete_file(tmp_path: Path) -> None:
+    assert "all of it" in run(KILLED, tmp_path)

@@ -354,15 +354,25 @@ class AsksAll(importlib.abc.MetaPathFinder):
         finally:
             self.busy.discard(name)
 
+class AsksOthers(importlib.abc.MetaPathFinder):
+    "Knows itself, and not who else asks everybody."
+    def find_spec(self, name, path, target=None):
+        asked.append(name)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        return next((spec for spec in found if spec is not None), None)
+
 import hornbeam
 from hornbeam import _hook
 kind, order = sys.argv[1:]
-finder = {"watch": Watch, "own": Own, "asks_all": AsksAll}[kind]()
+finder = {"watch": Watch, "own": Own, "asks_all": AsksAll, "asks_others": AsksOthers}[kind]()
 if order == "before":
     sys.meta_path.insert(0, finder)
 hornbeam.install()
 if order == "after":
     sys.meta_path.insert(0, finder)
+if order == "behind":
+    sys.meta_path.insert(len(sys.meta_path) - 1, finder)
+    _hook._catch_up = lambda: None  # the hook asks whoever is behind it, and patches at once
 import keras
 for name in _hook.MODULES:
     assert kind == "own" or name in asked, name
@@ -376,8 +386,8 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("kind", ["watch", "own", "asks_all"])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("kind", ["watch", "own", "asks_all", "asks_others"])
+@pytest.mark.parametrize("order", ["before", "after", "behind"])
 def test_whoever_finds_keras_it_is_patched(kind: str, order: str) -> None:
     assert python("-c", FINDERS, kind, order, KERAS_BACKEND="numpy") == "fine\n"
 

@@ -208,6 +208,7 @@ def test_an_error_of_the_patching_itself_is_given_back(monkeypatch: pytest.Monke
 
 
 def _in_a_child(work: Callable[[], bool]) -> None:
+    gc.collect()  # a child that collects an iterator of `tf.data` waits for its thread for ever, as without hornbeam
     child = os.fork()
     if child == 0:
         signal.alarm(120)  # a child that hangs is ended
@@ -257,7 +258,7 @@ sys.exit(abs(code))
 @FORK
 @pytest.mark.parametrize("lock", ["_hook._lock", "_keras._lock", "_patch._lock", "_patch._collector_lock"])
 def test_a_child_forked_while_another_thread_holds_a_lock_works(lock: str) -> None:
-    """In a process of its own, which has no threads but these."""
+    """In a process of its own: what other tests left for the collector may wait for TensorFlow's threads in a child."""
     ran = script(_LOCKED, lock, KERAS_BACKEND=keras.backend.backend())
     assert ran.returncode == 0, ran.stderr[-2000:]
 

@@ -13,9 +13,13 @@ use super::{
     CENTRAL_HEADER, ENCRYPTED_FLAGS, LOCAL_HEADER, STREAMED_FLAG, UNICODE_NAME_EXTRA, UTF8_FLAG, ZIP64_EXTRA,
     ZIP64_LIMIT,
 };
-use crate::error::{Error, Kind, Result, out_of_memory};
+use crate::error::{Error, Kind, Result, out_of_memory, try_with_capacity};
 use crate::io::ReadAt;
+use crate::io::fetch::{Interrupt, Patience};
 use crate::limits;
+
+/// Bytes that are read or checked before the caller is asked again whether to go on.
+const STEP: usize = 1 << 20;
 
 /// How a member is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,49 +224,66 @@ impl Member {
     /// All bytes of the member, inflated and checked.
     ///
     /// # Errors
-    /// `Crc` when they do not match, `Archive` for a broken stream, `Io`.
-    pub fn read(&self, file: &dyn ReadAt) -> Result<Vec<u8>> {
-        let stored = read(file, self.offset, self.stored).map_err(|e| e.with_member(&self.name))?;
-        let bytes = match self.method {
-            Method::Stored => stored,
-            Method::Deflated => self.inflate(&stored)?,
-        };
-        self.check_crc(crc32fast::hash(&bytes))?;
+    /// `Crc` when they do not match, `Archive` for a broken stream, `Io`, or what `interrupt` returns.
+    pub fn read(&self, file: &dyn ReadAt, interrupt: Interrupt<'_>) -> Result<Vec<u8>> {
+        let mut patience = Patience::new(interrupt);
+        let mut bytes = try_with_capacity(self.stored as usize).map_err(|e| e.with_member(&self.name))?;
+        self.each_step(file, &mut patience, |part| bytes.extend_from_slice(part))?;
+        if self.method == Method::Deflated {
+            bytes = self.inflate(&bytes, &mut patience)?;
+        }
+        let mut crc = crc32fast::Hasher::new();
+        for part in bytes.chunks(STEP) {
+            patience.ask()?;
+            crc.update(part);
+        }
+        self.check_crc(crc.finalize())?;
         Ok(bytes)
     }
 
     /// Compares the checksum of a stored member's bytes, in little memory.
     ///
     /// # Errors
-    /// `Crc` when they do not match, `Io`.
-    pub fn check(&self, file: &dyn ReadAt) -> Result<()> {
+    /// `Crc` when they do not match, `Io`, or what `interrupt` returns.
+    pub fn check(&self, file: &dyn ReadAt, interrupt: Interrupt<'_>) -> Result<()> {
         let mut crc = crc32fast::Hasher::new();
-        let mut block = vec![0; self.stored.min(1 << 20) as usize];
-        let mut at = 0;
-        while at < self.stored {
-            let n = (self.stored - at).min(block.len() as u64);
-            file.read_at(&mut block[..n as usize], self.offset + at).map_err(|e| e.with_member(&self.name))?;
-            crc.update(&block[..n as usize]);
-            at += n;
-        }
+        self.each_step(file, &mut Patience::new(interrupt), |part| crc.update(part))?;
         self.check_crc(crc.finalize())
     }
 
+    /// Reads what is stored, step by step.
+    fn each_step(&self, file: &dyn ReadAt, patience: &mut Patience<'_>, mut each: impl FnMut(&[u8])) -> Result<()> {
+        let mut step = vec![0; self.stored.min(STEP as u64) as usize];
+        let mut at = 0;
+        while at < self.stored {
+            patience.ask()?;
+            let n = (self.stored - at).min(STEP as u64) as usize;
+            file.read_at(&mut step[..n], self.offset + at).map_err(|e| e.with_member(&self.name))?;
+            each(&step[..n]);
+            at += n as u64;
+        }
+        Ok(())
+    }
+
     /// Memory grows with what the stream really holds, never with what the header claims.
-    fn inflate(&self, stored: &[u8]) -> Result<Vec<u8>> {
+    fn inflate(&self, stored: &[u8], patience: &mut Patience<'_>) -> Result<Vec<u8>> {
+        const INPUT: usize = 16 << 10; // of which deflate makes 16 MiB at most
         let mut out: Vec<u8> = Vec::new();
         let mut stream = flate2::Decompress::new(false);
         let error = |what: &str| bad(what).with_member(&self.name);
         loop {
+            patience.ask()?;
             if out.len() as u64 > self.size {
                 return Err(error("a compressed member is larger than the directory says"));
             }
-            let more = (64 << 10).max(out.len() / 2);
-            out.try_reserve(more).map_err(|_| out_of_memory(out.len() + more).with_member(&self.name))?;
-            let input = &stored[stream.total_in() as usize..];
+            if out.len() == out.capacity() {
+                let more = (64 << 10).max(out.len() / 2);
+                out.try_reserve(more).map_err(|_| out_of_memory(out.len() + more).with_member(&self.name))?;
+            }
+            let rest = &stored[stream.total_in() as usize..];
             let before = (stream.total_in(), out.len());
-            let status = stream.decompress_vec(input, &mut out, flate2::FlushDecompress::Finish);
-            match status {
+            let input = &rest[..rest.len().min(INPUT)];
+            match stream.decompress_vec(input, &mut out, flate2::FlushDecompress::None) {
                 Ok(flate2::Status::StreamEnd) => break,
                 Ok(_) if (stream.total_in(), out.len()) != before => {}
                 _ => return Err(error("a compressed member is damaged")),
@@ -286,5 +307,79 @@ impl Member {
             .with_found(format_args!("{:08x}", self.crc), format_args!("{found:08x}"))
             .with_member(&self.name)
             .with_advice("Its bytes changed after it was written; use another copy."))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// A member with `size` bytes at the start of a file, and the file.
+    fn member(size: usize, method: Method) -> (Member, Vec<u8>) {
+        let bytes: Vec<u8> = (0..size).map(|i| (i / 1000) as u8).collect();
+        let mut file = bytes.clone();
+        if method == Method::Deflated {
+            file = Vec::with_capacity(size + 1024);
+            let mut zlib = flate2::Compress::new(flate2::Compression::fast(), false);
+            zlib.compress_vec(&bytes, &mut file, flate2::FlushCompress::Finish).unwrap();
+        }
+        let (stored, crc) = (file.len() as u64, crc32fast::hash(&bytes));
+        (Member { name: "m".into(), offset: 0, size: size as u64, stored, crc, method }, file)
+    }
+
+    #[test]
+    fn whoever_reads_a_large_member_is_asked_all_the_way_whether_to_go_on() {
+        const SIZE: usize = 64 << 20;
+        for method in [Method::Stored, Method::Deflated] {
+            let (member, file) = member(SIZE, method);
+            for checks in [false, true] {
+                if checks && method == Method::Deflated {
+                    continue; // only what is stored is checked without being read
+                }
+                let pass = |interrupt: Interrupt<'_>| {
+                    if checks { member.check(&file, interrupt) } else { member.read(&file, interrupt).map(drop) }
+                };
+                let asked = Cell::new(0);
+                let stop_at = |n: usize| {
+                    asked.set(0);
+                    pass(&|| {
+                        asked.set(asked.get() + 1);
+                        if asked.get() < n { Ok(()) } else { Err(Error::new(Kind::Cancelled, "interrupted")) }
+                    })
+                };
+                stop_at(usize::MAX).unwrap();
+                let all = asked.get();
+                // Reading, inflating and checking: each in steps of 16 MiB at most.
+                assert!(all >= if method == Method::Stored { SIZE / STEP } else { SIZE / STEP + 4 }, "{all}");
+                for n in [1, 2, all / 2, all] {
+                    let error = stop_at(n).unwrap_err();
+                    assert!(matches!(error.kind(), Kind::Cancelled), "{error}");
+                    assert_eq!(asked.get(), n, "it went on after it was told to stop");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_member_is_read_whole_or_refused() {
+        for size in [0, 1, 1000, (64 << 10) - 1, 64 << 10, (64 << 10) + 1, 5_000_000] {
+            for method in [Method::Stored, Method::Deflated] {
+                let (member, file) = member(size, method);
+                let go_on: Interrupt<'_> = &|| Ok(());
+                assert_eq!(member.read(&file, go_on).unwrap().len(), size);
+                let other = Member { crc: !member.crc, ..member.clone() };
+                assert!(matches!(other.read(&file, go_on).unwrap_err().kind(), Kind::Crc));
+                if method == Method::Deflated {
+                    for other in [
+                        Member { size: member.size + 1, ..member.clone() },
+                        Member { stored: member.stored - 1, ..member.clone() },
+                    ] {
+                        assert!(matches!(other.read(&file, go_on).unwrap_err().kind(), Kind::Archive));
+                    }
+                }
+            }
+        }
     }
 }

@@ -212,7 +212,7 @@ impl Block {
     // out once, so writes through it race with nobody but other holders of the same Python object.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let slot = &slf.get().0;
-        let start = slot.bytes().as_ptr().cast_mut();
+        let start = slot.as_ptr(); // no reference: whoever has an earlier view may be writing
         // SAFETY: as above; `view` is valid by the protocol.
         let filled =
             unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start.cast(), slot.len.cast_signed(), 0, flags) };

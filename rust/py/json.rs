@@ -4,20 +4,23 @@ use std::mem;
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRecursionError, PyTypeError, PyValueError};
+use pyo3::ffi::PyObject;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
 
-use crate::config::{self, Build, Encoder, Fault, Limits, Scalar, Text};
+use crate::config::{self, Ancestors, Build, Encoder, Fault, Limits, Scalar, Text};
 use crate::py::errors::to_py;
 
 /// What `json.dumps(obj).encode()` returns or raises.
 #[pyfunction]
 pub(crate) fn encode_json<'py>(obj: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
-    let mut writer = Writer { out: Encoder::new(), open: Vec::new(), items: Vec::new(), depth: usize::MAX };
+    let (open, above) = (Vec::new(), Ancestors::default());
+    let mut writer = Writer { out: Encoder::new(), open, above, items: Vec::new(), depth: usize::MAX };
     writer.value(obj.clone())?;
-    while let Some(&Open { dict, start, .. }) = writer.open.last() {
+    while let Some(&Open { ref obj, dict, start }) = writer.open.last() {
         if writer.items.len() == start {
+            writer.above.close(&obj.as_ptr());
             writer.open.pop();
             if dict {
                 writer.out.end_dict();
@@ -39,8 +42,9 @@ pub(crate) fn encode_json<'py>(obj: &Bound<'py, PyAny>) -> PyResult<Bound<'py, P
 struct Writer<'py> {
     out: Encoder,
     open: Vec<Open<'py>>,
-    items: Vec<Bound<'py, PyAny>>, // of every open container, the next one last; a key comes right after its value
-    depth: usize,                  // Python's recursion limit, once it matters
+    above: Ancestors<*mut PyObject>, // the objects of those
+    items: Vec<Bound<'py, PyAny>>,   // of every open container, the next one last; a key comes right after its value
+    depth: usize,                    // Python's recursion limit, once it matters
 }
 
 /// A list, tuple or dict that is being written.
@@ -110,7 +114,7 @@ impl<'py> Writer<'py> {
 
     /// Puts the items of a container on the pile. A subclass is asked through `items` or `__iter__`, as Python does.
     fn open(&mut self, obj: Bound<'py, PyAny>, dict: bool) -> PyResult<()> {
-        if self.open.iter().any(|open| open.obj.is(&obj)) {
+        if !self.above.open(obj.as_ptr()) {
             return Err(PyValueError::new_err("Circular reference detected"));
         }
         if self.open.len() == 100 {

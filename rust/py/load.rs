@@ -93,7 +93,8 @@ impl File {
 
     /// All bytes of a member, CRC checked.
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = run(py, || placed(self.member(name).and_then(|m| m.read(&*self.source)), self.path.as_ref()))?;
+        let read = || self.member(name).and_then(|m| m.read(&*self.source, &interrupt));
+        let bytes = run(py, || placed(read(), self.path.as_ref()))?;
         Ok(PyBytes::new(py, &bytes))
     }
 

@@ -16,7 +16,7 @@ mod work;
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::ReadAt;
 use super::buffer::Block;
@@ -31,6 +31,38 @@ pub const POLL: Duration = Duration::from_millis(100);
 
 /// Called while waiting; an error ends the wait.
 pub type Interrupt<'a> = &'a dyn Fn() -> Result<()>;
+
+/// How often a caller is asked whether to go on; always, where time does not pass.
+const ASK: Duration = if cfg!(test) { Duration::ZERO } else { POLL };
+
+/// Asks the caller during long work, in steps of milliseconds, from time to time whether to go on.
+pub struct Patience<'a> {
+    interrupt: Interrupt<'a>,
+    asked: Instant,
+}
+
+impl<'a> Patience<'a> {
+    /// Work that begins now.
+    pub fn new(interrupt: Interrupt<'a>) -> Self {
+        Self { interrupt, asked: Instant::now() }
+    }
+
+    fn is_over(&self) -> bool {
+        self.asked.elapsed() >= ASK
+    }
+
+    /// After each step.
+    ///
+    /// # Errors
+    /// What the interrupt returns.
+    pub fn ask(&mut self) -> Result<()> {
+        if !self.is_over() {
+            return Ok(());
+        }
+        self.asked = Instant::now();
+        (self.interrupt)()
+    }
+}
 
 /// A tensor to be read: `len` bytes at `offset` of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,11 +113,16 @@ impl Slot {
         Ok(Self { block: Arc::new(block), start: 0, len })
     }
 
-    /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
+    /// Where its `len` bytes start. They may be written through it as long as nobody has them by [`Slot::bytes`].
+    pub fn as_ptr(&self) -> *mut u8 {
         assert!(self.start + self.len <= self.block.len());
+        self.block.as_ptr().wrapping_add(self.start)
+    }
+
+    /// The bytes, of a slot whose pointer was not given to somebody who may write.
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: in bounds; the reader finished this slot before it handed it out and never writes it again.
-        unsafe { std::slice::from_raw_parts(self.block.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
     }
 }
 

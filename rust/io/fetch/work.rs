@@ -3,12 +3,11 @@
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
 
 use super::plan::{Piece, Plan};
 use super::state::{Asks, Claim, Done, Goal, Outcome, State};
 use super::sync::{AtomicBool, Condvar, Mutex, MutexGuard, Ordering};
-use super::{Extent, Interrupt, POLL, Request, Slot, stopped};
+use super::{Extent, Interrupt, POLL, Patience, Request, Slot, stopped};
 use crate::error::{Result, try_with_capacity};
 use crate::h5::ALIGNMENT;
 use crate::io::ReadAt;
@@ -17,9 +16,6 @@ use crate::io::buffer::{Block, OWN_BLOCK};
 /// Bytes per read of what is small or skipped; larger tensors are read in such steps too, so that the CRC finds them
 /// in cache.
 const STEP: usize = 256 << 10;
-
-/// How often a caller is asked whether to go on; always, where time does not pass.
-const ASK: Duration = if cfg!(test) { Duration::ZERO } else { POLL };
 
 /// What all workers of a read share.
 pub(super) struct Shared {
@@ -34,8 +30,7 @@ pub(super) struct Shared {
 /// One worker.
 pub(super) struct Worker<'a> {
     asks: Asks,
-    interrupt: Option<Interrupt<'a>>,
-    asked: Instant, // the interrupt, whether to go on
+    patience: Option<Patience<'a>>, // of a caller
     interrupted: bool,
     stage: Vec<u8>,
     staged: Range<u64>,
@@ -45,22 +40,17 @@ pub(super) struct Worker<'a> {
 impl<'a> Worker<'a> {
     /// In the thread of a caller, who waits for a tensor or for all of them.
     pub(super) fn caller(interrupt: Interrupt<'a>, wants: Option<usize>) -> Self {
-        Self::new(Asks { background: false, wants }, Some(interrupt))
+        Self::new(Asks { background: false, wants }, Some(Patience::new(interrupt)))
     }
 
-    fn new(asks: Asks, interrupt: Option<Interrupt<'a>>) -> Self {
-        Self { asks, interrupt, asked: Instant::now(), interrupted: false, stage: Vec::new(), staged: 0..0, end: 0 }
+    fn new(asks: Asks, patience: Option<Patience<'a>>) -> Self {
+        Self { asks, patience, interrupted: false, stage: Vec::new(), staged: 0..0, end: 0 }
     }
 
     /// Asks the caller from time to time whether to go on.
     fn poll(&mut self) -> Result<()> {
-        match self.interrupt {
-            Some(interrupt) if self.asked.elapsed() >= ASK => {
-                self.asked = Instant::now();
-                interrupt().inspect_err(|_| self.interrupted = true)
-            }
-            _ => Ok(()),
-        }
+        let Some(patience) = &mut self.patience else { return Ok(()) };
+        patience.ask().inspect_err(|_| self.interrupted = true)
     }
 }
 
@@ -148,7 +138,7 @@ impl Shared {
                 }
                 None => {
                     state = self.wait(state, worker);
-                    if worker.interrupt.is_some() && worker.asked.elapsed() >= ASK {
+                    if worker.patience.as_ref().is_some_and(Patience::is_over) {
                         drop(state);
                         worker.poll()?;
                         state = self.lock();
