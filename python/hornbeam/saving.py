@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
 from typing import IO, Any
@@ -12,13 +11,11 @@ import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
-from hornbeam.base import writer
 from hornbeam.base.file_objects import plain
 from hornbeam.base.progress import Progress
-from hornbeam.base.reports import LoadReport, SaveReport, remember
-from hornbeam.base.settings import options
+from hornbeam.base.reports import LoadReport, remember
 from hornbeam.base.writer import Handle
-from hornbeam.flows.requests import LoadRequest, NameMap, SaveRequest
+from hornbeam.flows.requests import LoadRequest, NameMap
 from hornbeam.formats import operations
 from hornbeam.seam import entry
 
@@ -36,8 +33,6 @@ def save_model(
     dtype: str | None = None,
     allow_overflow: bool = False,
     compression: str | int | None = None,
-    shuffle: bool | None = None,
-    chunk_bytes: int | None = None,
     progress: Progressed = None,
     asynchronous: bool = False,
     **kwargs: Any,
@@ -58,9 +53,7 @@ def save_model(
             optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
-        compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
-        shuffle: Transpose the bytes of the elements before they are compressed.
-        chunk_bytes: Bytes of a chunk, at most.
+        compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
             written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
@@ -78,17 +71,18 @@ def save_model(
     save_format = kwargs.pop("save_format", None)
     if kwargs:
         saving_api.save_model(model, filepath, **kwargs)  # raises
-    with _options(compression, shuffle, chunk_bytes, progress), writer.asked(asynchronous) as queue:
-        request = SaveRequest(
-            model,
-            plain(filepath),
-            include_optimizer=include_optimizer,
-            dtype=dtype,
-            allow_overflow=allow_overflow,
-            writer=queue,
-        )
+    with operations.save_request(
+        model,
+        filepath,
+        compression=compression,
+        progress=progress,
+        asynchronous=asynchronous,
+        include_optimizer=include_optimizer,
+        dtype=dtype,
+        allow_overflow=allow_overflow,
+    ) as request:
         saved = operations.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
-    return _outcome(saved, request)
+        return operations.told(saved, request)
 
 
 def load_model(
@@ -121,7 +115,7 @@ def load_model(
     request = LoadRequest(
         plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
     )
-    with _options(progress=progress):
+    with operations.showing(progress):
         stock, beyond = partial(operations.stock_load, request), request.beyond()
         model, report = entry.run("load", f"{operations.LOADS}:load_model", stock, request, beyond=beyond)
     remember(report)
@@ -138,8 +132,6 @@ def save_weights(
     dtype: str | None = None,
     allow_overflow: bool = False,
     compression: str | int | None = None,
-    shuffle: bool | None = None,
-    chunk_bytes: int | None = None,
     progress: Progressed = None,
     asynchronous: bool = False,
     **kwargs: Any,
@@ -157,9 +149,7 @@ def save_weights(
             optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
-        compression: As in `hornbeam.options`, like the next three: `"gzip"`, or a level from 0 to 9.
-        shuffle: Transpose the bytes of the elements before they are compressed.
-        chunk_bytes: Bytes of a chunk, at most.
+        compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
         asynchronous: Return when the values are safe from what training does next; a thread writes them. One save is
             written and one may wait, a third blocks. What goes wrong later is raised by the next asynchronous save, by
@@ -177,19 +167,19 @@ def save_weights(
     skip = kwargs.pop("objects_to_skip", None)
     if kwargs:
         saving_api.save_weights(model, filepath, **kwargs)  # raises
-    with _options(compression, shuffle, chunk_bytes, progress), writer.asked(asynchronous) as queue:
-        request = SaveRequest(
-            model,
-            plain(filepath),
-            include_optimizer=include_optimizer,
-            dtype=dtype,
-            allow_overflow=allow_overflow,
-            max_shard_size=max_shard_size,
-            skip=skip,
-            writer=queue,
-        )
-        saved = operations.save_weights(request, overwrite=overwrite)
-    return _outcome(saved, request)
+    with operations.save_request(
+        model,
+        filepath,
+        compression=compression,
+        progress=progress,
+        asynchronous=asynchronous,
+        include_optimizer=include_optimizer,
+        dtype=dtype,
+        allow_overflow=allow_overflow,
+        max_shard_size=max_shard_size,
+        skip=skip,
+    ) as request:
+        return operations.told(operations.save_weights(request, overwrite=overwrite), request)
 
 
 def load_weights(
@@ -238,51 +228,21 @@ def load_weights(
     skipped = kwargs.pop("objects_to_skip", None)
     if kwargs:
         saving_api.load_weights(model, filepath, skip_mismatch, **kwargs)  # raises
-    request = LoadRequest(
-        plain(filepath),
+    request = operations.load_request(
         model,
+        filepath,
         strict=strict,
-        only=None if only is None else _patterns(only),
-        skip=_patterns(skip),
+        only=only,
+        skip=skip,
         name_map=name_map,
         by_name=bool(by_name),
         skip_mismatch=skip_mismatch,
         objects_to_skip=skipped,
     )
-    with _options(progress=progress):
+    with operations.showing(progress):
         report = operations.load_weights(request)
     remember(report)
     return report
-
-
-def _outcome(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
-    if isinstance(saved, Handle):
-        return saved
-    if request.writer is not None:
-        return writer.cancelled(str(request.target))
-    if saved is not None:
-        remember(saved)
-    return None
-
-
-def _options(
-    compression: str | int | None = None,
-    shuffle: bool | None = None,
-    chunk_bytes: int | None = None,
-    progress: Progressed = None,
-) -> AbstractContextManager[Any]:
-    given: dict[str, Any] = {
-        "compression": compression,
-        "shuffle": shuffle,
-        "chunk_bytes": chunk_bytes,
-        "progress": progress,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return options(**given) if given else nullcontext()
-
-
-def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,16 +9,31 @@ from typing import Any
 
 from hornbeam.base import reports
 from hornbeam.base.file_objects import plain
+from hornbeam.base.reports import LoadReport
 from hornbeam.flows import loads
 from hornbeam.flows.requests import LoadRequest
-from hornbeam.formats import load_formats
+from hornbeam.formats import load_formats, operations
+from hornbeam.formats.operations import load_request
 from hornbeam.seam.operation import NotOurs
 
+_ASKED = ("strict", "only", "skip", "name_map")
 
-def api_load_model(filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True) -> Any:
+
+def api_load_model(
+    filepath: Any,
+    custom_objects: Any = None,
+    compile: bool = True,
+    safe_mode: bool = True,
+    *,
+    strict: bool = False,
+    progress: Any = None,
+) -> Any:
     """`saving_api.load_model`."""
-    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
-    model, report = load_formats.load_model(request)
+    request = LoadRequest(
+        plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
+    )
+    with operations.showing(progress):
+        model, report = load_formats.load_model(request)
     reports.remember(report)
     return model
 
@@ -29,16 +44,27 @@ def api_load_weights(
     skip_mismatch: bool = False,
     objects_to_skip: Any = None,
     by_name: bool | None = None,
-    **more: Any,
-) -> None:
-    """`saving_api.load_weights`."""
-    place = plain(filepath)
-    if more or (by_name is not None and str(place).endswith((".weights.h5", ".weights.json", ".keras"))):
+    *,
+    progress: Any = None,
+    **kwargs: Any,
+) -> LoadReport:
+    """`saving_api.load_weights`, and so `model.load_weights`."""
+    place, asked = plain(filepath), {name: kwargs.pop(name) for name in _ASKED if name in kwargs}
+    native = str(place).endswith((".weights.h5", ".weights.json", ".keras"))
+    if kwargs or (by_name is not None and native and not asked):
         raise NotOurs(None)
-    request = LoadRequest(
-        place, model, skip_mismatch=skip_mismatch, objects_to_skip=objects_to_skip, by_name=bool(by_name)
+    request = load_request(
+        model,
+        place,
+        skip_mismatch=skip_mismatch,
+        objects_to_skip=objects_to_skip,
+        by_name=bool(by_name),
+        **asked,
     )
-    reports.remember(load_formats.load_weights(request))
+    with operations.showing(progress):
+        report = load_formats.load_weights(request)
+    reports.remember(report)
+    return report
 
 
 def lib_load_model_from_fileobj(fileobj: Any, custom_objects: Any, compile: bool, safe_mode: bool) -> Any:

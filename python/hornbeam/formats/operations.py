@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from keras.src.saving import saving_api
 
-from hornbeam.base.reports import LoadReport, SaveReport
-from hornbeam.base.writer import Handle
+from hornbeam.base.file_objects import plain
+from hornbeam.base.reports import LoadReport, SaveReport, remember
+from hornbeam.base.settings import options
+from hornbeam.base.writer import Handle, Request, cancelled
+from hornbeam.base.writer import asked as asked_for
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.seam import entry
 
 _SAVES = "hornbeam.formats.save_formats"
 LOADS = "hornbeam.formats.load_formats"
+
+
+@contextlib.contextmanager
+def save_request(
+    model: Any,
+    filepath: Any,
+    *,
+    compression: str | int | None = None,
+    progress: Any = None,
+    asynchronous: bool = False,
+    writer: Request | None = None,
+    **asked: Any,
+) -> Iterator[SaveRequest]:
+    """The request for a save inside, with the options that its arguments stand for.
+
+    Args:
+        model: What is saved.
+        filepath: Where to.
+        compression: As in `hornbeam.options`.
+        progress: The same.
+        asynchronous: Whether a thread is to write it.
+        writer: A place in the queue that somebody has taken for it.
+        **asked: Fields of the request.
+
+    Raises:
+        TypeError: For what is no field.
+        ValueError: For a value that a field cannot have.
+    """
+    with _options(compression=compression, progress=progress), contextlib.ExitStack() as stack:
+        request = SaveRequest(model, plain(filepath), **asked)  # a mistake is told before anybody waits
+        queue = writer or stack.enter_context(asked_for(asynchronous))
+        yield dataclasses.replace(request, writer=queue)
+
+
+def _options(**given: Any) -> contextlib.AbstractContextManager[Any]:
+    given = {name: value for name, value in given.items() if value is not None}
+    return options(**given) if given else contextlib.nullcontext()
+
+
+def showing(progress: Any) -> contextlib.AbstractContextManager[Any]:
+    """The option `progress`, where it is given."""
+    return _options(progress=progress)
+
+
+def told(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
+    """What a caller is given: the handle of an asynchronous save; the report of another is the last one from now on."""
+    if isinstance(saved, Handle):
+        return saved
+    if request.writer is not None:
+        return cancelled(str(request.target))
+    if saved is not None:
+        remember(saved)
+    return None
 
 
 def save_model(
@@ -46,6 +105,23 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport 
 def _stock_save(function: Any, request: SaveRequest, **kwargs: Any) -> SaveReport:
     function(request.model, request.target, **kwargs)
     return SaveReport(request.path)
+
+
+def load_request(
+    model: Any,
+    filepath: Any,
+    *,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
+    **asked: Any,
+) -> LoadRequest:
+    """The request for a load of weights; one pattern stands for a list of one."""
+    chosen = None if only is None else _patterns(only)
+    return LoadRequest(plain(filepath), model, only=chosen, skip=_patterns(skip), **asked)
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def stock_load(request: LoadRequest) -> tuple[Any, LoadReport]:

@@ -6,6 +6,7 @@ The names say which module a function belongs to: `saving_api`, `saving_lib` or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -14,40 +15,50 @@ from keras.src.utils import file_utils
 from hornbeam.base import file_objects, reports
 from hornbeam.base.file_objects import plain
 from hornbeam.base.reports import SaveReport
+from hornbeam.base.writer import Handle
 from hornbeam.flows import saves
 from hornbeam.flows.requests import SaveRequest
-from hornbeam.formats import save_formats
+from hornbeam.formats import operations, save_formats
 from hornbeam.seam import operation
 from hornbeam.seam.operation import NotOurs
-
-_SMALLER = ("include_optimizer", "dtype", "allow_overflow")
 
 
 def api_save_model(
     model: Any, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
-) -> None:
-    """`saving_api.save_model`."""
-    smaller = {name: kwargs.pop(name) for name in _SMALLER if name in kwargs}
+) -> Handle | None:
+    """`saving_api.save_model`, and so `model.save`."""
     save_format = kwargs.pop("save_format", None)
-    if kwargs:
-        raise NotOurs(None)
-    request = SaveRequest(model, plain(filepath), writer=operation.claim(model, filepath), **smaller)
-    _remember(save_formats.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format))
+    with _requested(model, filepath, kwargs) as request:
+        saved = save_formats.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
+        return operations.told(saved, request)
 
 
 def api_save_weights(
     model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
-) -> None:
-    """`saving_api.save_weights`."""
-    smaller = {name: kwargs.pop(name) for name in _SMALLER if name in kwargs}
+) -> Handle | None:
+    """`saving_api.save_weights`, and so `model.save_weights`."""
     skip = kwargs.pop("objects_to_skip", None)
-    if kwargs:
+    with _requested(model, filepath, kwargs, max_shard_size=max_shard_size, skip=skip) as request:
+        return operations.told(save_formats.save_weights(request, overwrite=overwrite), request)
+
+
+#: Hornbeam's arguments, beside Keras'.
+_OURS = ("include_optimizer", "dtype", "allow_overflow", "compression", "progress", "asynchronous")
+
+
+def _requested(
+    model: Any, filepath: Any, kwargs: dict[str, Any], **asked: Any
+) -> contextlib.AbstractContextManager[SaveRequest]:
+    if not kwargs.keys() <= {*_OURS}:
         raise NotOurs(None)
-    asynchronous = operation.claim(model, filepath)
-    request = SaveRequest(
-        model, plain(filepath), max_shard_size=max_shard_size, skip=skip, writer=asynchronous, **smaller
-    )
-    _remember(save_formats.save_weights(request, overwrite=overwrite))
+    return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **asked)
+
+
+def model_save_weights(
+    self: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
+) -> Handle | None:
+    """`Model.save_weights`, which takes Keras' arguments only."""
+    return api_save_weights(self, filepath, overwrite, max_shard_size, **kwargs)
 
 
 def lib_save_model(model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> None:

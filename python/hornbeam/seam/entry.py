@@ -47,6 +47,7 @@ _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     targets.MODEL: {
         "Model.to_json": ("self", "kwargs"),
+        "Model.save_weights": ("self", "filepath", "overwrite", "max_shard_size"),
         "model_from_json": ("json_string", "custom_objects"),
     },
     targets.EXPORTS: {  # what the module has not is of the class of its archives
@@ -62,6 +63,7 @@ _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
 #: Where hornbeam's own are: modules that are imported when one of their functions is first called.
 _SAVES, _LOADS = "hornbeam.formats.save_adapters", "hornbeam.formats.load_adapters"
 _PREFIXES = {targets.SAVING_LIB: "lib_", targets.SAVING_API: "api_", targets.LEGACY_H5: "h5_"}
+_SAVE_WEIGHTS = "Model.save_weights"  # takes no arguments of ours
 _OTHERS = {targets.MODEL: "hornbeam.formats.to_json", targets.EXPORTS: "hornbeam.formats.exports"}
 
 
@@ -90,7 +92,7 @@ def _active() -> bool:
 
 def _operation(module: str, name: str) -> str:
     """The operation that a function belongs to, as `keras_names` calls it."""
-    if module in _OTHERS:
+    if module in _OTHERS and name != _SAVE_WEIGHTS:
         return "json" if module == targets.MODEL else "export"
     kind = "load" if "load" in name else "save"
     return f"legacy {kind}" if module == targets.LEGACY_H5 else kind
@@ -98,6 +100,8 @@ def _operation(module: str, name: str) -> str:
 
 def _ours(module: str, name: str) -> Callable[..., Any]:
     """Hornbeam's function for one of Keras'."""
+    if name == _SAVE_WEIGHTS:
+        return function(f"{_SAVES}:model_save_weights")
     if module in _OTHERS:
         return function(f"{_OTHERS[module]}:{name.rpartition('.')[2]}")
     return function(f"{_LOADS if 'load' in name else _SAVES}:{_PREFIXES[module]}{name.lstrip('_')}")

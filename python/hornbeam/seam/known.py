@@ -6,22 +6,22 @@ from __future__ import annotations
 OPERATIONS: dict[str, tuple[str, str]] = {
     "save": (
         (
-            "flows.asset_store flows.recording flows.saves formats.save_adapters formats.save_formats formats.shards "
-            "seam.keras_names seam.shortcuts seam.walking values.creating values.on_tensorflow values.tensors "
-            "values.tf_variables"
+            "flows.asset_store flows.recording flows.saves formats.operations formats.save_adapters "
+            "formats.save_formats formats.shards seam.keras_names seam.shortcuts seam.walking values.creating "
+            "values.on_tensorflow values.tensors values.tf_variables"
         ),
         (
             "saving.saving_api.save_model saving.saving_api.save_weights saving.saving_lib.save_model "
             "saving.saving_lib._save_model_to_fileobj saving.saving_lib._save_model_to_dir "
-            "saving.saving_lib.save_weights_only"
+            "saving.saving_lib.save_weights_only models.model.Model.save_weights"
         ),
     ),
     "load": (
         (
             "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
-            "formats.load_formats formats.shards seam.assignments seam.building seam.keras2 seam.keras_names "
-            "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
-            "values.tensors values.tf_variables"
+            "formats.load_formats formats.operations formats.shards seam.assignments seam.building seam.keras2 "
+            "seam.keras_names seam.missing_classes seam.shortcuts seam.walking values.creating values.holding "
+            "values.on_tensorflow values.tensors values.tf_variables"
         ),
         (
             "saving.saving_api.load_model saving.saving_api.load_weights saving.saving_lib._load_model_from_fileobj "
@@ -337,6 +337,7 @@ KNOWN: dict[str, str] = {
     "models.functional": "",
     "models.functional.copy": "",
     "models.model": "",
+    "models.model.Model.save_weights": "(self, filepath, overwrite, max_shard_size)",
     "models.model.Model.to_json": "(self, **kwargs)",
     "models.model.model_from_json": "(json_string, custom_objects)",
     "models.sequential": "",
