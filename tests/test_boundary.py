@@ -94,7 +94,7 @@ import os, signal, sys
 import keras, pytest
 from keras import layers
 import hornbeam
-from hornbeam import _lock
+from hornbeam.base import locks
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 
 root = sys.argv[1]
@@ -123,7 +123,7 @@ os.symlink("elsewhere", os.path.join(root, "link"))
 os.mkfifo(os.path.join(root, "pipe"))
 for name in ("link", "pipe"):
     with pytest.raises(OSError):
-        _lock.FileLock(os.path.join(root, name))
+        locks.FileLock(os.path.join(root, name))
 assert not os.path.exists(os.path.join(root, "elsewhere"))
 # A leftover's name in the directory of a save.
 for number in range(3):

@@ -390,10 +390,10 @@ import sys, contextlib, logging
 import keras
 from keras.src.backend.common import global_state
 import hornbeam
-from hornbeam import _shortcuts
+from hornbeam.seam import shortcuts
 
 logging.basicConfig(level="WARNING", format="%(name)s")
-_shortcuts.WORTH_TRYING = 0
+shortcuts.WORTH_TRYING = 0
 around = contextlib.nullcontext()
 if sys.argv[2] == "name_scope":
     around = keras.name_scope("outer")
@@ -409,7 +409,7 @@ with around:
     load(sys.argv[1])
 after = dict(global_state.get_global_attribute("object_name_uids"))
 print({name: after[name] - before.get(name, 0) for name in sorted(after)})
-print(*[name for name, works in _shortcuts._works.items() if works._verdict])
+print(*[name for name, works in shortcuts._works.items() if works._verdict])
 """
 
 

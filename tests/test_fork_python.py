@@ -173,19 +173,20 @@ def test_nothing_is_tried_in_a_child(before: str, forks: int, tried: bool) -> No
     code = f"""
 import os, sys, threading
 import hornbeam
-from hornbeam import _progress, _tried
+from hornbeam.base import progress
+from hornbeam.base import trials
 
 checked, told, inside = [], [], []
-asked = _tried.Tried("a shortcut", lambda: not checked.append(os.getpid()))
+asked = trials.Tried("a shortcut", lambda: not checked.append(os.getpid()))
 {before}
 for _ in range({forks}):
     child = os.fork()
     if child:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 sys.stderr.isatty = lambda: True
-with _progress.watch("load", "x", 1, lambda: 1):
+with progress.watch("load", "x", 1, lambda: 1):
     inside += [thread.name for thread in threading.enumerate()]
-with hornbeam.options(progress=told.append), _progress.watch("load", "x", 1, lambda: 1):
+with hornbeam.options(progress=told.append), progress.watch("load", "x", 1, lambda: 1):
     pass
 found = (asked(), len(checked), "hornbeam-progress" in inside, [p.done for p in told])
 os._exit(0 if found == ({tried}, int({tried}), {forks == 0}, [1]) else 1)

@@ -74,7 +74,8 @@ def test_uninstall_restores_every_attribute() -> None:
 def test_installing_waits_for_a_thread_that_imports_keras() -> None:
     program = """
 import importlib, sys, threading
-from hornbeam import _hook
+from hornbeam.seam import hook
+from hornbeam.seam import targets
 started, awaited = threading.Event(), threading.Event()
 
 class Pause:
@@ -93,7 +94,7 @@ importlib.import_module = import_module
 thread = threading.Thread(target=lambda: real("keras"))
 thread.start()
 assert started.wait(60)
-_hook.install()
+hook.install()
 assert awaited.is_set()
 thread.join()
 import keras
@@ -362,7 +363,8 @@ class AsksOthers(importlib.abc.MetaPathFinder):
         return next((spec for spec in found if spec is not None), None)
 
 import hornbeam
-from hornbeam import _hook
+from hornbeam.seam import hook
+from hornbeam.seam import targets
 kind, order = sys.argv[1:]
 finder = {"watch": Watch, "own": Own, "asks_all": AsksAll, "asks_others": AsksOthers}[kind]()
 if order == "before":
@@ -372,16 +374,16 @@ if order == "after":
     sys.meta_path.insert(0, finder)
 if order == "behind":
     sys.meta_path.insert(len(sys.meta_path) - 1, finder)
-    _hook._catch_up = lambda: None  # the hook asks whoever is behind it, and patches at once
+    hook._catch_up = lambda: None  # the hook asks whoever is behind it, and patches at once
 import keras
-for name in _hook.MODULES:
+for name in targets.MODULES:
     assert kind == "own" or name in asked, name
-    from hornbeam import _keras
-    assert _keras.is_patched(sys.modules[name]), name
+    from hornbeam.seam import entry
+    assert entry.is_patched(sys.modules[name]), name
 assert hasattr(keras.models.load_model, "__hornbeam__")
 hornbeam.uninstall()
 assert not hasattr(keras.models.load_model, "__hornbeam__")
-assert not hasattr(sys.modules[_hook.SAVING_LIB].save_model, "__hornbeam__")
+assert not hasattr(sys.modules[targets.SAVING_LIB].save_model, "__hornbeam__")
 print("fine")
 """
 
@@ -453,12 +455,12 @@ def test_handing_over_is_counted_and_refused_under_strict(
 
 def test_options_are_scoped_and_checked() -> None:
     with hornbeam.options(fallback=False) as outer:
-        assert outer.strict
+        assert not outer.fallback
         with hornbeam.options(durable=True) as inner:
-            assert inner.strict
+            assert not inner.fallback
             assert inner.durable
     with hornbeam.options() as after:
-        assert not after.strict
+        assert after.fallback
     with pytest.raises(ValueError, match="engine must be"), hornbeam.options(engine="quick"):
         pass
 

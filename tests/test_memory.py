@@ -181,7 +181,8 @@ import io, json, sys, threading, zipfile
 import h5py, keras, numpy as np
 from keras import layers
 import hornbeam
-from hornbeam import _tensors
+from hornbeam.values import on_tensorflow
+from hornbeam.values import tensors
 
 path = sys.argv[1]
 inputs = keras.Input((4_000_000,))
@@ -204,7 +205,7 @@ thread.start()
 running.wait()
 torn, values = 0, set()
 for _ in range(100):  # what a save takes of a variable: many times, for a copy that lets go is torn once in ten
-    copy = _tensors.view(model.weights[0]).array()
+    copy = tensors.view(model.weights[0]).array()
     torn += copy.min() != copy.max()
 hornbeam.install()
 for _ in range(5):
@@ -309,7 +310,8 @@ def test_peak_memory(tmp_path: Path) -> None:
 
 LARGE = f"""{MEASURE}
 import mmap
-from hornbeam import _tensors
+from hornbeam.values import on_tensorflow
+from hornbeam.values import tensors
 
 COUNT, SIZE = 12, (1 << 27) + 1  # of float32: half a gigabyte and a little each
 
@@ -317,7 +319,7 @@ def pages(shape, dtype):
     "Zeros that take no memory until they are changed; TensorFlow shares them."
     memory = np.frombuffer(mmap.mmap(-1, shape[0] * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "float32")
     memory[-1] = next(numbers)
-    return _tensors.share(memory)
+    return on_tensorflow.share(memory)
 
 @keras.saving.register_keras_serializable("test_memory")
 class Large(layers.Layer):

@@ -223,7 +223,10 @@ def _in_a_child(work: Callable[[], bool]) -> None:
 _LOCKED = """
 import os, signal, sys, threading
 import hornbeam
-from hornbeam import _hook, _keras, _patch
+from hornbeam.seam import entry
+from hornbeam.seam import hook
+from hornbeam.seam import patches
+from hornbeam.seam import walking
 from keras.src.saving import saving_lib
 
 module, name = sys.argv[1].split(".")
@@ -234,7 +237,7 @@ def holds():
         inside.set()
         done.wait()
 
-with hornbeam.installed(), _keras.scope(), _patch.collector_rests(), _keras.fast_walk():
+with hornbeam.installed(), entry.scope(), patches.collector_rests(), walking.fast_walk():
     pass  # imports what it needs
 thread = threading.Thread(target=holds)
 thread.start()
@@ -243,7 +246,7 @@ child = os.fork()
 if child == 0:
     signal.alarm(60)  # a child that hangs is ended
     hornbeam.install()
-    with hornbeam.installed(), _keras.scope(), _patch.collector_rests(), _keras.fast_walk():
+    with hornbeam.installed(), entry.scope(), patches.collector_rests(), walking.fast_walk():
         pass
     patched = hasattr(saving_lib.save_model, "__hornbeam__")
     hornbeam.uninstall()
@@ -256,7 +259,7 @@ sys.exit(abs(code))
 
 
 @FORK
-@pytest.mark.parametrize("lock", ["_hook._lock", "_keras._lock", "_patch._lock", "_patch._collector_lock"])
+@pytest.mark.parametrize("lock", ["hook._lock", "entry._lock", "patches._lock", "patches._collector_lock"])
 def test_a_child_forked_while_another_thread_holds_a_lock_works(lock: str) -> None:
     """In a process of its own: what other tests left for the collector may wait for TensorFlow's threads in a child."""
     ran = script(_LOCKED, lock, KERAS_BACKEND=keras.backend.backend())

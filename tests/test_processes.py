@@ -251,14 +251,14 @@ def test_two_workers_of_tf_config(tmp_path: Path) -> None:
 TRAINING = r"""
 import json, os, sys, time
 import keras, numpy as np
-from hornbeam import _processes
+from hornbeam.training import processes
 from hornbeam.callbacks import ModelCheckpoint
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model
 
 rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 if keras.backend.backend() != "tensorflow":
-    _processes.current = lambda: _processes.Place(rank, 2)
+    processes.current = lambda: processes.Place(rank, 2)
 os.chdir(sys.argv[1])
 keras.utils.set_random_seed(1)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -270,7 +270,7 @@ class Late(ModelCheckpoint):
 
     def _write(self, path, *rest):
         end = time.monotonic() + 60
-        while _processes._read(self._group._file(1)).get("met", 0) <= self._group._met:
+        while processes._read(self._group._file(1)).get("met", 0) <= self._group._met:
             assert time.monotonic() < end, "nobody waits"
             time.sleep(0.002)
         assert not os.path.exists(path)
@@ -376,7 +376,7 @@ import jax
 rank = int(os.environ["RANK"])
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, rank)
 import keras, numpy as np
-from hornbeam import _tensors
+from hornbeam.values import tensors
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.saving import load_model
@@ -408,7 +408,7 @@ for asynchronous in (False, True):
     loaded = load_model(name)
     print(values(loaded) == values(model), not loaded.layers[0].kernel._value.is_fully_addressable)
 
-views = [_tensors.view(v) for v in model.variables]
+views = [tensors.view(v) for v in model.variables]
 before = [view.copy() for view in views]
 with CheckpointManager("c", asynchronous=True, timeout=60) as ckpt:
     expected = values(model)

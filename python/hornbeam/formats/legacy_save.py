@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,12 +31,11 @@ from hornbeam.flows import casts, saves
 from hornbeam.flows.recording import Dataset, RecordStore
 from hornbeam.flows.requests import SaveRequest
 from hornbeam.seam import patches
-from hornbeam.seam.operation import NotOurs
+from hornbeam.seam.operation import NotOurs, changed, running
 from hornbeam.values import tensors
 
 #: Bytes that a row of strings may take in an object header; Keras counts the strings, HDF5 16 bytes for each.
 _HEADER = legacy_h5_format.HDF5_OBJECT_HEADER_LIMIT
-_local = threading.local()
 
 
 def unsupported(filepath: Any) -> str | None:
@@ -218,19 +216,15 @@ def _beyond_names(model: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     """This thread's legacy serialiser describes fully what the format's names do not lead to."""
-    with _serialize_patch(legacy_serialization, "serialize_keras_object"):
-        _local.active = True
-        try:
-            yield
-        finally:
-            _local.active = False
+    with _serialize_patch(legacy_serialization, "serialize_keras_object"), changed(describes=True):
+        yield
 
 
 def _serialize(original: Callable[..., Any]) -> Callable[..., Any]:
     """`legacy_serialization.serialize_keras_object`, which calls itself through its module."""
 
     def serialize(instance: Any) -> Any:
-        if getattr(_local, "active", False) and isinstance(instance, keras.Operation) and not _has_name(type(instance)):
+        if running().describes and isinstance(instance, keras.Operation) and not _has_name(type(instance)):
             return serialization_lib.serialize_keras_object(instance)
         return original(instance)
 

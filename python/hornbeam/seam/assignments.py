@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,10 +18,9 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from hornbeam.base import dtypes
 from hornbeam.base.deferred import Unread
 from hornbeam.seam import walking
+from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
 from hornbeam.values import holding, on_tensorflow, ownership
-
-_local = threading.local()
 
 
 class Journal:
@@ -181,7 +179,8 @@ class Part(Protocol):
 
 def current() -> Journal | None:
     """The journal of the load that this thread is in."""
-    return getattr(_local, "journal", None)
+    found: Journal | None = running().journal
+    return found
 
 
 class _OfShape:
@@ -265,14 +264,12 @@ class _Walk(Journal):
 
 def walk(model: Any, store: Store, visited: set[int], visit: Callable[[Any, str], None]) -> None:
     """Calls `visit` with every object whose state a load of `model` asks `store` for, and its path; loads nothing."""
-    outer = current()
     store.passes = True
-    with _load_patch(saving_lib, "_load_state"), walking.fast_walk():
-        _local.journal = _Walk(lambda o, path: visit(o, path) if hasattr(o, "load_own_variables") else None)
+    planned = _Walk(lambda o, path: visit(o, path) if hasattr(o, "load_own_variables") else None)
+    with _load_patch(saving_lib, "_load_state"), walking.fast_walk(), changed(journal=planned):
         try:
             saving_lib._load_state(model, store, None, "", visited_saveables=set(visited))
         finally:
-            _local.journal = outer
             store.passes = False
 
 
@@ -281,19 +278,13 @@ def journal(*, undoable: bool, part: Part | None = None) -> Iterator[Journal]:
     """Notes this thread's assignments; with `undoable`, an exception leaves everything as it was."""
     outer = current()
     made = Journal(undoable=undoable or (outer is not None and outer.undoable), part=part)
-    with (
-        _assign_patch(KerasVariable, "assign"),
-        _load_patch(saving_lib, "_load_state"),
-    ):
-        _local.journal = made
+    with _assign_patch(KerasVariable, "assign"), _load_patch(saving_lib, "_load_state"):
         try:
-            yield made
+            with changed(journal=made):
+                yield made
         except BaseException:
-            _local.journal = None
-            made.roll_back()
+            with changed(journal=None):
+                made.roll_back()
             raise
-        else:
-            if outer is not None:
-                outer.take_over(made)
-        finally:
-            _local.journal = outer
+        if outer is not None:
+            outer.take_over(made)

@@ -14,7 +14,6 @@ when they are made, so not calling one changes no random state; those that hold 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,9 +26,8 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from hornbeam.base import dtypes
 from hornbeam.seam import assignments, patches, shortcuts
+from hornbeam.seam.operation import changed, running
 from hornbeam.values import creating, on_tensorflow, ownership
-
-_local = threading.local()
 
 
 class _Lazy:
@@ -140,7 +138,7 @@ def _initialize_later(original: Callable[..., None]) -> Callable[..., None]:
     """`Variable._initialize_with_initializer`, for later."""
 
     def initialize(variable: Any, initializer: Any) -> None:
-        pending = getattr(_local, "pending", None)
+        pending = running().pending
         if pending is None or not _can_wait(variable, initializer):
             original(variable, initializer)
             return
@@ -193,7 +191,7 @@ def scope(variables: int = shortcuts.WORTH_TRYING) -> Iterator[None]:
     Args:
         variables: How many there will be; if nobody knows, enough for every shortcut.
     """
-    if getattr(_local, "pending", None) is not None or keras.backend.backend() not in ("tensorflow", "jax"):
+    if running().pending is not None or keras.backend.backend() not in ("tensorflow", "jax"):
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -206,11 +204,8 @@ def scope(variables: int = shortcuts.WORTH_TRYING) -> Iterator[None]:
         stack.enter_context(shortcuts.scope(shortcuts.BUILDING, variables))
         stack.enter_context(patches.collector_rests())
         pending: list[Any] = []
-        _local.pending = pending
-        try:
+        with changed(pending=pending):
             yield
-        finally:
-            _local.pending = None
         # After an error the model is dropped; a variable somebody kept initialises itself when it is read.
         for variable in pending:
             if isinstance(variable, _Lazy):

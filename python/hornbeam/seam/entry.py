@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from hornbeam.base import counters, durability, settings
 from hornbeam.errors import UnsupportedError
 from hornbeam.seam import displaced, keras_names, targets
-from hornbeam.seam.operation import NotOurs
+from hornbeam.seam.operation import NotOurs, changed, running
 from hornbeam.seam.patches import Users, reaches
 
 T = TypeVar("T")
@@ -81,13 +81,9 @@ _made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _users = Users()  # scopes in force
 
 
-_local = threading.local()
-
-
 def _active() -> bool:
-    if getattr(_local, "stock", False):  # inside of what stock Keras does as a whole
-        return False
-    return bool(targets.installation or getattr(_local, "scopes", None))
+    operation = running()
+    return not operation.stock and bool(targets.installation or operation.routed)
 
 
 def _operation(module: str, name: str) -> str:
@@ -194,9 +190,7 @@ def _leave(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) 
         more.append("does not compress")
     if left.reason is not None and more:
         raise UnsupportedError(f"Stock Keras would have to do this ({left.reason}), and {', and '.join(more)}.")
-    before = getattr(_local, "stock", False)
-    _local.stock = True
-    try:
+    with changed(stock=True):
         if left.reason is None:
             return stock(*args, **kwargs)
         with durability.directories(left.path, durable=options.durable):
@@ -204,8 +198,6 @@ def _leave(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) 
         if left.saves:
             durability.sync_handed_over(left.path)
         return result
-    finally:
-        _local.stock = before
 
 
 def original(module: str, name: str) -> Callable[..., Any]:
@@ -323,19 +315,17 @@ def _replace_aliases(name: str, old: Any, new: Any, but: str | None = None) -> N
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Routes the calling thread's saves and loads through hornbeam, whether or not it is installed."""
+    """Routes this thread's or task's saves and loads through hornbeam, whether or not it is installed."""
     modules = [importlib.import_module(name) for name in _REPLACED]
     token = object()
-    scopes: set[object] = _local.__dict__.setdefault("scopes", set())
     try:
         with _lock:
             _users.add(token)
             for module in modules:
                 patch(module)
-        scopes.add(token)
-        yield
+        with changed(routed=True):
+            yield
     finally:
-        scopes.discard(token)
         with _lock:
             _users.discard(token)
             for module in modules:

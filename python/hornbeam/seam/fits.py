@@ -8,11 +8,9 @@ import threading
 from typing import Any
 
 from hornbeam.seam import displaced
+from hornbeam.seam.operation import changed, running
 
 _lock = threading.RLock()
-
-
-_local = threading.local()
 
 
 class FitWatcher:
@@ -27,8 +25,7 @@ class FitWatcher:
 
 def fit_watchers() -> list[FitWatcher] | None:
     """Those of the calling thread's innermost `fit`; `None` outside of Keras' own."""
-    found: list[list[FitWatcher]] = getattr(_local, "fits", [])
-    return found[-1] if found else None
+    return running().fits[-1] if running().fits else None
 
 
 def watch_fit() -> None:
@@ -43,17 +40,15 @@ def watch_fit() -> None:
 
         @functools.wraps(original)
         def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
-            fits = _local.__dict__.setdefault("fits", [])
             watchers: list[FitWatcher] = []
-            fits.append(watchers)
             try:
-                return original(self, *args, **kwargs)
+                with changed(fits=(*running().fits, watchers)):
+                    return original(self, *args, **kwargs)
             except BaseException as error:
                 for watcher in watchers:
                     watcher.fit_failed(error)
                 raise
             finally:
-                fits.pop()
                 with contextlib.ExitStack() as stack:  # the last to come is the first to go, and all do
                     for watcher in watchers:
                         stack.callback(watcher.fit_ended)

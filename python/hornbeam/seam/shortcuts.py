@@ -25,7 +25,6 @@ import copy
 import functools
 import inspect
 import json
-import threading
 from collections.abc import Callable, Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
@@ -40,15 +39,10 @@ from keras.src.utils import tracking
 
 from hornbeam.base import settings
 from hornbeam.base.trials import Tried
+from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
 from hornbeam.values import creating, tf_variables
 
-
-class _Local(threading.local):
-    scope: _Scope | None = None
-
-
-_local = _Local()
 #: Trying the shortcuts out takes longer than building so many variables without them.
 WORTH_TRYING = 64
 _built = 0  # variables that this process has built, and layers that it has described
@@ -86,7 +80,7 @@ def _set_attribute(original: Callable[..., None]) -> Callable[..., None]:
     """`Layer.__setattr__`."""
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        scope = _local.scope
+        scope = running().shortcuts
         if (
             scope is None
             or "attributes" not in scope.shortcuts
@@ -153,7 +147,7 @@ class _Inspect:
     """The module `inspect`, which remembers signatures."""
 
     def signature(self, function: Any, **kwargs: Any) -> inspect.Signature:
-        scope = _local.scope
+        scope = running().shortcuts
         if scope is None or "signatures" not in scope.shortcuts or kwargs or type(function) not in _FUNCTIONS:
             return inspect.signature(function, **kwargs)
         key = (function.__func__, "bound") if type(function) is MethodType else function
@@ -163,7 +157,7 @@ class _Inspect:
         return found
 
     def getfullargspec(self, function: Any) -> inspect.FullArgSpec:
-        scope = _local.scope
+        scope = running().shortcuts
         if scope is None or "signatures" not in scope.shortcuts or type(function) is not FunctionType:
             return inspect.getfullargspec(function)
         found = scope.specs.get(function)
@@ -180,7 +174,7 @@ class _Copy:
 
     def deepcopy(self, value: Any, memo: Any = None) -> Any:
         """The config itself, where it is about to become text."""
-        scope = _local.scope
+        scope = running().shortcuts
         if memo is None and scope is not None and "copies" in scope.shortcuts:
             return value
         return copy.deepcopy(value, memo)
@@ -193,7 +187,7 @@ def _is_tensor(original: Callable[..., Any]) -> Callable[..., bool]:
     """`tf.is_tensor`."""
 
     def is_tensor(value: Any) -> bool:
-        scope = _local.scope
+        scope = running().shortcuts
         if scope is None or "tensors" not in scope.shortcuts:
             return bool(original(value))
         kind = type(value)
@@ -223,7 +217,7 @@ def make_variable(variable: Any, value: Any, creation: creating.Creation) -> Any
         value: An eager tensor of its dtype.
         creation: Where it would have been made.
     """
-    scope = _local.scope
+    scope = running().shortcuts
     if scope is None or "variables" not in scope.shortcuts or creation.name_scope is None:
         return None
     if tuple(value.shape) != tuple(variable._shape) or not creating.is_eager():
@@ -260,12 +254,8 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
             stack.enter_context(_copies())
         if "tensors" in wanted:
             stack.enter_context(_tensor_patch(tf_variables.module(), "is_tensor"))
-        before = _local.scope
-        _local.scope = _Scope(wanted)
-        try:
+        with changed(shortcuts=_Scope(wanted)):
             yield
-        finally:
-            _local.scope = before
 
 
 def describing(saveable: Any) -> contextlib.AbstractContextManager[None]:
@@ -287,8 +277,8 @@ def _copies() -> Iterator[None]:
 @contextlib.contextmanager
 def _taken(shortcut: str) -> Iterator[None]:
     """For the trying thread, which has no scope yet."""
-    _local.scope = _Scope(frozenset([shortcut]))
-    yield
+    with changed(shortcuts=_Scope(frozenset([shortcut]))):
+        yield
 
 
 class _WithDefault(keras.layers.Layer):

@@ -6,14 +6,12 @@ import collections
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
-
-_local = threading.local()
 
 
 class FastWalk:
@@ -152,7 +150,7 @@ def _walk(original: Callable[[Any], Iterator[tuple[str, Any]]]) -> Callable[[Any
     """`saving_lib._walk_saveable`."""
 
     def walk(saveable: Any) -> Iterator[tuple[str, Any]]:
-        fast = getattr(_local, "walk", None)
+        fast = running().walk
         return original(saveable) if fast is None else fast(original, saveable)
 
     return walk
@@ -191,7 +189,7 @@ def fast_walk() -> Iterator[None]:
     from keras.src.optimizers.base_optimizer import BaseOptimizer
     from keras.src.saving import saving_lib
 
-    if getattr(_local, "walk", None) is not None:
+    if running().walk is not None:
         yield
         return
     with (
@@ -199,9 +197,6 @@ def fast_walk() -> Iterator[None]:
         _naming_patch(saving_lib, "naming"),
         _file_utils_patch(saving_lib, "file_utils"),
         _optimizer_patch(BaseOptimizer, "save_own_variables"),
+        changed(walk=FastWalk(saving_lib)),
     ):
-        _local.walk = FastWalk(saving_lib)
-        try:
-            yield
-        finally:
-            _local.walk = None
+        yield

@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import itertools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -25,6 +24,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
+from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
 from hornbeam.training.resumable import Resumable
 from hornbeam.values import randomness, tf_data
@@ -305,14 +305,11 @@ def _fingerprint(cls: type) -> str:
     return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
 
 
-_local = threading.local()
-
-
 def _shuffle(original: Callable[..., Any]) -> Callable[..., Any]:
     """`tf.random.shuffle`, by a variable seed where an adapter builds its pipeline for us."""
 
     def shuffle(value: Any, *args: Any, **kwargs: Any) -> Any:
-        seed = getattr(_local, "seed", None)
+        seed = running().seed
         if seed is None:
             return original(value, *args, **kwargs)
         return tf_data.shuffle(value, seed)  # the first element tells the batches of `shuffle="batch"` apart
@@ -333,12 +330,8 @@ def _seed_shuffle(epochs: Any, adapter: Any) -> Any:
         finally:
             adapter._epoch = count
     else:
-        with _shuffle_patch(tf_data.random_module(), "shuffle"):
-            _local.seed = seed
-            try:
-                dataset = adapter.get_tf_dataset()
-            finally:
-                _local.seed = None
+        with _shuffle_patch(tf_data.random_module(), "shuffle"), changed(seed=seed):
+            dataset = adapter.get_tf_dataset()
     strategy = epochs._distribute_strategy
     epochs._distributed_dataset = strategy.experimental_distribute_dataset(dataset)
     return seed
