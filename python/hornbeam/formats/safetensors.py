@@ -30,7 +30,7 @@ from hornbeam.flows.recording import RecordStore
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.flows.selections import Structure
 from hornbeam.formats.shards import write
-from hornbeam.seam.operation import NotOurs
+from hornbeam.seam import entry, targets
 
 _SUFFIX = ".safetensors"
 _INDEX = f"{_SUFFIX}.index.json"
@@ -52,12 +52,11 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport 
         What was saved; `None` where the user keeps the old files.
 
     Raises:
-        NotOurs: For a model that is not built, which Keras refuses.
-        ValueError: When two variables have one name.
+        ValueError: For a model that is not built, and when two variables have one name.
     """
     text, size = str(request.target), request.max_shard_size
     if not request.model.built:
-        raise NotOurs(None)
+        entry.original(targets.SAVING_LIB, "save_weights_only")(request.model, text)  # raises
     if text.endswith(_INDEX) and size is None:
         raise ValueError(
             f"The filename must end in `{_SUFFIX}`, or `max_shard_size` be specified. Received: filepath={text}"
@@ -230,7 +229,7 @@ def load_weights(request: LoadRequest) -> LoadReport:
     """
     _check_local(str(request.source))
     if not request.model.built:
-        raise NotOurs(None)
+        entry.original(targets.SAVING_LIB, "load_weights_only")(request.model, str(request.source))  # raises
     return loads.load_weights(request, open_weights, Names)
 
 
