@@ -19,13 +19,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from keras import layers
-from keras.src.saving import saving_lib
 
 import hornbeam
 from helpers import reported, saved, state
 from hornbeam import saving
 from hornbeam.errors import InvalidError, UnsupportedError
-from hornbeam.flows import casts
 from zoo import ZOO, chain, floats, train
 
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -359,8 +357,7 @@ def test_the_next_save_is_whole_again(tmp_path: Path) -> None:
 def test_file_objects_too() -> None:
     model, *_ = ZOO["functional"]()
     file = io.BytesIO()
-    with hornbeam.installed(), casts.requested(casts.Smaller(dtype="float16", include_optimizer=False)):
-        saving_lib.save_model(model, file)
+    saving.save_model(model, file, dtype="float16", include_optimizer=False)
     assert len(hornbeam.last_save_report().cast) == 4
     with zipfile.ZipFile(file) as archive, h5py.File(archive.open("model.weights.h5")) as weights:
         assert weights["layers/dense/vars/0"].dtype == "float16"
@@ -371,6 +368,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = train(chain(layers.Dense(2)), floats(8, 6), floats(8, 2))[0]
     with pytest.raises(ValueError, match="dtype must be 'float16' or 'bfloat16'"):
         saving.save_model(model, tmp_path / "m.keras", dtype="int8")
+    with pytest.raises(ValueError, match="allow_overflow"):
+        saving.save_model(model, tmp_path / "m.keras", allow_overflow=True)
     with pytest.raises(UnsupportedError, match="neither casts"), hornbeam.options(fallback=True):
         saving.save_weights(model, "memory://m.weights.h5", dtype="float16")
     assert not os.listdir(tmp_path)

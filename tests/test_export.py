@@ -19,7 +19,7 @@ import hornbeam.export
 import hornbeam.saving
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 from hornbeam.export import ExportArchive, export
-from hornbeam.formats.exports import Request, requested
+from hornbeam.formats import exports
 from hornbeam.seam import keras_names
 
 tf = pytest.importorskip("tensorflow", reason="SavedModels are written by TensorFlow")
@@ -267,8 +267,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     archive.track_and_add_endpoint("serve", model, [spec(None, 4)])  # by stock Keras
     with hornbeam.installed():
         archive.add_endpoint("any", lambda x: x, [tf.TensorSpec(None, tf.float32)])
-        with pytest.raises(UnsupportedError, match="did not see being added"), requested(Request(verify=True)):
-            archive.write_out(tmp_path / "e", verbose=False)
+        with pytest.raises(UnsupportedError, match="did not see being added"):
+            exports.write(archive, tmp_path / "e", exports.ExportRequest(verify=True), verbose=False)
         assert list(tmp_path.iterdir()) == []
         archive.write_out(tmp_path / "e", verbose=False)
     archive = ExportArchive()

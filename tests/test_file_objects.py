@@ -338,7 +338,7 @@ def test_a_failed_save_leaves_memory_as_it_was(given: tuple[Path, Any], monkeypa
     def fails(*_: Any) -> Any:
         raise OSError("no")
 
-    monkeypatch.setattr(saves._progress, "watch", fails)
+    monkeypatch.setattr(saves.progress, "watch", fails)
     with pytest.raises(OSError, match="no"):
         hornbeam.saving.save_weights(model, file)
     assert (file.getvalue(), file.tell()) == (b"old", 0)

@@ -47,6 +47,8 @@ class SaveRequest:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be 'float16' or 'bfloat16'. Received: dtype={self.dtype!r}")
+        if self.allow_overflow and self.dtype is None:
+            raise ValueError("`allow_overflow` is for weights that are cast, by `dtype`.")
 
     @property
     def path(self) -> str | None:
