@@ -1,8 +1,12 @@
-"""Which private names of Keras' each module of hornbeam uses, from its syntax tree."""
+"""Which private names of Keras' each module of hornbeam uses, from its syntax tree.
+
+`python tests/names.py` writes that into the table of `keras_names`, and says what is to be added to it by hand.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -132,3 +136,50 @@ def all_used() -> dict[str, set[str]]:
         if used(module):
             found[module] = used(module)
     return found
+
+
+#: Operation → where it begins.
+ENTRIES = {
+    "save": ["formats.save_adapters", "formats.shards"],
+    "load": ["formats.load_adapters", "formats.shards"],
+    "legacy save": ["formats.legacy_save"],
+    "legacy load": ["formats.legacy_load"],
+    "json": ["formats.to_json"],
+    "export": ["formats.exports"],
+    "safetensors": ["formats.safetensors"],
+    "savedmodel": ["formats.savedmodel"],
+    "training": ["training.backup", "training.model_checkpoint"],
+}
+
+
+def update(path: Path) -> None:
+    """Writes what the modules use, and what each operation imports."""
+    table = json.loads(path.read_text())
+    owners: dict[str, set[str]] = defaultdict(set)  # attribute → whose, as `keras.Layer:_name`
+    for name in table["known"]:
+        owners[name.partition(":")[2]].add(name)
+    table["uses"] = {}
+    for module in sorted(SOURCES):
+        found = set(used(module))
+        for attribute in attributes(module):
+            if attribute not in owners:
+                print(f"{module} uses '{attribute}': add it to `known`, as 'keras.Layer:{attribute}', say")
+            found |= owners[attribute]
+        for node in ast.walk(SOURCES[module]):  # what hornbeam's own classes have, too
+            if isinstance(node, ast.Attribute) and node.attr in owners.keys() & own():
+                found |= owners[node.attr]
+        if found:
+            table["uses"][module] = sorted(found)
+    for operation, entries in ENTRIES.items():
+        modules = set().union(*(imports(entry) for entry in entries))
+        table["operations"][operation]["modules"] = sorted(modules & table["uses"].keys())
+    needed = {name for names in table["uses"].values() for name in names}
+    needed |= {name for operation in table["operations"].values() for name in operation["replaces"]}
+    for name in sorted(needed - table["known"].keys()):
+        print(f"add '{name}' to `known`, with its parameters")
+    table["known"] = {name: known for name, known in table["known"].items() if name in needed}
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    update(_ROOT / "seam" / "keras_names.json")

@@ -106,8 +106,8 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: opened(root).tensors["layers/dense/vars/0"],
         lambda a, b: a.name == b.name and a.read().tobytes() == b.read().tobytes(),
     ),
-    "hornbeam.checkpoint.Checkpoint": (committed, same),
-    "hornbeam.checkpoint.CheckpointManager": (
+    "hornbeam.training.manager.Checkpoint": (committed, same),
+    "hornbeam.training.manager.CheckpointManager": (
         lambda root: CheckpointManager(root / "c", keep_best=2, monitor="loss", asynchronous=True),
         same_arguments,
     ),
@@ -121,7 +121,7 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: BackupAndRestore(root / "b", seed=3, asynchronous=True, double_checkpoint=True),
         lambda a, b: same_arguments(a, b) and same_arguments(a._manager, b._manager),
     ),
-    "hornbeam.data.Resumable": (
+    "hornbeam.training.resumable.Resumable": (
         lambda root: resumable(np.arange(10), batch_size=2, shuffle=True, seed=1),
         same_batches,
     ),

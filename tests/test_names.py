@@ -22,10 +22,11 @@ import names
 from hornbeam import UnsupportedError
 from hornbeam.errors import UnknownKerasWarning
 from hornbeam.seam import entry as entry_
-from hornbeam.seam import keras_names, known
+from hornbeam.seam import keras_names
 from zoo import chain
 
 BACKEND = keras.backend.backend()
+TABLE = keras_names.table()
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def _compared_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("module", sorted(names.SOURCES))
 def test_every_private_name_that_a_module_uses_is_in_the_table(module: str) -> None:
-    listed = known.USES.get(module, "").split()
+    listed = TABLE["uses"].get(module, [])
     assert {name for name in listed if ":" not in name} == names.used(module)
     attributes = {name.partition(":")[2] for name in listed if ":" in name}
     # What hornbeam's own classes have, too, cannot be told apart by its name.
@@ -45,23 +46,24 @@ def test_every_private_name_that_a_module_uses_is_in_the_table(module: str) -> N
 
 
 def test_the_table_has_nothing_else_and_operations_have_all_they_import() -> None:
-    used = {name for uses in known.USES.values() for name in uses.split()}
-    replaced = {name for _, replaced in known.OPERATIONS.values() for name in replaced.split()}
-    assert known.KNOWN.keys() == used | replaced
+    used = {name for uses in TABLE["uses"].values() for name in uses}
+    replaced = {name for operation in TABLE["operations"].values() for name in operation["replaces"]}
+    assert TABLE["known"].keys() == used | replaced
     expected = {f"{m.removeprefix('keras.src.')}.{name}" for m, found in entry_._REPLACED.items() for name in found}
     assert {name.replace("archive:", "export.saved_model.") for name in replaced} == expected
-    entries = ["save_adapters", "load_adapters", "legacy_save", "legacy_load", "to_json", "exports"]
-    entries = [f"formats.{entry}" for entry in [*entries, "safetensors", "savedmodel"]] + ["training.backup"]
-    for (operation, (modules, _)), entry in zip(known.OPERATIONS.items(), entries, strict=True):
-        assert {*modules.split()} >= names.imports(entry) & known.USES.keys(), operation
+    for name, operation in TABLE["operations"].items():
+        imported = set().union(*(names.imports(entry) for entry in names.ENTRIES[name]))
+        assert {*operation["modules"]} == imported & TABLE["uses"].keys(), name
     for module, functions in entry_._REPLACED.items():
         for name in functions:
-            assert entry_._operation(module, name) in known.OPERATIONS
+            assert entry_._operation(module, name) in TABLE["operations"]
 
 
 def test_this_keras_is_known_for_every_operation() -> None:
     exports = ("export", "savedmodel") if BACKEND in ("numpy", "torch") else ()  # which these backends do not have
-    unknown = {operation: keras_names.unknown(operation) for operation in known.OPERATIONS if operation not in exports}
+    unknown = {
+        operation: keras_names.unknown(operation) for operation in TABLE["operations"] if operation not in exports
+    }
     assert not any(unknown.values()), unknown
 
 
@@ -109,7 +111,7 @@ def _other(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     if how == "missing":
         look = keras_names._look
         monkeypatch.setattr(keras_names, "_look", lambda asked: "-" if asked == name else look(asked))
-        return "-" not in known.KNOWN[name].split(" | ")
+        return "-" not in TABLE["known"][name]
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
     owner = keras_names._resolve(place) if place else None
     found = getattr(owner, attribute, None)

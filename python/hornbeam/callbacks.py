@@ -8,7 +8,8 @@ import keras.callbacks as _stock
 
 from hornbeam.seam import keras_names
 
-keras_names.require("training")  # before what it takes is imported
+for operation in ("training", "save", "load"):
+    keras_names.require(operation)  # before what it takes is imported
 
 from hornbeam.training.backup import BackupAndRestore
 from hornbeam.training.ledger import best_checkpoint, latest_checkpoint

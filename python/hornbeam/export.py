@@ -62,7 +62,7 @@ def export(
         return None
     filepath = locations.absolute(filepath)  # what is traced may change the directory
     compared = {"verify": verify, "tolerance": tolerance} if verify else {}
-    exports.forget()
+    exports.remember(None)
     with entry.scope():
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **compared, **kwargs)
     return last_report()
@@ -171,7 +171,11 @@ class ExportArchive(_Archive):
         """
         request = exports.ExportRequest(verify=verify, tolerance=tolerance)
         stock = functools.partial(super().write_out, filepath, options, verbose)
-        return entry.run("export", f"{_EXPORTS}:write", stock, self, filepath, request, options, verbose=verbose)
+        report: ExportReport | None = entry.run(
+            "export", f"{_EXPORTS}:write", stock, self, filepath, request, options, verbose=verbose
+        )
+        exports.remember(report)
+        return report
 
 
 def __getattr__(name: str) -> Any:

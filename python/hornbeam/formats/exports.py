@@ -85,9 +85,9 @@ def last_report() -> ExportReport | None:
     return _last.get()
 
 
-def forget() -> None:
-    """Makes no report the last one."""
-    _last.set(None)
+def remember(report: ExportReport | None) -> None:
+    """Makes a report the last one."""
+    _last.set(report)
 
 
 @dataclasses.dataclass
@@ -165,8 +165,8 @@ def add_variable_collection(self: Any, name: str, variables: Any) -> Any:
 
 def write_out(self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> None:
     """`ExportArchive.write_out`: the directory appears, or is replaced, when it is complete."""
-    forget()
-    _last.set(write(self, filepath, ExportRequest(), options, verbose=verbose))
+    remember(None)
+    remember(write(self, filepath, ExportRequest(), options, verbose=verbose))
 
 
 def write(

@@ -21,7 +21,7 @@ from hornbeam.base.savedmodel_parts import GRAPHS
 from hornbeam.errors import ConfigError, UnsupportedError
 from hornbeam.flows import loads
 from hornbeam.flows.requests import LoadRequest
-from hornbeam.seam import keras_names
+from hornbeam.seam import entry, keras_names, targets
 
 _HDF5 = (".h5", ".hdf5")
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
@@ -145,6 +145,9 @@ def load_weights(request: LoadRequest) -> LoadReport:
         return loads.load_weights(request, shards.open_weights)
     if text.endswith(("weights.h5", ".keras")) and request.model.built:
         return loads.load_weights(request)
+    if isinstance(place, str) and os.path.isfile(place) and not text.endswith(_WEIGHTS):
+        with contents.explained(place):
+            entry.original(targets.SAVING_API, "load_weights")(request.model, place)  # raises
     if text.endswith(_WEIGHTS) or not os.path.isdir(text):
         raise loads.leave(request, None)
     raise loads.leave(request, "a checkpoint of Orbax", text)

@@ -19,7 +19,7 @@ from hornbeam.base.writer import Handle
 from hornbeam.flows import saves
 from hornbeam.flows.requests import SaveRequest
 from hornbeam.formats import operations, save_formats
-from hornbeam.seam import operation
+from hornbeam.seam import entry, operation, targets
 from hornbeam.seam.operation import NotOurs
 
 
@@ -49,8 +49,10 @@ _OURS = ("include_optimizer", "dtype", "allow_overflow", "compression", "progres
 def _requested(
     model: Any, filepath: Any, kwargs: dict[str, Any], **asked: Any
 ) -> contextlib.AbstractContextManager[SaveRequest]:
-    if not kwargs.keys() <= {*_OURS}:
-        raise NotOurs(None)
+    unknown = {name: value for name, value in kwargs.items() if name not in _OURS}
+    if unknown:  # Keras says so, and of nothing else
+        name = "save_weights" if "max_shard_size" in asked else "save_model"
+        entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
     return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **asked)
 
 

@@ -1,4 +1,4 @@
-"""Every name of Keras' that is not public and that hornbeam uses: which module uses it, and what it is known to be.
+"""Every name of Keras' that is not public and that hornbeam uses: `keras_names.json` says what each is known to be.
 
 What an operation needs is compared with the Keras that is installed when the operation is first needed. Where a name is
 missing, or takes other arguments, this Keras is not one that hornbeam knows, and stock Keras does that operation.
@@ -9,27 +9,42 @@ class that writes archives of endpoints, which every Keras calls something else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import json
 import sys
 import warnings
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 from hornbeam.base import counters
 from hornbeam.errors import UnknownKerasWarning, UnsupportedError
-from hornbeam.seam.known import KNOWN, OPERATIONS, USES
 
 _EXPORTS = "keras.src.export.saved_model"
 _MISSING = object()
 _verdicts: dict[str, str | None] = {}
 
 
+@functools.cache
+def table() -> dict[str, Any]:
+    """The table.
+
+    Returns:
+        `operations`: operation → the modules of hornbeam that do it, and the functions of Keras that they replace;
+        `uses`: module of hornbeam → the names that it uses; `known`: name → what it may be: its parameters, nothing for
+        what is no function, `-` where it may be missing.
+    """
+    found: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return found
+
+
 def unknown(operation: str) -> str | None:
     """Why this Keras is not known for an operation, or `None`; the first time, a warning says so.
 
     Args:
-        operation: One of `OPERATIONS`.
+        operation: One of the table's `operations`.
     """
     if operation not in _verdicts:
         _verdicts[operation] = reason = _compare(operation)
@@ -64,8 +79,9 @@ def require(operation: str) -> None:
 
 def needed(operation: str) -> list[str]:
     """The names that an operation needs."""
-    modules, replaced = OPERATIONS[operation]
-    return sorted({*replaced.split(), *(name for module in modules.split() for name in USES.get(module, "").split())})
+    found = table()["operations"][operation]
+    uses = table()["uses"]
+    return sorted({*found["replaces"], *(name for module in found["modules"] for name in uses.get(module, ()))})
 
 
 def _compare(operation: str) -> str | None:
@@ -74,10 +90,10 @@ def _compare(operation: str) -> str | None:
     for name in needed(operation):
         if name.startswith("backend.tensorflow.") and keras.backend.backend() != "tensorflow":
             continue
-        known, found = KNOWN[name].split(" | "), _look(name)
+        known, found = table()["known"][name], _look(name)
         if found not in known:
             where = name if name.startswith(("archive", "keras.")) else f"keras.src.{name}"
-            what = "is missing" if found == "-" else f"is {found or 'no function'}, expected {KNOWN[name]}"
+            what = "is missing" if found == "-" else f"is {found or 'no function'}, expected {' | '.join(known)}"
             return f"Keras {keras.__version__} is unknown: {where} {what}"
     return None
 
