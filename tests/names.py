@@ -158,7 +158,7 @@ def update(path: Path) -> None:
     owners: dict[str, set[str]] = defaultdict(set)  # attribute → whose, as `keras.Layer:_name`
     for name in table["known"]:
         owners[name.partition(":")[2]].add(name)
-    table["uses"] = {}
+    table["uses"], shared = {}, owners.keys() & own()
     for module in sorted(SOURCES):
         found = set(used(module))
         for attribute in attributes(module):
@@ -166,7 +166,7 @@ def update(path: Path) -> None:
                 print(f"{module} uses '{attribute}': add it to `known`, as 'keras.Layer:{attribute}', say")
             found |= owners[attribute]
         for node in ast.walk(SOURCES[module]):  # what hornbeam's own classes have, too
-            if isinstance(node, ast.Attribute) and node.attr in owners.keys() & own():
+            if isinstance(node, ast.Attribute) and node.attr in shared:
                 found |= owners[node.attr]
         if found:
             table["uses"][module] = sorted(found)
