@@ -280,7 +280,7 @@ def test_the_best_is_what_is_there_after_a_save_that_did_not_begin(
             patch.setattr(Ledger, "write", fail)
         else:
             patch.setattr(callback, "_claim", lambda: None)  # it makes the directory, too
-            patch.setattr(model_checkpoint._durable, "directories", fail)
+            patch.setattr(model_checkpoint.durability, "directories", fail)
         with pytest.raises(OSError, match="No space left"):
             fit(model(), Scores([0.1]), callback)
     assert callback.best == 0.9

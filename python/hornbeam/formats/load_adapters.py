@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hornbeam.base import reports
+from hornbeam.base import file_objects, reports
 from hornbeam.base.file_objects import plain
 from hornbeam.base.reports import LoadReport
 from hornbeam.flows import loads
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.formats import load_formats, operations
 from hornbeam.formats.operations import load_request
+from hornbeam.seam import entry, targets
 from hornbeam.seam.operation import NotOurs
 
 _ASKED = ("strict", "only", "skip", "name_map")
@@ -50,9 +51,12 @@ def api_load_weights(
 ) -> LoadReport:
     """`saving_api.load_weights`, and so `model.load_weights`."""
     place, asked = plain(filepath), {name: kwargs.pop(name) for name in _ASKED if name in kwargs}
-    native = str(place).endswith((".weights.h5", ".weights.json", ".keras"))
-    if kwargs or (by_name is not None and native and not asked):
+    if kwargs:
         raise NotOurs(None)
+    if by_name is not None:
+        place = load_formats.weights_source(place) if file_objects.is_file_object(place) else place
+        if str(place).endswith((".weights.h5", ".weights.json", ".keras")) and not asked:
+            entry.original(targets.SAVING_API, "load_weights")(model, place, by_name=by_name)  # raises
     request = load_request(
         model,
         place,

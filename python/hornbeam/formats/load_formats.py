@@ -138,7 +138,8 @@ def load_weights(request: LoadRequest) -> LoadReport:
 
         return legacy_load.load_weights(request)
     if request.objects_to_skip is not None and text.endswith(".keras"):
-        raise loads.leave(request, None)
+        skipped = request.objects_to_skip
+        entry.original(targets.SAVING_API, "load_weights")(request.model, place, objects_to_skip=skipped)  # raises
     if text.endswith("weights.json") and request.model.built:
         from hornbeam.formats import shards
 
