@@ -1,4 +1,4 @@
-"""Which names of Keras that are not public each operation needs, and what each is known to be: see `keras_names`."""
+"""Which names of Keras that are not public each operation needs, and what each is known to be: see `_names`."""
 
 from __future__ import annotations
 
