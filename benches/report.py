@@ -1,4 +1,4 @@
-"""A result of `run.py` as Markdown tables, put between the marks of README.md.
+"""A result of `run.py` as Markdown tables: all of it in docs/performance.md, the ratios in README.md.
 
 python benches/report.py                       the newest result
 python benches/report.py RESULT.json --print   to the terminal instead
@@ -14,7 +14,49 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+OPERATIONS = ("save", "load_model", "load_weights")
 Row = dict[str, Any]
+
+
+def summary(result: Row) -> str:
+    """How many times as fast as stock Keras, and how much of what the machine can do: one table."""
+    ceilings = {row["workload"]: row for row in result["ceilings"]}
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in result["models"]):
+        rows = {row["operation"]: row for row in result["models"] if row["workload"] == workload}
+        ceiling = ceilings.get(workload)
+        lines.append(
+            [
+                workload,
+                megabytes(rows["save"]["file_bytes"]),
+                *(_speedup(rows[operation], rows[operation]["ratio"]) for operation in OPERATIONS),
+                *(f"{ceiling[key]:.0%}" if ceiling else "" for key in ("share", "read_share")),
+            ]
+        )
+    legacy = {row["operation"]: row for row in result.get("formats") or []}
+    if legacy:
+        ratios = [
+            _speedup(row, row["stock"]["best"] / row["hornbeam"]["best"])
+            for row in (legacy[name] for name in OPERATIONS)
+        ]
+        lines.append(["ResNet50 + Adam, legacy `.h5`", megabytes(legacy["save"]["file_bytes"]), *ratios, "", ""])
+    equal = all(row["equal"] for row in [*result["models"], *legacy.values()])
+    machine, versions = result["machine"], result["versions"]
+    head = [
+        "Model",
+        "File, MB",
+        *(f"`{name}`" for name in OPERATIONS),
+        "Write: share of `write`",
+        "Read: share of `read`",
+    ]
+    return (
+        f"{table(head, lines)}\n\n{versions['date']}, {machine['cores']} cores, Keras {versions['keras']}, TensorFlow "
+        f"{versions.get('tensorflow', 'n/a')}, files in the page cache; values bit for bit equal: {check(equal)}."
+    )
+
+
+def _speedup(row: Row, ratio: float) -> str:
+    return f"**{ratio:.1f}** ({seconds(row['stock']['best'])} s → {seconds(row['hornbeam']['best'])} s)"
 
 
 def report(result: Row) -> str:
@@ -187,26 +229,28 @@ def table(head: list[str], lines: list[list[str]], *, left: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
+PLACES = {ROOT / "README.md": summary, ROOT / "docs" / "performance.md": report}
+
+
 def main() -> int:
-    """Rewrites README.md, or prints."""
-    parser = argparse.ArgumentParser(description="Turn a benchmark result into the tables of README.md.")
+    """Rewrites README.md and docs/performance.md, or prints."""
+    parser = argparse.ArgumentParser(description="Turn a benchmark result into tables.")
     parser.add_argument("result", type=Path, nargs="?", help="default: the newest in benches/results/")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--print", action="store_true", help="print the tables and change no file")
     args = parser.parse_args()
     source = args.result or max((ROOT / "benches" / "results").glob("*.json"), default=None)
     if source is None:
         raise SystemExit("there is no result yet: run benches/run.py")
-    text = report(json.loads(source.read_text(encoding="utf-8")))
-    if args.print:
-        sys.stdout.write(text + "\n")
-        return 0
-    readme = args.readme.read_text(encoding="utf-8") if args.readme.exists() else ""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{args.readme} lacks {BEGIN} and {END}")
-    args.readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    result = json.loads(source.read_text(encoding="utf-8"))
+    for path, make in PLACES.items():
+        if args.print:
+            sys.stdout.write(make(result) + "\n\n")
+            continue
+        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise SystemExit(f"{path} lacks {BEGIN} and {END}")
+        path.write_text(f"{before}{BEGIN}\n\n{make(result)}\n\n{END}{after}", encoding="utf-8")
     return 0
 
 

@@ -2,7 +2,7 @@
 
     python benches/run.py                  everything, about an hour; the result goes to benches/results/
     python benches/run.py --quick          small models, once: does it run, is everything equal?
-    python benches/report.py               the result as the tables of README.md
+    python benches/report.py               the result as the tables of README.md and docs/performance.md
 
 A process builds its model, runs the operation once ("first") and three times more ("best" is their minimum). Before
 each run, memory is freed and warmed; page caches are warm, nothing is flushed (no side asks for it). Both sides read

@@ -257,10 +257,10 @@ def case_loop(root: Path) -> Any:
     return model
 
 
-def case_readme(root: Path) -> Any:
-    """The example of README.md, as it stands there."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = [part.split("```")[0] for part in text.split("```python\n") if "ckpt.restore" in part.split("```")[0]]
+def case_example(root: Path) -> Any:
+    """The example of docs/checkpointing.md, as it stands there."""
+    text = (Path(__file__).parents[1] / "docs" / "checkpointing.md").read_text()
+    (code,) = [part.split("```")[0] for part in text.split("```python\n") if part.startswith("from hornbeam")]
     model = build()
     model.train_on_batch = ticking(model.train_on_batch)
     x, y = (np.resize(array, (64, array.shape[1])) for array in arrays())  # all batches of one shape: see the docs

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this b
 #: Trainings of `resumes.py`; those of the first list run for every change, all of them in `make soak`.
 SHORT = {
     "tensorflow": [
-        *["arrays", "together", "steps_tfdata_unknown", "async", "best", "jit", "early", "loop", "readme"],
+        *["arrays", "together", "steps_tfdata_unknown", "async", "best", "jit", "early", "loop", "example"],
         "mirrored",
     ],
     "jax": ["arrays", "together", "steps_tfdata_unknown", "async", "best", "loop"],

@@ -1,4 +1,6 @@
-"""The tables of formats in the README are what happens: each is written and read here, by hornbeam and by stock Keras.
+"""The tables of formats are what happens: each format is written and read here, by hornbeam and by stock Keras.
+
+The one of formats is in README.md, the one of files of older Keras in docs/formats.md.
 
 `python tests/test_format_table.py` writes the tables; a format more is a line in `FORMATS`, a version of Keras more a
 golden file.
@@ -27,8 +29,7 @@ import hornbeam
 from test_keras2 import Subclassed
 
 GOLDEN = Path(__file__).parent / "golden"
-README = Path(__file__).parent.parent / "README.md"
-TABLE = re.compile(r"(?<=<!-- formats:begin -->\n)(.*?)(?=<!-- formats:end -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,28 +208,41 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table() -> str:
+def formats() -> str:
     with tempfile.TemporaryDirectory() as root:
-        formats = markdown(HEAD, [row(form, Path(root)) for form in FORMATS])
+        return markdown(HEAD, [row(form, Path(root)) for form in FORMATS])
+
+
+def eras() -> str:
     spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))  # registers the classes of the golden files
     keras.saving.register_keras_serializable("golden")(Subclassed)
     with tempfile.TemporaryDirectory() as root, hornbeam.installed(), hornbeam.options(fallback=False), _quiet():
-        eras = markdown(ERA_HEAD, [era_row(shown, path) for shown, path in unpack(Path(root))])
-    return f"\n{formats}\n\n{eras}\n\n"
+        return markdown(ERA_HEAD, [era_row(shown, path) for shown, path in unpack(Path(root))])
+
+
+#: Name of a table's marks → the file that it is in, and what makes it.
+TABLES = {"formats": (ROOT / "README.md", formats), "eras": (ROOT / "docs" / "formats.md", eras)}
+
+
+def between(marks: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {marks}:begin -->\n)(.*?)(?=<!-- {marks}:end -->)", re.DOTALL)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the tables are those of the TensorFlow backend")
-def test_the_readme_has_these_tables() -> None:
-    found = TABLE.search(README.read_text())
+@pytest.mark.parametrize("marks", TABLES)
+def test_the_documents_have_these_tables(marks: str) -> None:
+    path, make = TABLES[marks]
+    found = between(marks).search(path.read_text())
     assert found is not None
-    assert found[1] == table()
+    assert found[1] == f"\n{make()}\n\n"
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    new = table()
-    README.write_text(TABLE.sub(lambda _: new, README.read_text()))
-    print(new)
+    for name, (file, makes) in TABLES.items():
+        new = f"\n{makes()}\n\n"
+        file.write_text(between(name).sub(lambda _, new=new: new, file.read_text()))
+        print(new)

@@ -38,7 +38,7 @@ for mmap in (False, True):
 """,
     "asynchronous": """
 h = save_model(model, root + '/m.keras', asynchronous=True)
-save_weights(model, root + '/m.weights.h5', asynchronous=True, latest_wins=True)
+save_weights(model, root + '/m.weights.h5', asynchronous=True)
 h.add_done_callback(lambda _: None), h.result(), hornbeam.wait()
 """,
     "deepcopy": "copy.deepcopy(model)",

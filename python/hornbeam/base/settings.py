@@ -1,4 +1,4 @@
-"""Options and counters. Options are per thread and scoped; counters are for the process."""
+"""Options of saves and loads: scoped, for the calling thread or task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-#: The names of `_shortcuts.py`.
+#: The names of `seam/shortcuts.py`.
 SHORTCUTS = frozenset(["attributes", "copies", "signatures", "tensors", "variables"])
 
 
@@ -22,7 +22,7 @@ class Options:
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
-        shortcuts: Which of `_shortcuts.py` a load or save may take.
+        shortcuts: Which of `seam/shortcuts.py` a load or save may take.
         compression: Level of deflate that saves use, 0 to 9, or `None`.
         shuffle: Whether the bytes of the elements are transposed before they are compressed.
         chunk_bytes: Most bytes of a chunk, before compression.
