@@ -12,8 +12,6 @@ from hornbeam.base.settings import current
 from hornbeam.errors import UnsupportedError
 
 logger = logging.getLogger("hornbeam")
-
-
 T = TypeVar("T")
 
 
@@ -43,8 +41,6 @@ class Stats:
 
 
 _stats = Stats()
-
-
 _lock = threading.Lock()
 
 

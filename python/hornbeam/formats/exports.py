@@ -33,8 +33,6 @@ from hornbeam.seam.operation import NotOurs
 #: Of 16-bit numbers, and of others: the largest difference between two ways to compute the same, relative to the
 #: largest number there, but at least to 1.
 _TOLERANCE_16, _TOLERANCE = 2e-2, 1e-4
-
-
 #: Sizes that stand for an unknown dimension other than the batch: the second where a model needs more than the first.
 _SIZES = (4, 64)
 

@@ -58,26 +58,16 @@ _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
         "write_out": ("self", "filepath", "options", "verbose"),
     },
 }
-
-
 #: Where hornbeam's own are: modules that are imported when one of their functions is first called.
 _SAVES, _LOADS = "hornbeam.formats.save_adapters", "hornbeam.formats.load_adapters"
 _PREFIXES = {targets.SAVING_LIB: "lib_", targets.SAVING_API: "api_", targets.LEGACY_H5: "h5_"}
 _SAVE_WEIGHTS = "Model.save_weights"  # takes no arguments of ours
 _OTHERS = {targets.MODEL: "hornbeam.formats.to_json", targets.EXPORTS: "hornbeam.formats.exports"}
-
-
 _lock = threading.RLock()
-
-
 #: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
 _placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
-
-
 #: The same of those placed last: one dispatcher for a function, so that references to it stay good.
 _made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
-
-
 _users = Users()  # scopes in force
 
 

@@ -22,11 +22,7 @@ from hornbeam.errors import UnknownKerasWarning
 from hornbeam.seam.targets import MODULES, installation
 
 _lock = threading.RLock()
-
-
 _asking = threading.local()
-
-
 _seen: set[str] = set()  # modules that were there when the dispatchers were last put in place
 
 

@@ -172,14 +172,8 @@ def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _walk_patch = Patch(_walk)
-
-
 _naming_patch = Patch(_Naming)
-
-
 _file_utils_patch = Patch(_FileUtils)
-
-
 _optimizer_patch = Patch(_save_optimizer)
 
 
