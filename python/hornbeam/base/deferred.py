@@ -50,7 +50,7 @@ class Deferred:
         return taken
 
 
-def _fetch_rows(take: Callable[[Any], Any], dtype: str, shape: Sequence[int], memory: np.ndarray) -> None:
+def fetch_rows(take: Callable[[Any], Any], dtype: str, shape: Sequence[int], memory: np.ndarray) -> None:
     """Fills memory from a device, some rows at a time: of a large value the host holds little more than `memory`."""
     target = np.ndarray(tuple(shape), extended_dtype(dtype), buffer=memory)
     if target.nbytes <= _FETCHED:
@@ -65,7 +65,8 @@ def _fetch_rows(take: Callable[[Any], Any], dtype: str, shape: Sequence[int], me
 _FETCHED = 64 << 20
 
 
-def _copy_numpy(value: np.ndarray) -> np.ndarray:
+def copied(value: np.ndarray) -> np.ndarray:
+    """A copy that no other thread changes half-way."""
     # `tobytes` keeps the interpreter, `copy` lets it go: another thread could write half of a tensor meanwhile.
     return np.ndarray(value.shape, value.dtype, buffer=value.tobytes())
 

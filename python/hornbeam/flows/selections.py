@@ -95,9 +95,9 @@ class Selection:
         for path in structure.values:
             for name in structure.names(path):
                 known.setdefault(name, []).append(path)
-        selected = {path for path in structure.values if _selected(structure.names(path), request)}
+        selected = {path for path in structure.values if is_selected(structure.names(path), request)}
         for pattern in (*(request.only or ()), *request.skip):
-            if not any(_fits(name, pattern) for path in structure.values for name in structure.names(path)):
+            if not any(is_matched(name, pattern) for path in structure.values for name in structure.names(path)):
                 near = difflib.get_close_matches(pattern.rstrip("/*"), known, n=3, cutoff=0.4)
                 raise ValueError(f"No variable of the model fits {pattern!r}{_hint(near)}")
         if names is None:
@@ -179,13 +179,14 @@ def _foreign_slots(request: LoadRequest, structure: Structure, shapes: Mapping[s
     return set(ours)
 
 
-def _selected(names: list[str], request: LoadRequest) -> bool:
-    if any(_fits(name, pattern) for name in names for pattern in request.skip):
+def is_selected(names: list[str], request: LoadRequest) -> bool:
+    """Whether an entry of these names is asked for, by `only` and `skip`."""
+    if any(is_matched(name, pattern) for name in names for pattern in request.skip):
         return False
-    return request.only is None or any(_fits(name, pattern) for name in names for pattern in request.only)
+    return request.only is None or any(is_matched(name, pattern) for name in names for pattern in request.only)
 
 
-def _fits(name: str, pattern: str) -> bool:
+def is_matched(name: str, pattern: str) -> bool:
     """As `fnmatch`; a pattern may also name a group, and stands for all below it."""
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")
 

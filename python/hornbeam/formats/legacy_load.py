@@ -30,7 +30,7 @@ from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError
 from hornbeam.flows import loads
 from hornbeam.flows.requests import LoadRequest
-from hornbeam.flows.selections import _fits, _selected
+from hornbeam.flows.selections import is_matched, is_selected
 from hornbeam.flows.serving import Image, LoadStore
 from hornbeam.flows.untrained import is_untrained
 from hornbeam.formats.legacy_save import top_level_weights, unsupported
@@ -438,13 +438,13 @@ def _part_of(steps: list[_Step], model: Any, request: LoadRequest) -> list[_Step
     """
     names = {id(v): _names(model, group, v) for _, group, variables in _owners(model) for v in variables}
     for pattern in (*(request.only or ()), *request.skip):
-        if not any(_fits(name, pattern) for each in names.values() for name in each):
+        if not any(is_matched(name, pattern) for each in names.values() for name in each):
             raise ValueError(f"No variable of the model fits {pattern!r}")
     if request.only is None and not request.skip and request.name_map is None:
         return steps
     parts = []
     for step in steps:
-        values = [(v, i) for v, i in step.values if _selected(names.get(id(v), [str(v.path)]), request)]
+        values = [(v, i) for v, i in step.values if is_selected(names.get(id(v), [str(v.path)]), request)]
         if values:
             parts.append(dataclasses.replace(step, values=values))
     return parts
@@ -494,7 +494,7 @@ def _settle(
 
 def _asked_for(model: Any, request: LoadRequest) -> list[Any]:
     return [
-        v for _, group, variables in _owners(model) for v in variables if _selected(_names(model, group, v), request)
+        v for _, group, variables in _owners(model) for v in variables if is_selected(_names(model, group, v), request)
     ]
 
 

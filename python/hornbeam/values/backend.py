@@ -6,7 +6,8 @@ import functools
 
 
 @functools.cache
-def _backend() -> str:
+def backend_name() -> str:
+    """Its name: `"tensorflow"`, say."""
     import keras
 
     return keras.backend.backend()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from hornbeam.values.backend import _backend
+from hornbeam.values.backend import backend_name
 
 
 class Creation:
@@ -25,7 +25,7 @@ _keys = itertools.count()
 
 def note_creation(variable: Any) -> Creation | None:
     """Notes what TensorFlow takes from the surroundings; `None` where it cannot be restored later."""
-    if _backend() != "tensorflow":
+    if backend_name() != "tensorflow":
         return Creation(None, None, variable.trainable)
     import tensorflow as tf
 
@@ -63,7 +63,7 @@ def create(creation: Creation, variable: Any, make: Callable[[], None]) -> None:
 
 
 def _create(creation: Creation, variable: Any, make: Callable[[], None]) -> None:
-    if _backend() == "jax":
+    if backend_name() == "jax":
         import jax
 
         with jax.ensure_compile_time_eval():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hornbeam.values.backend import _backend
+from hornbeam.values.backend import backend_name
 
 
 def hold(variable: Any) -> Callable[[], None]:
@@ -14,7 +14,7 @@ def hold(variable: Any) -> Callable[[], None]:
     Only torch needs a copy: elsewhere an assignment gives the variable other memory.
     """
     value: Any = variable._value
-    if _backend() == "tensorflow":
+    if backend_name() == "tensorflow":
         import tensorflow as tf
         from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable
 
@@ -24,7 +24,7 @@ def hold(variable: Any) -> Callable[[], None]:
             return lambda: tf.raw_ops.AssignVariableOp(resource=value.handle, value=held)
         held = tf.identity(value)  # distributed
         return lambda: variable._direct_assign(held)
-    if _backend() == "torch":
+    if backend_name() == "torch":
         held = value.detach().clone()
         return lambda: variable._direct_assign(held)
 
@@ -36,13 +36,13 @@ def hold(variable: Any) -> Callable[[], None]:
 
 def hold_raw(value: Any) -> Callable[[], None] | None:
     """As `hold`, for a `tf.Variable` or a torch tensor that no Keras variable is around; `None` for anything else."""
-    if _backend() == "tensorflow":
+    if backend_name() == "tensorflow":
         import tensorflow as tf
 
         if isinstance(value, tf.Variable):
             held = tf.identity(value)
             return lambda: value.assign(held)
-    if _backend() == "torch":
+    if backend_name() == "torch":
         import torch
 
         if isinstance(value, torch.Tensor):

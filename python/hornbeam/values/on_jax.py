@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hornbeam.base.deferred import Deferred, _fetch_rows
+from hornbeam.base.deferred import Deferred, fetch_rows
 
 
-def _view_jax(value: Any) -> np.ndarray | Deferred | None:
+def view(value: Any) -> np.ndarray | Deferred | None:
+    """Host memory of a value; `None` where Keras has to convert it."""
     import jax
 
     if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
@@ -29,7 +30,7 @@ def _fetch_jax(value: Any) -> Deferred:
 
     cpu = jax.devices("cpu")[0]  # np.asarray would keep the host copy alive with the device array
     into = functools.partial(
-        _fetch_rows, lambda rows: np.asarray(jax.device_put(value[rows], cpu)), value.dtype.name, value.shape
+        fetch_rows, lambda rows: np.asarray(jax.device_put(value[rows], cpu)), value.dtype.name, value.shape
     )
     return Deferred(lambda: np.array(jax.device_put(value, cpu)), value.dtype.name, value.shape, into)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hornbeam.base.deferred import Deferred, _fetch_rows
+from hornbeam.base.deferred import Deferred, fetch_rows
 from hornbeam.base.trials import Tried
-from hornbeam.values.backend import _backend
+from hornbeam.values.backend import backend_name
 
 
-def _view_tensorflow(value: Any) -> np.ndarray | Deferred | None:
+def view(value: Any) -> np.ndarray | Deferred | None:
+    """Host memory of a value; `None` where Keras has to convert it."""
     import tensorflow as tf
 
     if _is_resource_variable(value.__class__):
@@ -42,13 +43,13 @@ _COPIED = 64 << 10
 
 def _fetch_tensorflow(value: Any) -> Deferred:
     """A variable that is on a device."""
-    into = functools.partial(_fetch_rows, lambda rows: value[rows].numpy(), value.dtype.name, value.shape)
+    into = functools.partial(fetch_rows, lambda rows: value[rows].numpy(), value.dtype.name, value.shape)
     return Deferred(value.numpy, value.dtype.name, value.shape, into)
 
 
 def native_shape(shape: tuple[int, ...]) -> Any:
     """The shape as the backend's tensors say it, in errors too."""
-    if _backend() == "torch":
+    if backend_name() == "torch":
         import torch
 
         return torch.Size(shape)
@@ -95,7 +96,7 @@ def adopt(variable: Any, array: np.ndarray) -> bool:
 
 def shares() -> bool:
     """Whether `share` works here."""
-    return _backend() == "tensorflow" and _shares()
+    return backend_name() == "tensorflow" and _shares()
 
 
 def _try_share() -> bool:

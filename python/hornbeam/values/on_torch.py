@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from hornbeam.base.deferred import Deferred, _copy_numpy
+from hornbeam.base.deferred import Deferred, copied
 from hornbeam.base.dtypes import extended_dtype
 
 
-def _view_torch(value: Any) -> np.ndarray | Deferred | None:
+def view(value: Any) -> np.ndarray | Deferred | None:
+    """Host memory of a value; `None` where Keras has to convert it."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -31,8 +32,8 @@ def _copy_torch(value: Any) -> np.ndarray:
 
     host = value.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:
-        return _copy_numpy(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
-    return _copy_numpy(host.numpy())
+        return copied(host.view(torch.uint16).numpy()).view(extended_dtype("bfloat16"))
+    return copied(host.numpy())
 
 
 def processes() -> tuple[int, int] | None:

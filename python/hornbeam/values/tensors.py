@@ -14,11 +14,8 @@ import numpy as np
 
 from hornbeam.base.deferred import Deferred
 from hornbeam.base.dtypes import dtype_name
-from hornbeam.values.backend import _backend
-from hornbeam.values.on_jax import _view_jax
-from hornbeam.values.on_numpy import _view_numpy
-from hornbeam.values.on_tensorflow import _view_tensorflow
-from hornbeam.values.on_torch import _view_torch
+from hornbeam.values import on_jax, on_numpy, on_tensorflow, on_torch
+from hornbeam.values.backend import backend_name
 
 
 def view(value: Any) -> np.ndarray | Deferred:
@@ -30,7 +27,7 @@ def view(value: Any) -> np.ndarray | Deferred:
     import keras
 
     deferrable = isinstance(value, keras.Variable)
-    viewer = _VIEWERS.get(_backend())
+    viewer = _VIEWERS.get(backend_name())
     found = viewer(value.value if deferrable else value) if viewer is not None else None
     if found is None or (isinstance(found, Deferred) and not deferrable):
         return _copy(value)  # the Keras variable: NumPy cannot convert what is in a distributed scalar one
@@ -51,10 +48,10 @@ def _copy(value: Any) -> np.ndarray:
 
 
 _VIEWERS: dict[str, Callable[[Any], np.ndarray | Deferred | None]] = {
-    "tensorflow": _view_tensorflow,
-    "jax": _view_jax,
-    "torch": _view_torch,
-    "numpy": _view_numpy,
+    "tensorflow": on_tensorflow.view,
+    "jax": on_jax.view,
+    "torch": on_torch.view,
+    "numpy": on_numpy.view,
 }
 
 
