@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use hornbeam::archive::read::Members;
 use hornbeam::config::{Encoder, Limits, decode_value, encode_value};
-use hornbeam::h5::{Found, Storage};
+use hornbeam::image::{Found, Storage};
 use hornbeam::io::ReadAt;
 use hornbeam::load::{Choice, Weights};
 

@@ -220,6 +220,18 @@ pub fn try_with_capacity<T>(capacity: usize) -> Result<Vec<T>> {
     Ok(vector)
 }
 
+/// Appends to a vector that a file or a model lets grow.
+///
+/// # Errors
+/// `Memory`.
+pub fn try_push<T>(to: &mut Vec<T>, item: T) -> Result<()> {
+    if to.len() == to.capacity() {
+        to.try_reserve(1).map_err(|_| out_of_memory(2 * to.len() * size_of::<T>()))?;
+    }
+    to.push(item);
+    Ok(())
+}
+
 /// The error for `bytes` that could not be had.
 #[cold]
 pub fn out_of_memory(bytes: usize) -> Error {

@@ -3,11 +3,11 @@
 //!
 //! ```text
 //! save   model ──walk──▶ entries ──view──▶ (path, dtype, shape, bytes)              Python
-//!        tree ──h5: lay out──▶ layout ──io/emit──▶ temporary file ──commit──▶ file  here
+//!        tree ──image: lay out─▶ layout ──io/emit──▶ temporary file ──commit──▶ file  here
 //!        config ──config: encode──▶ JSON ──archive/write──┘
 //!
 //! load   file ──archive/read──▶ members ──config: decode──▶ model                   here, then Python
-//!              └──h5: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
+//!              └──image: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
 //! ```
 //!
 //! The map in README.md has the test and the benchmark of each. [`limits`] holds every limit, [`error`] the one error.
@@ -20,12 +20,11 @@ pub mod commit;
 pub mod config;
 pub mod dtype;
 pub mod error;
-pub mod h5;
+pub mod image;
 pub mod io;
 pub mod limits;
 pub mod load;
 #[cfg(feature = "python")]
 mod py;
-pub mod safetensors;
 pub mod save;
 pub mod tree;

@@ -9,12 +9,13 @@ use std::time::Instant;
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result, try_with_capacity};
-use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
+use crate::image::hdf5::direct::Direct;
+use crate::image::safetensors::Safetensors;
+use crate::image::{Engine, EngineKind, Found, Index, Storage};
 use crate::io::buffer::Block;
 use crate::io::fetch::{Extent, Fetch, Interrupt, POLL, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
 use crate::limits;
-use crate::safetensors::Safetensors;
 
 /// Which engine indexes an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,7 @@ impl Choice {
 #[cfg(feature = "libhdf5")]
 #[allow(clippy::unnecessary_wraps)] // it can fail in other builds
 fn libhdf5() -> Result<Box<dyn Engine>> {
-    Ok(Box::new(crate::h5::libhdf5::LibHdf5))
+    Ok(Box::new(crate::image::hdf5::libhdf5::LibHdf5))
 }
 
 #[cfg(not(feature = "libhdf5"))]
@@ -245,8 +246,8 @@ impl Weights {
     }
 
     /// The engine that read the index.
-    pub fn engine(&self) -> &'static str {
-        self.engine.name()
+    pub fn engine(&self) -> EngineKind {
+        self.engine.kind()
     }
 
     /// Whether a CRC-32 of the whole image is known.

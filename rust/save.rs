@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::archive::write::{Archive, Content, lead_in};
 use crate::commit::{self, Pending, Placed};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Compression, Engine, Layout};
+use crate::image::{Compression, Engine, EngineKind, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
 use crate::io::pack::{self, pack};
 use crate::limits::MAX_IMAGE_BYTES;
@@ -15,7 +15,7 @@ use crate::tree::Tree;
 pub struct Plan {
     tree: Tree,
     places: Places,
-    engine: &'static str,
+    engine: EngineKind,
 }
 
 /// How the datasets get their places.
@@ -33,12 +33,12 @@ impl Plan {
     /// Those of the engine.
     pub fn new(tree: Tree, engine: &dyn Engine) -> Result<Self> {
         let layout = engine.lay_out(&tree)?;
-        Ok(Self { tree, places: Places::Known(layout), engine: engine.name() })
+        Ok(Self { tree, places: Places::Known(layout), engine: engine.kind() })
     }
 
     /// Has `engine` lay out `tree` while it is written, with the larger datasets compressed.
     pub fn compressed(tree: Tree, engine: Box<dyn Engine>, how: Compression) -> Self {
-        Self { tree, engine: engine.name(), places: Places::Open(engine, how) }
+        Self { tree, engine: engine.kind(), places: Places::Open(engine, how) }
     }
 
     /// What was laid out.
@@ -47,7 +47,7 @@ impl Plan {
     }
 
     /// The engine that laid it out.
-    pub fn engine(&self) -> &'static str {
+    pub fn engine(&self) -> EngineKind {
         self.engine
     }
 

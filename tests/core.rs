@@ -17,8 +17,8 @@ use hornbeam::archive::write::{Archive, Content};
 use hornbeam::commit::{self, Pending};
 use hornbeam::dtype::DType;
 use hornbeam::error::{Error, Kind, Result};
-use hornbeam::h5::direct::Direct;
-use hornbeam::h5::{ALIGNMENT, Engine, Storage};
+use hornbeam::image::hdf5::direct::Direct;
+use hornbeam::image::{ALIGNMENT, Engine, EngineKind, Storage};
 use hornbeam::io::ReadAt;
 use hornbeam::io::emit::{self, Progress, Sink, Tensors};
 use hornbeam::io::fetch::{Extent, Fetch, Interrupt, Request};
@@ -1578,7 +1578,7 @@ fn tensors_that_overlap_or_leave_the_image_are_refused() {
 
 mod safetensors {
     use super::*;
-    use hornbeam::safetensors::Safetensors;
+    use hornbeam::image::safetensors::Safetensors;
 
     /// A file: the header's length, the header, the values.
     fn file(header: &str, values: &[u8]) -> Vec<u8> {
@@ -1603,7 +1603,7 @@ mod safetensors {
     #[test]
     fn every_field_is_read() {
         let weights = open(valid()).unwrap();
-        assert_eq!(weights.engine(), "safetensors");
+        assert_eq!(weights.engine(), EngineKind::Safetensors);
         let index = weights.index();
         assert_eq!(index.attributes, [("b", "ß"), ("format", "pt")].map(|(k, v)| (k.to_owned(), v.into())));
         assert!(index.groups.is_empty());

@@ -10,9 +10,9 @@ use hornbeam::archive::read::Members;
 use hornbeam::commit;
 use hornbeam::dtype::DType;
 use hornbeam::error::{Error, Kind, Result};
-use hornbeam::h5::direct::Direct;
-use hornbeam::h5::libhdf5::LibHdf5;
-use hornbeam::h5::{ALIGNMENT, Compression, Engine, Index, Layout, Storage};
+use hornbeam::image::hdf5::direct::Direct;
+use hornbeam::image::hdf5::libhdf5::LibHdf5;
+use hornbeam::image::{ALIGNMENT, Compression, Engine, EngineKind, Index, Layout, Storage};
 use hornbeam::io::ReadAt;
 use hornbeam::io::emit::{Progress, Sink, Tensors};
 use hornbeam::load::{self, Choice, Weights};
@@ -314,7 +314,7 @@ fn compress(tree: &Tree, how: Compression, archive: bool, base: u64) -> (Vec<u8>
     let sink = Growing::default();
     sink.0.lock().unwrap().resize(base as usize, 7);
     let plan = Plan::compressed(tree.clone(), Box::new(LibHdf5), how);
-    assert_eq!((plan.engine(), plan.weights_end(archive)), ("libhdf5", None));
+    assert_eq!((plan.engine(), plan.weights_end(archive)), (EngineKind::LibHdf5, None));
     let mut none = || Ok(vec![]);
     let members: Option<save::Members<'_>> = if archive { Some(&mut none) } else { None };
     let mut values = Values::of(tree);
@@ -353,7 +353,7 @@ fn what_is_compressed_is_read_back() {
         let error = Direct.index(&image).unwrap_err();
         assert!(matches!(error.kind(), Kind::Unsupported), "{error}");
         let weights = Arc::new(Weights::open(Arc::new(File(image)), Choice::Auto).unwrap());
-        assert_eq!(weights.engine(), "libhdf5");
+        assert_eq!(weights.engine(), EngineKind::LibHdf5);
         assert_eq!(weights.index().groups, plain.groups);
         for found in &weights.index().datasets {
             let chunked = found.nbytes >= hornbeam::io::pack::WORTH_A_CHUNK && !found.shape.is_empty();
@@ -376,7 +376,7 @@ fn what_has_no_chunks_stays_as_it_is() {
         let (image, written) = compress(&tree, how, false, 0);
         assert_eq!(written.crc, crc32fast::hash(&image));
         let weights = Arc::new(Weights::open(Arc::new(image), Choice::Auto).unwrap());
-        assert_eq!(weights.engine(), "direct");
+        assert_eq!(weights.engine(), EngineKind::Direct);
         check_values(&tree, &weights);
     }
 }
@@ -587,7 +587,7 @@ fn a_long_string_that_is_named_many_times_is_refused() {
     image[at..at + 16 * 4001].chunks_mut(16).for_each(|reference| reference.copy_from_slice(&first));
     for engine in [&Direct as &dyn Engine, &LibHdf5] {
         let error = engine.index(&image).unwrap_err();
-        assert!(matches!(error.kind(), Kind::Limit), "{}: {error}", engine.name());
+        assert!(matches!(error.kind(), Kind::Limit), "{}: {error}", engine.kind());
     }
 }
 

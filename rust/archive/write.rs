@@ -9,7 +9,7 @@ use super::{
     ZIP64_LIMIT, name as names,
 };
 use crate::error::{Context, Error, Kind, Result};
-use crate::h5::ALIGNMENT;
+use crate::image::ALIGNMENT;
 use crate::io::emit::{BLOCK, Sink};
 use crate::limits;
 

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Kind, Result};
-use crate::h5::Layout;
+use crate::image::Layout;
 use crate::tree::Dataset;
 
 /// Bytes per write: small enough to stay in the second-level cache, large enough to amortise the call. Writes end at

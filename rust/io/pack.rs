@@ -15,8 +15,8 @@ use flate2::{Compress, FlushCompress};
 
 use super::emit::{Image, Progress, Sink, Tensors, sized};
 use crate::error::{Error, Kind, Result, out_of_memory};
-use crate::h5::filters::shuffle;
-use crate::h5::{Compression, Engine};
+use crate::image::hdf5::filters::shuffle;
+use crate::image::{Compression, Engine};
 use crate::limits;
 use crate::tree::{Dataset, Tree};
 
@@ -470,7 +470,7 @@ mod tests {
                     }
                     let mut back = inflated.clone();
                     if shuffle {
-                        crate::h5::filters::unshuffle(&inflated, 4, &mut back);
+                        crate::image::hdf5::filters::unshuffle(&inflated, 4, &mut back);
                     }
                     assert!(back == *raw, "level {level}, {} bytes", raw.len());
                     assert_eq!(skipped, level == 0 || *raw == noise, "level {level}, {} bytes", raw.len());

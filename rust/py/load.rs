@@ -13,7 +13,7 @@ use super::errors::to_py;
 use super::run::{interrupt, run};
 use crate::archive::read::{Member, Members};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{self, Found, Storage};
+use crate::image::{Found, Storage, hdf5};
 use crate::io::ReadAt;
 use crate::load::{self, Choice};
 use crate::tree::Attribute;
@@ -110,7 +110,7 @@ impl File {
 
     /// Whether it is HDF5, perhaps behind a user block.
     fn is_hdf5(&self, py: Python<'_>) -> PyResult<bool> {
-        run(py, || placed(h5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
+        run(py, || placed(hdf5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
     }
 
     /// Indexes the weights.
@@ -135,7 +135,7 @@ pub(super) struct Weights {
 impl Weights {
     #[getter]
     fn engine(&self) -> &'static str {
-        self.weights.engine()
+        self.weights.engine().name()
     }
 
     #[getter]

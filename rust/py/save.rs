@@ -18,7 +18,7 @@ use crate::archive::write::Content;
 use crate::commit::{self, Options, Pending, Placed};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::Compression;
+use crate::image::Compression;
 use crate::io::emit::{Progress, Sink, Tensors};
 use crate::io::fetch::POLL;
 use crate::load::Choice;
@@ -75,7 +75,7 @@ pub(super) fn plan(
 impl Plan {
     #[getter]
     fn engine(&self) -> &'static str {
-        self.0.engine()
+        self.0.engine().name()
     }
 
     #[getter]

@@ -1,7 +1,7 @@
 //! Tensors and what lies between them → parts, each of which one thread reads in one go.
 
-use crate::error::{Error, Kind, Result, out_of_memory, try_with_capacity};
-use crate::h5::ALIGNMENT;
+use crate::error::{Error, Kind, Result, try_push, try_with_capacity};
+use crate::image::ALIGNMENT;
 use crate::io::buffer::OWN_BLOCK;
 use crate::io::fetch::Extent;
 
@@ -89,7 +89,7 @@ impl Cutter {
                 self.end_part()?;
             }
             let extent = Extent { offset: run.offset + at, len: n };
-            push(&mut self.plan.pieces, Piece { extent, tensor: tensor.map(|i| (i, at as usize)) })?;
+            try_push(&mut self.plan.pieces, Piece { extent, tensor: tensor.map(|i| (i, at as usize)) })?;
             self.part.len += n;
             self.part.arena += room;
             if let Some(i) = tensor {
@@ -104,17 +104,11 @@ impl Cutter {
     fn end_part(&mut self) -> Result<()> {
         if self.part.len > 0 {
             let end = self.plan.pieces.len();
-            push(&mut self.plan.parts, Part { end, ..self.part })?;
+            try_push(&mut self.plan.parts, Part { end, ..self.part })?;
             self.part = Part { first: end, ..Part::default() };
         }
         Ok(())
     }
-}
-
-fn push<T>(vector: &mut Vec<T>, value: T) -> Result<()> {
-    vector.try_reserve(1).map_err(|_| out_of_memory((vector.len() + 1) * size_of::<T>()))?;
-    vector.push(value);
-    Ok(())
 }
 
 impl Plan {

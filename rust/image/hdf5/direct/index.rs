@@ -10,11 +10,11 @@ use std::collections::{HashMap, HashSet};
 
 use super::{UNDEFINED, message};
 use crate::dtype::{Class, DType};
-use crate::error::{Error, Kind, Result, try_with_capacity};
-use crate::h5::{
-    ALLOCATION, Budget, Found, Index, Storage, Subtree, behind_user_block, check_names, check_path, cycle, link_name,
-    push, too_deep, unpadded,
+use crate::error::{Error, Kind, Result, try_push, try_with_capacity};
+use crate::image::hdf5::{
+    ALLOCATION, Budget, Subtree, behind_user_block, check_names, check_path, cycle, link_name, too_deep, unpadded,
 };
+use crate::image::{Found, Index, Storage};
 use crate::io::ReadAt;
 use crate::io::fetch::Slot;
 use crate::limits;
@@ -40,7 +40,7 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
 
 /// The attributes in the object header at `address`, for an engine that cannot read them within a budget.
 #[cfg(feature = "libhdf5")]
-pub(in crate::h5) fn attributes(image: &dyn ReadAt, address: u64, budget: Budget) -> Result<Vec<Attribute>> {
+pub(in crate::image::hdf5) fn attributes(image: &dyn ReadAt, address: u64, budget: Budget) -> Result<Vec<Attribute>> {
     let pages = Pages::new(image);
     let mut reader = Reader { budget, attributes_only: true, ..Reader::new(&pages) };
     Ok(reader.header(address)?.attributes)
@@ -438,7 +438,7 @@ impl<'a> Reader<'a> {
     /// Keeps a link; each copy of a name that is in the file once is counted.
     fn keep_link(&mut self, name: &[u8], address: u64, out: &mut Vec<(String, u64)>) -> Result<()> {
         self.budget.spend(2 * size_of::<(String, u64)>() + ALLOCATION + name.len())?;
-        push(out, (link_name(name)?.to_owned(), address))
+        try_push(out, (link_name(name)?.to_owned(), address))
     }
 
     /// Version 1 group B-tree (§III.A.1): addresses of its symbol nodes, ascending by name.

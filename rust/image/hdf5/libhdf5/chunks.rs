@@ -7,9 +7,8 @@ use hdf5_metno_sys::h5i::hid_t;
 use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32, H5Z_FILTER_SHUFFLE};
 
 use super::ffi::{Chunk, Library};
-use crate::error::{Error, Kind, Result, out_of_memory};
-use crate::h5::filters::unshuffle;
-use crate::h5::push;
+use crate::error::{Error, Kind, Result, out_of_memory, try_push};
+use crate::image::hdf5::filters::unshuffle;
 use crate::io::ReadAt;
 use crate::io::pack::threads;
 use crate::limits;
@@ -127,7 +126,7 @@ impl Grid {
             return Ok(None);
         }
         let mut chunks = Vec::new();
-        written(lib, len, id, list, element, shape, |chunk| push(&mut chunks, chunk))?;
+        written(lib, len, id, list, element, shape, |chunk| try_push(&mut chunks, chunk))?;
         chunks.sort_unstable_by_key(|c| c.cell);
         if chunks.windows(2).any(|w| w[0].cell == w[1].cell) {
             return Err(malformed("chunks overlap or lie outside of the dataset"));

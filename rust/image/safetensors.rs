@@ -9,7 +9,7 @@
 use crate::config::{self, Build, Encoder, Scalar, Text};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, try_with_capacity};
-use crate::h5::{ALIGNMENT, Engine, Found, Index, Layout, Storage};
+use crate::image::{ALIGNMENT, Engine, EngineKind, Found, Index, Layout, Storage};
 use crate::io::ReadAt;
 use crate::limits;
 use crate::tree::{Attribute, Dataset, Tree};
@@ -22,8 +22,8 @@ const METADATA: &str = "__metadata__";
 pub struct Safetensors;
 
 impl Engine for Safetensors {
-    fn name(&self) -> &'static str {
-        "safetensors"
+    fn kind(&self) -> EngineKind {
+        EngineKind::Safetensors
     }
 
     fn lay_out(&self, tree: &Tree) -> Result<Layout> {

@@ -5,11 +5,11 @@
 //! Section numbers refer to the HDF5 File Format Specification, version 3.0.
 #![forbid(unsafe_code)]
 
-pub(in crate::h5) mod index;
+pub(in crate::image::hdf5) mod index;
 mod layout;
 
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Engine, Index, Layout};
+use crate::image::{Engine, EngineKind, Index, Layout};
 use crate::io::ReadAt;
 use crate::tree::Tree;
 
@@ -45,8 +45,8 @@ mod message {
 pub struct Direct;
 
 impl Engine for Direct {
-    fn name(&self) -> &'static str {
-        "direct"
+    fn kind(&self) -> EngineKind {
+        EngineKind::Direct
     }
 
     fn lay_out(&self, tree: &Tree) -> Result<Layout> {

@@ -15,8 +15,10 @@ use super::driver::Disk;
 use super::ffi::{Id, Library, Object, library};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Budget, Found, Index, Storage, Subtree, behind_user_block, check_names, check_path, cycle, direct};
-use crate::h5::{link_name, too_deep};
+use crate::image::hdf5::{
+    Budget, Subtree, behind_user_block, check_names, check_path, cycle, direct, link_name, too_deep,
+};
+use crate::image::{Found, Index, Storage};
 use crate::io::ReadAt;
 use crate::limits;
 use crate::tree::{Attribute, Value};

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use super::{SIGNATURE, UNDEFINED, message};
 use crate::dtype::{Class, DType};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{ALIGNMENT, Layout};
+use crate::image::{ALIGNMENT, Layout};
 use crate::io::buffer::vec_with_capacity;
 use crate::limits;
 use crate::tree::{Attribute, Dataset, Tree, Value};

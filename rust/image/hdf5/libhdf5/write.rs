@@ -14,7 +14,7 @@ use super::driver::Disk;
 use super::ffi::{Id, Library, OpenFile, VarString};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::{ALIGNMENT, Chunked, Compression, Layout};
+use crate::image::{ALIGNMENT, Chunked, Compression, Layout};
 use crate::tree::{Attribute, Tree, Value};
 
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {

@@ -36,8 +36,8 @@ use sys::h5t::{
 };
 
 use super::driver::{CLASS, Class, Disk, NAME};
-use crate::error::{Error, Kind, Result, try_with_capacity};
-use crate::h5::{ALLOCATION, Budget, push};
+use crate::error::{Error, Kind, Result, try_push, try_with_capacity};
+use crate::image::hdf5::{ALLOCATION, Budget};
 
 // What the bindings lack or declare wrongly.
 // SAFETY: signatures and layouts are those of the headers of HDF5 2.2.0, which is linked statically at that version.
@@ -343,7 +343,7 @@ impl<'a, T> Gathered<'a, T> {
         let room = || Error::new(Kind::Limit, "too many links or attributes").with_found(self.limit, "more");
         let kept = if self.items.len() < self.limit { Ok(()) } else { Err(room()) };
         let kept = kept.and_then(|()| self.budget.spend(2 * size_of::<T>() + ALLOCATION + name.count_bytes()));
-        match kept.and_then(|()| push(&mut self.items, make(name))) {
+        match kept.and_then(|()| try_push(&mut self.items, make(name))) {
             Ok(()) => H5_ITER_CONT,
             Err(error) => {
                 self.failed = Some(error);
@@ -681,7 +681,7 @@ impl Library {
             sys::h5t::H5Tget_strpad(*attribute.dtype) == H5T_str_t::H5T_STR_SPACEPAD
         };
         let mut strings = try_with_capacity(count)?;
-        strings.extend(bytes.chunks(size).map(|s| crate::h5::unpadded(s, spaces)));
+        strings.extend(bytes.chunks(size).map(|s| crate::image::hdf5::unpadded(s, spaces)));
         Ok(strings)
     }
 
