@@ -4,23 +4,69 @@
 //! reference.
 
 pub mod direct;
+mod element;
 pub mod filters;
 #[cfg(feature = "libhdf5")]
 pub mod libhdf5;
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::{Found, Index, Storage};
+use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, try_push};
 use crate::io::{ReadAt, Window};
 use crate::limits;
-use crate::tree::Attribute;
+use crate::tree::{Attribute, Value};
 
 /// What was found at an object and below it, so that a second link to it needs no second walk.
 struct Subtree {
     path: usize, // bytes of its path
     groups: Range<usize>,
     datasets: Range<usize>,
+}
+
+impl Found {
+    /// A dataset that is listed, and not read for this reason.
+    fn unreadable(
+        path: String,
+        shape: Vec<u64>,
+        reason: Cow<'static, str>,
+        attributes: Vec<Attribute>,
+        object: u64,
+    ) -> Self {
+        let storage = Storage::Unreadable(reason);
+        Self { path, dtype: DType::Opaque(1), shape, nbytes: 0, storage, attributes, object }
+    }
+}
+
+/// Says of opaque bytes that they are HDF5's own bfloat16, as h5py's attribute does.
+fn tag_bfloat16(attributes: &mut Vec<Attribute>) {
+    if !attributes.iter().any(|(name, _)| name == "dtype") {
+        attributes.push(("dtype".into(), "bfloat16".into()));
+    }
+}
+
+/// How many strings an attribute of this shape has, if it is a scalar or a row.
+fn string_count(shape: &[u64]) -> Option<usize> {
+    match shape {
+        [] => Some(1),
+        &[n] => usize::try_from(n).ok(),
+        _ => None,
+    }
+}
+
+/// What the strings of an attribute mean: a row, of one `length` if they have one, or a scalar.
+fn string_value(mut strings: Vec<Vec<u8>>, row: bool, utf8: bool, length: Option<usize>) -> Value {
+    match length {
+        Some(length) if row => Value::Fixed(length, strings),
+        None if row => Value::List(strings),
+        _ => match String::from_utf8(strings.pop().unwrap_or_default()) {
+            Ok(text) if utf8 => Value::Text(text),
+            Ok(text) => Value::Bytes(text.into_bytes()),
+            Err(error) => Value::Bytes(error.into_bytes()),
+        },
+    }
 }
 
 impl Index {
@@ -149,6 +195,22 @@ impl Budget {
             self.spend_value(pieces, bytes)?;
         }
         Ok(())
+    }
+}
+
+#[cold]
+fn refused(what: &str) -> Error {
+    Error::new(Kind::Unsafe, format!("Not allowed: H5 file with {what}"))
+        .with_advice("It points to data outside itself, which a model file must not.")
+}
+
+/// Refuses every link but a hard one, by the number of its kind (§IV.A.2.g, `H5L_type_t`).
+fn check_link(kind: i32) -> Result<()> {
+    match kind {
+        0 => Ok(()),
+        1 => Err(refused("SoftLink")),
+        64 => Err(refused("ExternalLink")),
+        _ => Err(refused("user-defined link")),
     }
 }
 

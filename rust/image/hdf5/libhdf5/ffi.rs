@@ -37,7 +37,7 @@ use sys::h5t::{
 
 use super::driver::{CLASS, Class, Disk, NAME};
 use crate::error::{Error, Kind, Result, try_push, try_with_capacity};
-use crate::image::hdf5::{ALLOCATION, Budget};
+use crate::image::hdf5::{ALLOCATION, Budget, string_count};
 
 // What the bindings lack or declare wrongly.
 // SAFETY: signatures and layouts are those of the headers of HDF5 2.2.0, which is linked statically at that version.
@@ -821,13 +821,9 @@ pub(super) struct StringAttribute<'l> {
 }
 
 impl StringAttribute<'_> {
-    /// Elements of a scalar or a row.
+    /// How many strings it has, if it is a scalar or a row.
     pub(super) fn count(&self) -> Option<usize> {
-        match self.shape.as_deref() {
-            Some([]) => Some(1),
-            Some(&[n]) => usize::try_from(n).ok(),
-            _ => None,
-        }
+        self.shape.as_deref().and_then(string_count)
     }
 
     /// Its type.
