@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use hornbeam::archive::read::Members;
-use hornbeam::config::{Encoder, Limits, decode_value, encode_value};
 use hornbeam::image::{Found, Storage};
 use hornbeam::io::ReadAt;
+use hornbeam::json::{Encoder, Limits, decode_value, encode_value};
 use hornbeam::load::{Choice, Weights};
 
 /// Tensors of more bytes are legal, where chunks are missing: zeros cost no file.

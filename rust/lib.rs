@@ -3,10 +3,10 @@
 //!
 //! ```text
 //! save   model ──walk──▶ entries ──view──▶ (path, dtype, shape, bytes)              Python
-//!        tree ──image: lay out─▶ layout ──io/emit──▶ temporary file ──commit──▶ file  here
-//!        config ──config: encode──▶ JSON ──archive/write──┘
+//!        tree ──image: lay out──▶ layout ──io/emit──▶ temporary file ──commit──▶ file    here
+//!        config ──json: encode──▶ JSON ──archive/write──┘
 //!
-//! load   file ──archive/read──▶ members ──config: decode──▶ model                   here, then Python
+//! load   file ──archive/read──▶ members ──json: decode──▶ model                      here, then Python
 //!              └──image: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
 //! ```
 //!
@@ -17,11 +17,11 @@ const _: () = assert!(cfg!(target_endian = "little"), "tensors are written as th
 
 pub mod archive;
 pub mod commit;
-pub mod config;
 pub mod dtype;
 pub mod error;
 pub mod image;
 pub mod io;
+pub mod json;
 pub mod limits;
 pub mod load;
 #[cfg(feature = "python")]

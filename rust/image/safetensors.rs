@@ -6,11 +6,11 @@
 //! padded with spaces, and tensors that keep the next one there come first.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Build, Encoder, Scalar, Text};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, try_with_capacity};
 use crate::image::{ALIGNMENT, Engine, EngineKind, Found, Index, Layout, Storage};
 use crate::io::ReadAt;
+use crate::json::{self, Build, Encoder, Scalar, Text};
 use crate::limits;
 use crate::tree::{Attribute, Dataset, Tree};
 
@@ -150,8 +150,8 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
         return Err(malformed("its header is no JSON object"));
     }
     let text = String::from_utf8(text).map_err(|_| malformed("its header is not UTF-8"))?;
-    let limits = config::Limits { bytes: limits::MAX_SAFETENSORS_HEADER_BYTES, depth: 3, unique_keys: true };
-    let header = config::decode(&text, &limits, &mut Header::default()).map_err(|e| match e.kind() {
+    let limits = json::Limits { bytes: limits::MAX_SAFETENSORS_HEADER_BYTES, depth: 3, unique_keys: true };
+    let header = json::decode(&text, &limits, &mut Header::default()).map_err(|e| match e.kind() {
         Kind::Json(_) => malformed(&format!("its header: {e}")),
         _ => e,
     })?;
