@@ -249,7 +249,7 @@ fn a_damaged_chunk_is_an_error_of_complete() {
         }
         let reading = Arc::new(weights).fetch(&names, true, 0).unwrap();
         if let Err(error) = reading.complete(false, &|| Ok(())) {
-            assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("a/"), "{error}");
+            assert!(matches!(error.kind(), Kind::Image) && error.to_string().contains("a/"), "{error}");
             caught += 1;
         }
     }
@@ -311,13 +311,13 @@ fn trees_that_meet_again_are_refused() {
         // Whether there are chunks at all is asked for the index; all of them are looked up to read them.
         let opened = Weights::open(Arc::new(File(bad)), Choice::LibHdf5).map(Arc::new);
         let error = opened.and_then(|w| w.fetch(&[0], true, 0)?.complete(false, &|| Ok(()))).unwrap_err();
-        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+        assert!(matches!(error.kind(), Kind::Image) && error.to_string().contains("B-tree is"), "{error}");
     }
     let image = fill(&rich(), &LibHdf5.lay_out(&rich()).unwrap());
     for (levels, empty) in [(1, false), (10, false), (10, true), (60, true)] {
         let bad = hostile::pyramid(image.clone(), hostile::GROUPS, levels, empty);
         let error = LibHdf5.index(&bad).unwrap_err();
-        assert!(matches!(error.kind(), Kind::Hdf5) && error.to_string().contains("B-tree is"), "{error}");
+        assert!(matches!(error.kind(), Kind::Image) && error.to_string().contains("B-tree is"), "{error}");
     }
 }
 

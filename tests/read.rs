@@ -68,7 +68,7 @@ fn decoding(n: usize, bad: &'static [usize], read_ahead: u64) -> (Request, Arc<M
         noted.lock().unwrap().push(numbers.to_vec());
         for (&i, out) in numbers.iter().zip(out) {
             if bad.contains(&i) {
-                return Err(Error::new(Kind::Hdf5, "chunk is damaged"));
+                return Err(Error::new(Kind::Image, "chunk is damaged"));
             }
             out.fill(i as u8);
         }
@@ -393,6 +393,33 @@ fn an_error_of_a_background_worker_beside_a_helping_caller_is_an_error() {
     }
 }
 
+/// A source with a fault.
+struct Faulty;
+
+impl ReadAt for Faulty {
+    fn len(&self) -> u64 {
+        4 * MIB
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64) -> Result<()> {
+        panic!("a fault of the source")
+    }
+}
+
+#[test]
+fn a_panic_of_a_reader_is_an_error_of_our_own() {
+    let tensors = vec![Extent { offset: 0, len: MIB }, Extent { offset: MIB, len: 3 * MIB }];
+    let fetch = Fetch::start(request(Arc::new(Faulty), 4 * MIB, tensors, 0)).unwrap();
+    let error = loop {
+        // Whoever waits reads too, and panics itself; the reader's own thread hands on an error.
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fetch.complete(WAIT))) {
+            Ok(outcome) => break outcome.unwrap_err(),
+            Err(_) => {}
+        }
+    };
+    assert!(matches!(error.kind(), Kind::Internal), "{error}");
+}
+
 #[test]
 fn tensors_that_overlap_or_leave_the_image_are_refused() {
     let e = |offset, len| Extent { offset, len };
@@ -406,7 +433,7 @@ fn tensors_that_overlap_or_leave_the_image_are_refused() {
     ];
     for tensors in refused {
         let started = Fetch::start(request(Arc::new(vec![0; 100]), 100, tensors.clone(), 0));
-        assert!(matches!(started.err().map(Error::into_kind), Some(Kind::Hdf5)), "{tensors:?}");
+        assert!(matches!(started.err().map(Error::into_kind), Some(Kind::Image)), "{tensors:?}");
     }
     for tensors in [vec![e(0, 10), e(10, 90)], vec![e(100, 0)], vec![]] {
         Fetch::start(request(Arc::new(vec![0; 100]), 100, tensors, 0)).unwrap().complete(WAIT).unwrap();

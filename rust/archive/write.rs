@@ -90,7 +90,7 @@ impl Archive {
     pub fn resize_weights(&mut self, size: u64, sink: &mut dyn Sink) -> Result<()> {
         let (most, zip64) = self.weights.expect("the weights were opened");
         if size > most {
-            return Err(Error::new(Kind::Invalid, "the weights are longer than they can be").with_found(most, size));
+            return Err(Error::new(Kind::Internal, "the weights are longer than they can be").with_found(most, size));
         }
         self.weights = Some((size, zip64));
         if zip64 {
@@ -180,7 +180,7 @@ impl Archive {
         })
         .map_err(|e| e.with_member(name))?;
         if written != size {
-            return Err(Error::new(Kind::Invalid, "an asset changed while it was saved").with_member(name));
+            return Err(Error::new(Kind::Changed, "an asset changed while it was saved").with_member(name));
         }
         self.end = start + size;
         self.names.insert(name.to_owned());

@@ -64,13 +64,13 @@ pub trait Chunked {
     /// of `skipped` says that the `n`-th filter is not to be undone.
     ///
     /// # Errors
-    /// `Hdf5` when the engine has no place for it.
+    /// `Image` when the engine has no place for it.
     fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64>;
 
     /// The complete layout; its metadata lies where nothing was written.
     ///
     /// # Errors
-    /// `Hdf5`.
+    /// `Image`.
     fn finish(self: Box<Self>) -> Result<Layout>;
 }
 
@@ -171,7 +171,7 @@ pub trait Engine: Send + Sync {
     /// Finds every group and dataset of the image that is all of `image`.
     ///
     /// # Errors
-    /// `Hdf5` for a malformed image, `Unsafe` for links and external storage, `Limit`, and `Unsupported` for legal
+    /// `Image` for a malformed image, `Unsafe` for links and external storage, `Limit`, and `Unsupported` for legal
     /// HDF5 that this engine does not read (the caller may then ask the other engine).
     fn index(&self, image: &dyn ReadAt) -> Result<Index>;
 

@@ -124,7 +124,7 @@ fn put_tensor(dataset: &Dataset, at: u64, header: &mut Encoder) -> Result<()> {
 
 #[cold]
 fn malformed(what: &str) -> Error {
-    Error::new(Kind::Hdf5, format!("malformed safetensors: {what}"))
+    Error::new(Kind::Image, format!("malformed safetensors: {what}"))
         .with_advice("The file is damaged or of another format; use another copy.")
 }
 
@@ -187,7 +187,7 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
 
 #[cold]
 fn truncated(wanted: u64, found: u64) -> Error {
-    Error::new(Kind::Hdf5, "the safetensors file is truncated")
+    Error::new(Kind::Image, "the safetensors file is truncated")
         .with_found(format_args!("{wanted} bytes"), format_args!("{found} bytes"))
         .with_advice("It was cut short or is still being written; copy or save it again.")
 }

@@ -201,7 +201,7 @@ impl<'a> Image<'a> {
     fn zeros_up_to(&mut self, at: u64) -> Result<()> {
         loop {
             match at.checked_sub(self.position()) {
-                None => return Err(Error::new(Kind::Invalid, "the layout overlaps itself")),
+                None => return Err(Error::new(Kind::Internal, "the layout overlaps itself")),
                 Some(0) => return Ok(()),
                 Some(gap) => self.put(&ZEROS[..gap.min(ZEROS.len() as u64) as usize])?,
             }
@@ -256,7 +256,7 @@ pub(super) fn sized<'a>(bytes: &'a [u8], dataset: &Dataset) -> Result<&'a [u8]> 
     if bytes.len() as u64 == dataset.nbytes {
         return Ok(bytes);
     }
-    Err(Error::new(Kind::Invalid, "a tensor changed its size while it was saved")
+    Err(Error::new(Kind::Changed, "a tensor changed its size while it was saved")
         .with_found(format_args!("{} bytes", dataset.nbytes), format_args!("{} bytes", bytes.len()))
         .with_entry(&dataset.path))
 }

@@ -238,7 +238,7 @@ impl<W: FnMut(&Job) -> Result<()>> Line<W> {
     /// Waits for one chunk; writes it, and what waited for it.
     fn settle(&mut self) -> Result<()> {
         let job = self.done.recv().ok().filter(|job| !job.failed);
-        let job = job.ok_or_else(|| Error::new(Kind::Invalid, "a thread that compresses panicked"))?;
+        let job = job.ok_or_else(|| Error::new(Kind::Internal, "a thread that compresses panicked"))?;
         let place = (job.number - self.first) as usize;
         self.waiting[place] = Some(job);
         while let Some(job) = self.waiting.front_mut().and_then(Option::take) {

@@ -238,7 +238,7 @@ impl Running {
                 save::write(&plan, target, &mut source, members, &watched)
             };
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Invalid, "the writer thread panicked")));
+            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "the writer thread panicked")));
             let _ = ask.send(Event::Done(Box::new(outcome)));
             lent // released by the caller, who is attached
         };
@@ -361,7 +361,7 @@ fn next(events: &mut Receiver<Event>) -> Result<Option<Event>> {
     match events.recv_timeout(POLL) {
         Ok(event) => Ok(Some(event)),
         Err(RecvTimeoutError::Timeout) => interrupt().map(|()| None),
-        Err(RecvTimeoutError::Disconnected) => Err(Error::new(Kind::Invalid, "the writer thread is gone")),
+        Err(RecvTimeoutError::Disconnected) => Err(Error::new(Kind::Internal, "the writer thread is gone")),
     }
 }
 

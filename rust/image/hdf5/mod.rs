@@ -218,7 +218,7 @@ fn check_link(kind: i32) -> Result<()> {
 fn link_name(bytes: &[u8]) -> Result<&str> {
     match std::str::from_utf8(bytes) {
         Ok(name) if !matches!(name, "" | "." | "..") && !name.contains(['/', '\0']) => Ok(name),
-        _ => Err(Error::new(Kind::Hdf5, "malformed HDF5: the name of a link is not UTF-8 or no component of a path")
+        _ => Err(Error::new(Kind::Image, "malformed HDF5: the name of a link is not UTF-8 or no component of a path")
             .with_found("one without slashes", String::from_utf8_lossy(&bytes[..bytes.len().min(100)]).escape_debug())),
     }
 }
@@ -230,7 +230,7 @@ fn check_names<'a>(mut names: impl Iterator<Item = &'a [u8]>) -> Result<()> {
     for name in names {
         if name <= last {
             let what = if name == last { "a name comes twice in a group" } else { "names of a group are not in order" };
-            return Err(Error::new(Kind::Hdf5, format!("malformed HDF5: {what}"))
+            return Err(Error::new(Kind::Image, format!("malformed HDF5: {what}"))
                 .with_found("names that ascend", String::from_utf8_lossy(name).escape_debug())
                 .with_advice("The file is damaged; use another copy."));
         }
@@ -256,7 +256,7 @@ fn too_deep(path: &str) -> Error {
 
 #[cold]
 fn cycle() -> Error {
-    Error::new(Kind::Hdf5, "a group contains itself, by a hard link")
+    Error::new(Kind::Image, "a group contains itself, by a hard link")
         .with_advice("A model file cannot be like that; write its datasets to another file.")
 }
 
@@ -282,7 +282,7 @@ fn behind_user_block<T>(image: &dyn ReadAt, f: impl FnOnce(&dyn ReadAt, u64) -> 
     match start(image)? {
         Some(0) => f(image, 0),
         Some(at) => f(&Window::new(image, at, image.len() - at), at),
-        None => Err(Error::new(Kind::Hdf5, "not an HDF5 file")
+        None => Err(Error::new(Kind::Image, "not an HDF5 file")
             .with_found("the HDF5 signature", "other bytes")
             .with_advice("Check that this is a weights file.")),
     }

@@ -145,7 +145,7 @@ impl Fetch {
     /// Starts to read.
     ///
     /// # Errors
-    /// `Hdf5` when tensors overlap or leave the image, `Memory`.
+    /// `Image` when tensors overlap or leave the image, `Memory`.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request.tensors, request.image.len, request.crc.is_some(), request.read_ahead)?;
         let wanted = workers(&request, &plan);

@@ -41,7 +41,7 @@ pub(super) struct Plan {
 /// if there is a checksum (`whole`). No part is larger than a quarter of `read_ahead`, unless it is one piece.
 ///
 /// # Errors
-/// `Hdf5` when tensors overlap or leave the image of `len` bytes, `Memory`.
+/// `Image` when tensors overlap or leave the image of `len` bytes, `Memory`.
 pub(super) fn plan(tensors: &[Extent], len: u64, whole: bool, read_ahead: u64) -> Result<Plan> {
     let mut order = try_with_capacity(tensors.len())?;
     order.extend((0..tensors.len()).filter(|&i| tensors[i].len > 0));
@@ -55,7 +55,7 @@ pub(super) fn plan(tensors: &[Extent], len: u64, whole: bool, read_ahead: u64) -
         let tensor = tensors[i];
         let end = tensor.offset.checked_add(tensor.len).filter(|&end| end <= len);
         let Some(end) = end.filter(|_| tensor.offset >= at) else {
-            return Err(Error::new(Kind::Hdf5, "malformed HDF5: two tensors share bytes, or one leaves the file"));
+            return Err(Error::new(Kind::Image, "malformed HDF5: two tensors share bytes, or one leaves the file"));
         };
         if whole {
             cutter.run(Extent { offset: at, len: tensor.offset - at }, None)?;

@@ -231,7 +231,7 @@ impl State {
             (Outcome::Interrupted, Claim::Batch(batch)) => {
                 self.ahead -= batch.iter().map(|&i| request.decoded[i - request.tensors.len()]).sum::<u64>();
             }
-            (Outcome::Panicked, _) => self.fail(Error::new(Kind::Invalid, "the reader panicked")),
+            (Outcome::Panicked, _) => self.fail(Error::new(Kind::Internal, "the reader panicked")),
             (Outcome::Done(done), claim) => {
                 for (i, n) in done.partly {
                     self.read += n;

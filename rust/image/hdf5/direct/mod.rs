@@ -29,7 +29,7 @@ const UNDEFINED: u64 = u64::MAX;
 
 #[cold]
 fn malformed(what: &str) -> Error {
-    Error::new(Kind::Hdf5, format!("malformed HDF5: {what}")).with_advice("The file is damaged; use another copy.")
+    Error::new(Kind::Image, format!("malformed HDF5: {what}")).with_advice("The file is damaged; use another copy.")
 }
 
 #[cold]

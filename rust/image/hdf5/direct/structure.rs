@@ -71,7 +71,7 @@ pub(super) fn open(image: &dyn ReadAt) -> Result<(u64, Pages<'_>)> {
     // the end counts from where the file starts; all other addresses count from the base.
     let end = end.checked_sub(base).ok_or_else(|| malformed("the file ends before it starts"))?;
     if end > image.len() {
-        return Err(Error::new(Kind::Hdf5, "the HDF5 file is truncated")
+        return Err(Error::new(Kind::Image, "the HDF5 file is truncated")
             .with_found(format_args!("{end} bytes"), format_args!("{} bytes", image.len()))
             .with_advice("It was cut short or is still being written; copy or save it again."));
     }

@@ -423,7 +423,7 @@ pub(super) fn swap(data: &mut [u8], n: usize) {
 }
 
 fn malformed(what: &str) -> Error {
-    Error::new(Kind::Hdf5, what)
+    Error::new(Kind::Image, what)
 }
 
 #[cfg(test)]

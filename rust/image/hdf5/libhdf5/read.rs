@@ -56,7 +56,7 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
 
 pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) -> Result<()> {
     if paths.len() != out.len() {
-        return Err(Error::new(Kind::Invalid, "as many buffers as datasets are needed"));
+        return Err(Error::new(Kind::Internal, "as many buffers as datasets are needed"));
     }
     behind_user_block(image, |image, _| {
         let mut chunked = Vec::new();
@@ -66,7 +66,7 @@ pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) ->
                 let grid = read_one(lib, disk, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
                 stored = stored.saturating_add(grid.as_ref().map_or(0, Grid::stored));
                 if stored > image.len() {
-                    return Err(Error::new(Kind::Hdf5, "chunks share bytes of the file").with_entry(path));
+                    return Err(Error::new(Kind::Image, "chunks share bytes of the file").with_entry(path));
                 }
                 chunked.extend(grid.map(|grid| (path, grid, &mut **out)));
             }
@@ -86,7 +86,7 @@ fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: 
         at = lib.follow(file, &link)?;
     }
     if at.kind != H5O_type_t::H5O_TYPE_DATASET {
-        return Err(Error::new(Kind::Hdf5, "not a dataset"));
+        return Err(Error::new(Kind::Image, "not a dataset"));
     }
     let d = Dataset::new(lib, disk, *at.id, len)?.map_err(|reason| Error::new(Kind::Unsupported, reason))?;
     if d.nbytes != out.len() as u64 {
@@ -309,7 +309,7 @@ impl<'l> Dataset<'l> {
         }
         if self.layout == H5D_layout_t::H5D_COMPACT as usize {
             if self.nbytes > self.stored {
-                return Err(Error::new(Kind::Hdf5, "compact dataset is larger than what is stored"));
+                return Err(Error::new(Kind::Image, "compact dataset is larger than what is stored"));
             }
             let mut bytes = vec![0; self.nbytes as usize]; // below 64 KiB
             lib.read_all(id, *self.dtype, &mut bytes)?;
@@ -335,7 +335,7 @@ impl<'l> Dataset<'l> {
         };
         let offset = offset as u64;
         if offset.checked_add(self.nbytes).is_none_or(|end| end > len) {
-            return Err(Error::new(Kind::Hdf5, "dataset lies outside of the file")
+            return Err(Error::new(Kind::Image, "dataset lies outside of the file")
                 .with_found(format_args!("{} bytes at {offset}", self.nbytes), format_args!("{len} bytes in all")));
         }
         Ok(if self.element.swap > 1 { Storage::Engine } else { Storage::Contiguous(offset) })

@@ -79,7 +79,7 @@ impl Chunked for Placing {
 
     fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64> {
         let Place::Chunks(id) = self.places[i] else {
-            return Err(Error::new(Kind::Invalid, "this dataset has no chunks"));
+            return Err(Error::new(Kind::Internal, "this dataset has no chunks"));
         };
         let done = if self.last == i { None } else { Some(&self.places[self.last]) };
         let at = self.file.with(|lib, _| {

@@ -77,7 +77,7 @@ impl Library {
         row: bool,
     ) -> Result<()> {
         if !row && strings.len() != 1 {
-            return Err(Error::new(Kind::Invalid, "a scalar attribute has one string"));
+            return Err(Error::new(Kind::Internal, "a scalar attribute has one string"));
         }
         let name = c_string(name)?;
         let values = strings.iter().map(c_string).collect::<Result<Vec<_>>>()?;
@@ -146,7 +146,7 @@ impl Library {
     /// Adds a value to an enumeration over one-byte integers.
     pub(in super::super) fn add_value(&self, enumeration: hid_t, name: &CStr, value: u8) -> Result<()> {
         if self.H5Tget_size(enumeration)? != 1 {
-            return Err(Error::new(Kind::Invalid, "enumeration is not of one byte"));
+            return Err(Error::new(Kind::Internal, "enumeration is not of one byte"));
         }
         // SAFETY: lock held, `name` is a C string, the library reads the one byte just checked.
         let status = unsafe { H5Tenum_insert(enumeration, name.as_ptr(), (&raw const value).cast()) };

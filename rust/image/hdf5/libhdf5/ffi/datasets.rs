@@ -83,7 +83,7 @@ impl Library {
         // SAFETY: lock held, no pointers.
         let points = check(unsafe { H5Sget_simple_extent_npoints(*space) }, "H5Sget_simple_extent_npoints")?;
         if points.checked_mul(self.H5Tget_size(dtype)?) != Some(out.len()) {
-            return Err(Error::new(Kind::Hdf5, "dataset changed its size while it was read"));
+            return Err(Error::new(Kind::Image, "dataset changed its size while it was read"));
         }
         // SAFETY: lock held; all points of `dtype` fill `out` exactly.
         check(unsafe { H5Dread(dataset, dtype, 0, 0, 0, out.as_mut_ptr().cast()) }.into(), "H5Dread").map(drop)
@@ -112,7 +112,7 @@ impl Library {
             check(H5Pget_chunk_opts(dcpl, &raw mut options).into(), "H5Pget_chunk_opts")?;
             check(H5Pget_chunk(dcpl, 32, dims.as_mut_ptr()).into(), "H5Pget_chunk")?
         };
-        let dims = dims.get(..rank).ok_or_else(|| Error::new(Kind::Hdf5, "chunk has too many dimensions"))?;
+        let dims = dims.get(..rank).ok_or_else(|| Error::new(Kind::Image, "chunk has too many dimensions"))?;
         Ok((dims.to_vec(), options & sys::h5d::H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS != 0))
     }
 
@@ -129,7 +129,7 @@ impl Library {
     /// dataset's.
     ///
     /// # Errors
-    /// `Hdf5`, also for a chunk outside of the dataset or between the places for chunks.
+    /// `Image`, also for a chunk outside of the dataset or between the places for chunks.
     pub(in super::super) fn chunks(
         &self,
         dataset: hid_t,
@@ -170,7 +170,7 @@ impl Library {
         let status = unsafe { H5Dchunk_iter(dataset, 0, Some(visit), (&raw mut all).cast()) };
         check(status.into(), "H5Dchunk_iter")?;
         if all.misplaced {
-            return Err(Error::new(Kind::Hdf5, "chunks overlap or lie outside of the dataset"));
+            return Err(Error::new(Kind::Image, "chunks overlap or lie outside of the dataset"));
         }
         Ok(())
     }

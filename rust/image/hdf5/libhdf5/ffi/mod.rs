@@ -122,7 +122,7 @@ fn failure(call: &str) -> Error {
     let mut message = String::from("unknown error");
     // SAFETY: only called while the lock is held; the callback has the type of `H5E_walk2_t` and outlives the call.
     unsafe { H5Ewalk2(H5E_DEFAULT, H5E_direction_t::H5E_WALK_UPWARD, Some(first), (&raw mut message).cast()) };
-    Error::new(Kind::Hdf5, format!("the HDF5 library reports \"{message}\" ({call})"))
+    Error::new(Kind::Image, format!("the HDF5 library reports \"{message}\" ({call})"))
 }
 
 /// A count or code, or the error that a negative one stands for.

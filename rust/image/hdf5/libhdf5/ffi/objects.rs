@@ -199,7 +199,7 @@ impl Library {
     /// The strings of an attribute of variable-length ones.
     pub(in super::super) fn read_strings(&self, attribute: &StringAttribute<'_>, count: usize) -> Result<Vec<Vec<u8>>> {
         if !attribute.variable || attribute.count() != Some(count) {
-            return Err(Error::new(Kind::Invalid, "attribute is no row of so many strings"));
+            return Err(Error::new(Kind::Internal, "attribute is no row of so many strings"));
         }
         let mut texts = try_with_capacity(count)?;
         texts.resize(count, ptr::null_mut::<c_char>());
@@ -227,7 +227,7 @@ impl Library {
     ) -> Result<Vec<Vec<u8>>> {
         let same = attribute.count() == Some(count) && self.H5Tget_size(*attribute.dtype)? == size && size > 0;
         let total = count.checked_mul(size).filter(|_| same && !attribute.variable);
-        let total = total.ok_or_else(|| Error::new(Kind::Invalid, "attribute is no row of strings of that length"))?;
+        let total = total.ok_or_else(|| Error::new(Kind::Internal, "attribute is no row of strings of that length"))?;
         let mut bytes = try_with_capacity(total)?;
         bytes.resize(total, 0u8);
         // SAFETY: lock held; all elements of the type fill `bytes` exactly.
