@@ -30,7 +30,7 @@ fn mode(path: &Path) -> u32 {
 fn put(path: &Path, text: &str, options: commit::Options) -> Option<&'static str> {
     let pending = Pending::create(path, options).unwrap();
     pending.file().write_all(text.as_bytes()).unwrap();
-    pending.commit(text.len() as u64).unwrap()
+    pending.commit(text.len() as u64).unwrap().in_place
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn what_is_empty_or_open_for_writing_keeps_its_inode() {
         let pending = Pending::create(&path, ATOMIC).unwrap();
         pending.file().write_all(b"x").unwrap();
         let writer = open.open(&path).unwrap();
-        assert_eq!(pending.commit(1).unwrap(), Some(commit::OPEN));
+        assert_eq!(pending.commit(1).unwrap().in_place, Some(commit::OPEN));
         assert_eq!((inode(), &fs::read(&path).unwrap()[..]), (before, &b"x"[..]));
         drop(writer);
         assert_eq!(put(&path, "longer than one", ATOMIC), None);

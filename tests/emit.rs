@@ -26,7 +26,7 @@ impl Sink for Ends {
 
 #[test]
 fn writes_end_at_multiples_of_a_block_in_the_file() {
-    const BLOCK: u64 = emit::BLOCK as u64;
+    const BLOCK: u64 = emit::WRITE_BYTES as u64;
     let mut tree = Tree::new();
     for (i, n) in [5, BLOCK - 1, BLOCK, BLOCK + 1, 0, 9 * BLOCK + 3, 300_000, 5 * BLOCK].into_iter().enumerate() {
         tree.add_dataset(&format!("t{i}"), DType::U8, [n], vec![]).unwrap();

@@ -412,9 +412,8 @@ fn a_panic_of_a_reader_is_an_error_of_our_own() {
     let fetch = Fetch::start(request(Arc::new(Faulty), 4 * MIB, tensors, 0)).unwrap();
     let error = loop {
         // Whoever waits reads too, and panics itself; the reader's own thread hands on an error.
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fetch.complete(WAIT))) {
-            Ok(outcome) => break outcome.unwrap_err(),
-            Err(_) => {}
+        if let Ok(outcome) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fetch.complete(WAIT))) {
+            break outcome.unwrap_err();
         }
     };
     assert!(matches!(error.kind(), Kind::Internal), "{error}");

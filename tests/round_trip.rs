@@ -157,7 +157,7 @@ fn trees_that_meet_again_are_refused() {
 #[test]
 fn large_tensors_cross_every_block_boundary() {
     let mut tree = Tree::new();
-    let block = hornbeam::io::emit::BLOCK as u64;
+    let block = hornbeam::io::emit::WRITE_BYTES as u64;
     for (i, n) in [1, block - 1, block, block + 1, 63, 3 * block + 5, 5 << 20, 1].into_iter().enumerate() {
         tree.add_dataset(&format!("v/{i}"), DType::U8, [n], vec![]).unwrap();
     }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::ALIGNMENT;
-use crate::io::emit::{BLOCK, Sink};
+use crate::io::emit::{Sink, WRITE_BYTES};
 use crate::limits;
 
 /// Extra field of the padding that aligns the weights; the id is Android zipalign's.
@@ -296,7 +296,7 @@ fn blocks(content: &Content, each: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> 
         Content::File(path) => {
             let mut file =
                 crate::io::open_regular(path).during("cannot open an asset").map_err(|e| e.with_path(path))?;
-            let mut block = vec![0; BLOCK];
+            let mut block = vec![0; WRITE_BYTES];
             let mut at = 0;
             loop {
                 match file.read(&mut block).during("cannot read an asset").map_err(|e| e.with_path(path))? {

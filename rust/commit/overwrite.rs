@@ -42,7 +42,7 @@ fn is_open_for_writing(target: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
     use std::os::fd::AsFd;
     const DESCRIPTORS: &str = "/proc/self/fd";
-    // What is known of a file is enough: a descriptor of a file server that is gone must not be waited for.
+    // What is known of a file is enough: a descriptor of a file server that does not answer must not be waited for.
     let identity = |at: std::os::fd::BorrowedFd<'_>, path: &Path| {
         let found = statx(at, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
         Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
@@ -93,7 +93,7 @@ pub(super) fn overwrite(mut source: &File, target: &Path, len: u64, durable: boo
     copied
 }
 
-/// Asks for the blocks before the first old byte is gone, where the file system can.
+/// Asks for the blocks before the first old byte is overwritten, where the file system can.
 #[cfg(target_os = "linux")]
 fn reserve(file: &File, len: u64) -> std::io::Result<()> {
     use rustix::{fs, io::Errno};
@@ -124,7 +124,7 @@ mod tests {
             ("0100002", true),    // both
             ("02102001", true),   // append, close on exec
             ("010000000", false), // O_PATH
-            ("02104001", false),  // ours: it does not block
+            ("02104001", false),  // of this crate: it does not block
             ("", false),
         ] {
             assert_eq!(is_foreign_writer(&info(flags)), writes, "{flags}");
@@ -141,7 +141,7 @@ mod tests {
         std::fs::write(&path, b"old").unwrap();
         assert_eq!(keeps_inode(&path), None);
         let reader = File::open(&path).unwrap();
-        let ours = open_target(&path, OpenOptions::new().write(true)).unwrap();
+        let marked = open_target(&path, OpenOptions::new().write(true)).unwrap();
         assert_eq!(keeps_inode(&path), None);
         for open in [OpenOptions::new().write(true), OpenOptions::new().read(true).append(true)] {
             let writer = open.open(&path).unwrap();
@@ -149,7 +149,7 @@ mod tests {
             drop(writer);
             assert_eq!(keeps_inode(&path), None);
         }
-        drop((reader, ours));
+        drop((reader, marked));
         assert_eq!(keeps_inode(directory.path()), None);
     }
 }

@@ -77,7 +77,7 @@ pub trait Chunked {
 /// Where the values of a dataset are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Storage {
-    /// One run of bytes of the image, little-endian, C order: `nbytes` from this offset.
+    /// One range of bytes of the image, little-endian, C order: `nbytes` from this offset.
     Contiguous(u64),
     /// In the metadata itself (at most 64 KiB).
     Compact(Vec<u8>),

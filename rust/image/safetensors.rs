@@ -180,8 +180,8 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
     contiguous(&mut ends, start, image.len())?;
     index.datasets = ends.into_iter().map(|(found, _)| found).collect();
     index.datasets.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    twice(index.datasets.iter().map(|d| &*d.path))?;
-    twice(index.attributes.iter().map(|a| &*a.0))?;
+    check_unique(index.datasets.iter().map(|d| &*d.path))?;
+    check_unique(index.attributes.iter().map(|a| &*a.0))?;
     Ok(index)
 }
 
@@ -192,8 +192,8 @@ fn truncated(wanted: u64, found: u64) -> Error {
         .with_advice("It was cut short or is still being written; copy or save it again.")
 }
 
-/// Refuses sorted names of which one comes twice.
-fn twice<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+/// Refuses sorted names of which two are equal.
+fn check_unique<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
     match names.clone().zip(names.skip(1)).find(|(a, b)| a == b) {
         Some((name, _)) => Err(malformed("a name comes twice").with_entry(name)),
         None => Ok(()),

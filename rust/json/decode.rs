@@ -11,7 +11,7 @@ pub struct Limits {
     pub bytes: u64,
     /// Most lists and dicts inside each other.
     pub depth: usize,
-    /// Is a key that comes twice in a dict refused? If not, the last one wins.
+    /// Is a second entry of a dict with the same key refused? If not, the last one wins.
     pub unique_keys: bool,
 }
 
@@ -25,7 +25,7 @@ impl Limits {
 pub enum Fault {
     /// It is malformed: what `json.JSONDecodeError` says, and where.
     Syntax(&'static str, usize),
-    /// A dict has a key twice; the second one is here.
+    /// A dict has two entries with one key; the second one is here.
     Duplicate(usize),
     /// A list is nested deeper than `Limits::depth`.
     DeepList,
@@ -171,7 +171,7 @@ pub fn decode<B: Build + ?Sized>(text: &str, limits: &Limits, build: &mut B) -> 
     }
 }
 
-/// What ends a run of plain characters when a string is read.
+/// What ends plain characters when a string is read.
 const STOPS: [bool; 256] = byte_set(true);
 
 struct Parser<'t> {
@@ -296,9 +296,9 @@ impl<'t> Parser<'t> {
         let start = self.at;
         self.units.clear();
         loop {
-            let run = self.at;
+            let from = self.at;
             let stop = self.plain(start)?;
-            self.units.extend(self.text[run..self.at - 1].encode_utf16());
+            self.units.extend(self.text[from..self.at - 1].encode_utf16());
             if stop == b'"' {
                 break;
             }

@@ -211,8 +211,8 @@ mod tests {
         limit(&nested(MAX_JSON_DEPTH + 1), &Limits { depth: usize::MAX, ..Limits::FILE });
         limit(&b"{\"a\":".repeat(1_000_000), &Limits::FILE);
         limit(b"[1, 2]", &Limits { bytes: 5, ..Limits::FILE });
-        let twice = decode_value(br#"{"a": 1, "\u0061": 2}"#, &Limits::FILE).unwrap_err();
-        assert!(matches!(twice.kind(), Kind::Json(9)));
+        let duplicate = decode_value(br#"{"a": 1, "\u0061": 2}"#, &Limits::FILE).unwrap_err();
+        assert!(matches!(duplicate.kind(), Kind::Json(9)));
     }
 
     fn texts() -> impl Strategy<Value = OwnedText> {

@@ -167,7 +167,7 @@ impl State {
         if self.unclaimed(plan) {
             let nearer = |i| plan.completes(i).is_some_and(|last| last >= self.next || !self.returned.is_empty());
             let useful = self.has_room(request) || wanted(self, &nearer).is_some();
-            return (useful && (alone || request.source.is_ours())).then(|| self.claim_part(plan));
+            return (useful && (alone || request.source.is_native())).then(|| self.claim_part(plan));
         }
         while self.undecoded < self.tensors.len() && self.is_done(self.undecoded) {
             self.undecoded += 1;

@@ -44,7 +44,7 @@ pub(in crate::image::hdf5) fn attributes(image: &dyn ReadAt, address: u64, budge
 #[derive(Default)]
 #[allow(clippy::struct_excessive_bools)] // each is what one message says
 struct Header {
-    has_names: bool, // several lead here, as the file says
+    has_several_names: bool, // as the file says
     symbol_table: Option<(u64, u64)>,
     links: Vec<(String, u64)>,
     is_group: bool,
@@ -90,7 +90,7 @@ impl<'a> Walk<'a> {
         }
         let before = self.found.sizes();
         let mut header = self.header(address).map_err(|e| e.with_entry(&self.path))?;
-        let has_names = header.has_names;
+        let has_several_names = header.has_several_names;
         if header.is_group {
             self.group(address, header)?;
         } else if header.datatype.is_some() && header.shape.is_none() && header.storage.is_none() {
@@ -100,7 +100,7 @@ impl<'a> Walk<'a> {
             let found = self.dataset(address, header).map_err(|e| e.with_entry(&self.path))?;
             self.found.add_dataset(found, &mut self.budget).map_err(|e| e.with_entry(&self.path))?;
         }
-        if has_names {
+        if has_several_names {
             self.budget.spend(2 * size_of::<(u64, Subtree)>())?;
             self.known.insert(address, self.found.subtree(self.path.len(), before));
         }
@@ -214,7 +214,7 @@ impl<'a> Walk<'a> {
             if f.u8(0)? != 1 {
                 return Err(malformed("an object header is of an unknown version"));
             }
-            header.has_names = f.u32(4)? > 1;
+            header.has_several_names = f.u32(4)? > 1;
             (address.saturating_add(16), u64::from(f.u32(8)?))
         };
         let mut chunks = vec![first];
@@ -312,7 +312,7 @@ impl<'a> Walk<'a> {
             }
             message::ATTRIBUTE => header.attributes.extend(self.attribute(data)?),
             message::ATTRIBUTE_INFO => message::check_attribute_info(data)?,
-            message::REFERENCE_COUNT => header.has_names = message::reference_count(data)? > 1,
+            message::REFERENCE_COUNT => header.has_several_names = message::reference_count(data)? > 1,
             _ if flags & 0x80 != 0 && !message::PASSED_OVER.contains(&kind) => {
                 return Err(unsupported("a header message that must be understood"));
             }

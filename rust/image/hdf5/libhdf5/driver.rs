@@ -28,8 +28,8 @@ pub(super) struct Disk<'a> {
     pages: RefCell<BTreeMap<u64, Box<[u8; PAGE]>>>, // by offset; only what was written, so payload costs nothing
     end: Cell<u64>,
     opened: Cell<bool>,
-    chunk: Cell<(*const c_void, usize)>, // what `placed` waits for
-    placed: Cell<Option<u64>>,
+    chunk: Cell<(*const c_void, usize)>, // what `placed_at` waits for
+    placed_at: Cell<Option<u64>>,
     rank: Cell<usize>,               // of the dataset that is looked at
     nodes: RefCell<HashSet<u64>>,    // of B-trees that were checked
     children: RefCell<HashSet<u64>>, // of all of them
@@ -44,7 +44,7 @@ impl Default for Disk<'_> {
             end: Cell::new(0),
             opened: Cell::new(false),
             chunk: Cell::new((ptr::null(), 0)),
-            placed: Cell::new(None),
+            placed_at: Cell::new(None),
             rank: Cell::new(0),
             nodes: RefCell::default(),
             children: RefCell::default(),
@@ -64,7 +64,7 @@ impl<'a> Disk<'a> {
         self.rank.set(rank);
     }
 
-    /// The error that made a call fail, if it was ours.
+    /// The error that made a call fail, if it is one of this crate's.
     pub(super) fn take_error(&self) -> Option<Error> {
         self.error.take()
     }
@@ -74,9 +74,9 @@ impl<'a> Disk<'a> {
         self.chunk.set((chunk.as_ptr().cast(), chunk.len()));
         let written = write();
         self.chunk.set((ptr::null(), 0));
-        let placed = self.placed.take();
+        let at = self.placed_at.take();
         written?;
-        placed.ok_or_else(|| Error::new(Kind::Image, "the HDF5 library did not write a chunk"))
+        at.ok_or_else(|| Error::new(Kind::Image, "the HDF5 library did not write a chunk"))
     }
 
     /// What it holds; it is empty then.
@@ -407,7 +407,7 @@ extern "C" fn write(file: *mut Open, _: c_int, _: hid_t, at: haddr_t, len: usize
     // The library hands on the very memory it is given: that is how a chunk is told from a global heap, which it calls
     // raw data too.
     if disk.chunk.get() == (data, len) {
-        disk.placed.set(Some(at));
+        disk.placed_at.set(Some(at));
         return 0;
     }
     // SAFETY: the library passes `len` bytes, which do not change during the call.

@@ -113,13 +113,13 @@ impl Place {
     }
 }
 
-/// What of the pages lies outside of the (sorted) extents and before `len`, as runs.
+/// What of the pages lies outside of the (sorted) extents and before `len`, as ranges.
 fn outside<const N: usize>(
     pages: impl Iterator<Item = (u64, Box<[u8; N]>)>,
     extents: &[(u64, u64)],
     len: u64,
 ) -> Vec<(u64, Vec<u8>)> {
-    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+    let mut ranges: Vec<(u64, Vec<u8>)> = Vec::new();
     let mut extents = extents.iter().peekable();
     for (start, page) in pages {
         let end = len.min(start + N as u64);
@@ -138,15 +138,15 @@ fn outside<const N: usize>(
                 None => end,
             };
             let bytes = &page[(at - start) as usize..(stop - start) as usize];
-            match runs.last_mut() {
-                Some((from, run)) if *from + run.len() as u64 == at => run.extend_from_slice(bytes),
+            match ranges.last_mut() {
+                Some((from, range)) if *from + range.len() as u64 == at => range.extend_from_slice(bytes),
                 _ if bytes.iter().all(|&b| b == 0) => {} // padding between two datasets
-                _ => runs.push((at, bytes.to_vec())),
+                _ => ranges.push((at, bytes.to_vec())),
             }
             at = stop;
         }
     }
-    runs
+    ranges
 }
 
 /// A file being filled, and what many of its objects share.
