@@ -334,7 +334,7 @@ fn what_permissions_refuse() {
     fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
     chown(root.join("in"), Some(65_534), Some(65_534)).unwrap();
     let mut again = Command::new(copy);
-    again.args(["--exact", "replacing::what_permissions_refuse"]).env(HERE, root.join("in"));
+    again.args(["--exact", "what_permissions_refuse"]).env(HERE, root.join("in"));
     let done = again.uid(65_534).gid(65_534).output().unwrap();
     let text = String::from_utf8_lossy(&done.stdout);
     assert!(done.status.success() && text.contains("1 passed"), "{text}");
