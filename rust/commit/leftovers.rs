@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use super::directory;
+use super::overwrite::mark;
 
 /// Ending of our temporary files.
 pub(super) const SUFFIX: &str = ".hornbeam-tmp";
@@ -50,6 +51,7 @@ pub(super) fn temporary(target: &Path, queued: bool) -> std::io::Result<Temporar
         let path = directory(target).join(format!("{}{:08x}{own:08x}{random:08x}{SUFFIX}", prefix(name), host()));
         let mut open = OpenOptions::new();
         open.read(true).write(true).create_new(true);
+        mark(&mut open); // for a moment it is still open where it has taken the target's place
         #[cfg(windows)]
         std::os::windows::fs::OpenOptionsExt::share_mode(&mut open, 1 | 2); // cannot be removed while it is open
         match open.open(&path) {

@@ -19,12 +19,18 @@ pub fn keeps_inode(target: &Path) -> Option<&'static str> {
     is_open_for_writing(target).then_some(OPEN)
 }
 
-/// Opens a target for writing, as it is; a pipe that nobody reads is an error and not waited for.
-///
-/// This also marks the descriptor: nobody else asks not to wait for a regular file ([`is_open_for_writing`]).
-pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Result<File> {
+/// Marks descriptors that saves write through: nobody else asks not to wait for a regular file
+/// ([`is_open_for_writing`]).
+pub(super) fn mark(open: &mut OpenOptions) {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(open, rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    #[cfg(not(unix))]
+    let _ = open;
+}
+
+/// Opens a target for writing, as it is; a pipe that nobody reads is an error and not waited for.
+pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Result<File> {
+    mark(open);
     match open.open(target) {
         // A file under a lease: the holder is asked to give it up, which takes a moment.
         Err(e) if e.kind() == ErrorKind::WouldBlock && target.metadata()?.is_file() => {
@@ -36,7 +42,7 @@ pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Res
     }
 }
 
-/// Whether a descriptor of this process other than those of [`open_target`] can write to the file.
+/// Whether a descriptor of this process that no save has marked can write to the file.
 #[cfg(target_os = "linux")]
 fn is_open_for_writing(target: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -151,5 +157,11 @@ mod tests {
         }
         drop((reader, marked));
         assert_eq!(keeps_inode(directory.path()), None);
+        // Another save of this process has just put its file there, and not closed it yet.
+        let written = super::super::leftovers::temporary(&path, true).unwrap();
+        std::fs::write(&written.path, b"new").unwrap();
+        std::fs::rename(&written.path, &path).unwrap();
+        assert_eq!(keeps_inode(&path), None);
+        drop(written);
     }
 }
