@@ -228,6 +228,7 @@ pub fn try_with_capacity<T>(capacity: usize) -> Result<Vec<T>> {
 ///
 /// # Errors
 /// `Memory`.
+#[inline]
 pub fn try_push<T>(to: &mut Vec<T>, item: T) -> Result<()> {
     if to.len() == to.capacity() {
         to.try_reserve(1).map_err(|_| out_of_memory(2 * to.len() * size_of::<T>()))?;

@@ -30,6 +30,7 @@ pub(super) const REFERENCE_COUNT: u16 = 0x16;
 pub(super) const PASSED_OVER: [u16; 10] = [0x00, 0x0a, 0x0d, 0x0e, 0x0f, 0x12, 0x13, 0x14, 0x17, 0x18];
 
 /// Starts a message of a version 1 header (§IV.A.1.a) with `size` bytes of data.
+#[inline]
 pub(super) fn put_head(out: &mut Vec<u8>, kind: u16, size: usize, flags: u8) -> Result<()> {
     let Ok(bytes) = u16::try_from(size) else {
         return Err(Error::new(Kind::Invalid, "an object header message is too large")
@@ -44,6 +45,7 @@ pub(super) fn put_head(out: &mut Vec<u8>, kind: u16, size: usize, flags: u8) -> 
 // ---- dataspace (§IV.A.2.b) ----
 
 /// The dimensions; `None` for a null dataspace.
+#[inline]
 pub(super) fn dataspace(data: Fields<'_>) -> Result<Option<Vec<u64>>> {
     let version = data.u8(0)?;
     if version == 2 && data.u8(3)? == 2 {
