@@ -13,7 +13,7 @@ PY := $(VENV)/$(BIN)/python
 MATURIN := $(PY) -m maturin
 # One profile and one target folder everywhere: HDF5 takes minutes to build, and is built once for each.
 CARGO_FLAGS := --release --locked
-RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs)
+RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs rust/*/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard $(addprefix python/hornbeam/,*.py *.pyi */*.py */*.json))
 # What is worth running again on another backend or Keras.
 MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py tests/test_names.py

@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hornbeam::dtype::DType;
 use hornbeam::error::Result;
-use hornbeam::h5::{Engine, direct::Direct};
+use hornbeam::image::{Engine, hdf5::direct::Direct};
 use hornbeam::io::emit::{Progress, Sink, Tensors, emit};
 use hornbeam::tree::Tree;
 

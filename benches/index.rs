@@ -4,7 +4,7 @@ use std::io::Write;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hornbeam::dtype::DType;
-use hornbeam::h5::{Engine, direct::Direct};
+use hornbeam::image::{Engine, hdf5::direct::Direct};
 use hornbeam::io::FileSource;
 use hornbeam::tree::Tree;
 

@@ -16,7 +16,7 @@ pub enum Kind {
     /// The bytes of a member do not match their CRC-32.
     Crc,
     /// The weights image, HDF5 or safetensors, is malformed.
-    Hdf5,
+    Image,
     /// A JSON text is malformed; the byte offset says where.
     Json(usize),
     /// A limit of `limits.rs` is exceeded.
@@ -27,10 +27,14 @@ pub enum Kind {
     Unsupported,
     /// The caller passed something that cannot be written.
     Invalid,
+    /// What is being saved changed meanwhile.
+    Changed,
     /// The operation was cancelled by the caller.
     Cancelled,
     /// The system has no memory for what a file or a model asks for.
     Memory,
+    /// A fault of this crate's own: a thread panicked, an invariant is broken.
+    Internal,
     /// The caller's own code failed, with this; it is handed back as it is.
     Caller(Box<dyn std::error::Error + Send + Sync>),
 }
@@ -220,6 +224,19 @@ pub fn try_with_capacity<T>(capacity: usize) -> Result<Vec<T>> {
     Ok(vector)
 }
 
+/// Appends to a vector that a file or a model lets grow.
+///
+/// # Errors
+/// `Memory`.
+#[inline]
+pub fn try_push<T>(to: &mut Vec<T>, item: T) -> Result<()> {
+    if to.len() == to.capacity() {
+        to.try_reserve(1).map_err(|_| out_of_memory(2 * to.len() * size_of::<T>()))?;
+    }
+    to.push(item);
+    Ok(())
+}
+
 /// The error for `bytes` that could not be had.
 #[cold]
 pub fn out_of_memory(bytes: usize) -> Error {
@@ -287,7 +304,7 @@ mod tests {
 
     #[test]
     fn display_names_every_place_and_inner_wins() {
-        let e = Error::new(Kind::Hdf5, "bad shape")
+        let e = Error::new(Kind::Image, "bad shape")
             .with_entry("a/b")
             .with_entry("outer")
             .with_member("model.weights.h5")

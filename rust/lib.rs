@@ -3,29 +3,28 @@
 //!
 //! ```text
 //! save   model ──walk──▶ entries ──view──▶ (path, dtype, shape, bytes)              Python
-//!        tree ──h5: lay out──▶ layout ──io/emit──▶ temporary file ──commit──▶ file  here
-//!        config ──config: encode──▶ JSON ──archive/write──┘
+//!        tree ──image: lay out──▶ layout ──io/emit──▶ temporary file ──commit──▶ file    here
+//!        config ──json: encode──▶ JSON ──archive/write──┘
 //!
-//! load   file ──archive/read──▶ members ──config: decode──▶ model                   here, then Python
-//!              └──h5: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
+//! load   file ──archive/read──▶ members ──json: decode──▶ model                      here, then Python
+//!              └──image: index──▶ extents ──io/fetch──▶ aligned buffers ──▶ variables
 //! ```
 //!
-//! The map in README.md has the test and the benchmark of each. [`limits`] holds every limit, [`error`] the one error.
+//! The map in CONTRIBUTING.md has the test and the benchmark of each. [`limits`] holds every limit, [`error`] the one error.
 
 const _: () = assert!(usize::BITS == 64, "tensors are addressed with 64 bits");
 const _: () = assert!(cfg!(target_endian = "little"), "tensors are written as they lie in memory");
 
 pub mod archive;
 pub mod commit;
-pub mod config;
 pub mod dtype;
 pub mod error;
-pub mod h5;
+pub mod image;
 pub mod io;
+pub mod json;
 pub mod limits;
 pub mod load;
 #[cfg(feature = "python")]
 mod py;
-pub mod safetensors;
 pub mod save;
 pub mod tree;

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result, try_with_capacity};
-use crate::h5::{Engine, Found, Index, Storage, direct::Direct};
+use crate::image::hdf5::direct::Direct;
+use crate::image::safetensors::Safetensors;
+use crate::image::{Engine, EngineKind, Found, Index, Storage};
 use crate::io::buffer::Block;
 use crate::io::fetch::{Extent, Fetch, Interrupt, Patience, Request, Slot};
 use crate::io::{FileSource, ReadAt, Window};
 use crate::limits;
-use crate::safetensors::Safetensors;
 
 /// Which engine indexes an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl Choice {
 #[cfg(feature = "libhdf5")]
 #[allow(clippy::unnecessary_wraps)] // it can fail in other builds
 fn libhdf5() -> Result<Box<dyn Engine>> {
-    Ok(Box::new(crate::h5::libhdf5::LibHdf5))
+    Ok(Box::new(crate::image::hdf5::libhdf5::LibHdf5))
 }
 
 #[cfg(not(feature = "libhdf5"))]
@@ -96,13 +97,14 @@ pub fn check_expansion<'a>(images: impl IntoIterator<Item = (&'a Weights, &'a [u
     for (weights, positions) in images {
         stored = stored.saturating_add(weights.stored);
         for &i in positions {
-            let found = weights.index.datasets.get(i).ok_or_else(|| nowhere(weights.index.datasets.len(), i))?;
+            let found =
+                weights.index.datasets.get(i).ok_or_else(|| no_such_dataset(weights.index.datasets.len(), i))?;
             if found.storage == Storage::Engine {
                 decoded = decoded.saturating_add(found.nbytes);
             }
         }
     }
-    together(decoded, stored)
+    check_total(decoded, stored)
 }
 
 #[cold]
@@ -112,11 +114,11 @@ fn unreadable(reason: &str) -> Error {
 }
 
 #[cold]
-fn nowhere(datasets: usize, i: usize) -> Error {
+fn no_such_dataset(datasets: usize, i: usize) -> Error {
     Error::new(Kind::Invalid, "no dataset has this position").with_found(format_args!("less than {datasets}"), i)
 }
 
-fn together(decoded: u64, stored: u64) -> Result<()> {
+fn check_total(decoded: u64, stored: u64) -> Result<()> {
     let checked = limits::check_expansion(decoded, stored, limits::BOMB_FLOOR_BYTES, limits::MAX_DEFLATE);
     checked.map_err(|e| {
         e.with_entry("all that are compressed, together")
@@ -124,11 +126,11 @@ fn together(decoded: u64, stored: u64) -> Result<()> {
     })
 }
 
-/// What the HDF5 library may read from: its lock is held meanwhile, and waited for by `fork`, so nobody else's code may
-/// run then, which might wait for whoever forks.
-fn ours(source: &Arc<dyn ReadAt>, image: Extent, interrupt: Interrupt<'_>) -> Result<(Arc<dyn ReadAt>, Extent)> {
+/// The image as something the HDF5 library may read: no code but this crate's runs while its lock is held, since `fork`
+/// waits for that lock, and other code might wait for whoever forks.
+fn for_library(source: &Arc<dyn ReadAt>, image: Extent, interrupt: Interrupt<'_>) -> Result<(Arc<dyn ReadAt>, Extent)> {
     const STEP: usize = 1 << 20;
-    if source.is_ours() {
+    if source.is_native() {
         return Ok((Arc::clone(source), image));
     }
     let mut bytes: Vec<u8> = try_with_capacity(image.len as usize)?;
@@ -210,10 +212,10 @@ impl Weights {
             let (stored, crc) = (image.len, member.map(|m| m.crc));
             Ok(Self { source, image, stored, crc, checked, index, engine })
         };
-        // The C library sees no byte that a checksum could tell to be wrong.
+        // The C library sees no byte whose checksum is wrong.
         let through_library = |engine| {
             check()?;
-            let (source, image) = ours(&source, image, interrupt)?;
+            let (source, image) = for_library(&source, image, interrupt)?;
             opened(source, image, engine, true)
         };
         match choice {
@@ -242,8 +244,8 @@ impl Weights {
     }
 
     /// The engine that read the index.
-    pub fn engine(&self) -> &'static str {
-        self.engine.name()
+    pub fn engine(&self) -> EngineKind {
+        self.engine.kind()
     }
 
     /// Whether a CRC-32 of the whole image is known.
@@ -251,7 +253,7 @@ impl Weights {
         self.crc.is_some()
     }
 
-    /// Where dataset `i` starts in the file; `None` where it is no run of bytes of a file.
+    /// Where dataset `i` starts in the file; `None` where it is not one range of bytes of a file.
     pub fn offset(&self, i: usize) -> Option<u64> {
         match self.index.datasets[i].storage {
             Storage::Contiguous(offset) if self.source.as_slice().is_none() => Some(self.image.offset + offset),
@@ -259,7 +261,7 @@ impl Weights {
         }
     }
 
-    /// Bytes `start..end` of dataset `i`, not checked. What is no run of bytes of the file is read whole, by a thread of
+    /// Bytes `start..end` of dataset `i`, not checked. What is not one range of bytes of the file is read whole, by a thread of
     /// its own, so that the caller can be interrupted.
     ///
     /// # Errors
@@ -329,7 +331,7 @@ impl Weights {
             }
         }
         let decoded: Vec<u64> = chunked.iter().map(|&i| datasets[i].nbytes).collect();
-        together(decoded.iter().copied().fold(0, u64::saturating_add), self.stored)?;
+        check_total(decoded.iter().copied().fold(0, u64::saturating_add), self.stored)?;
         let weights = Arc::clone(self);
         let decode = move |source: &dyn ReadAt, numbers: &[usize], out: &mut [&mut [u8]]| {
             let window = Window::new(source, weights.image.offset, weights.image.len);
@@ -350,7 +352,7 @@ impl Weights {
     }
 
     /// A dataset that was not read ahead: because that takes no reading, or because it has another name.
-    fn at_hand(self: &Arc<Self>, i: usize, interrupt: Interrupt<'_>) -> Result<Slot> {
+    fn read_now(self: &Arc<Self>, i: usize, interrupt: Interrupt<'_>) -> Result<Slot> {
         let dataset = &self.index.datasets[i];
         match &dataset.storage {
             Storage::Contiguous(_) | Storage::Engine if !self.index.shared => {
@@ -385,10 +387,10 @@ impl Reading {
     /// # Errors
     /// `Invalid` when there is no such dataset, or it was not asked for; whatever stopped the reader.
     pub fn take(&self, i: usize, interrupt: Interrupt<'_>) -> Result<Option<Slot>> {
-        let position = self.positions.get(i).ok_or_else(|| nowhere(self.positions.len(), i))?;
+        let position = self.positions.get(i).ok_or_else(|| no_such_dataset(self.positions.len(), i))?;
         match *position {
             Some(position) => self.fetch.take(position, interrupt),
-            None => self.weights.at_hand(i, interrupt).map(Some),
+            None => self.weights.read_now(i, interrupt).map(Some),
         }
     }
 

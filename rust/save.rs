@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use crate::archive::write::{Archive, Content, lead_in};
-use crate::commit::{self, Pending, Placed};
+use crate::commit::{self, Committed, Pending};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Compression, Engine, Layout};
+use crate::image::{Compression, Engine, EngineKind, Layout};
 use crate::io::emit::{Progress, Sink, Tensors, emit};
 use crate::io::pack::{self, pack};
 use crate::limits::MAX_IMAGE_BYTES;
@@ -15,7 +15,7 @@ use crate::tree::Tree;
 pub struct Plan {
     tree: Tree,
     places: Places,
-    engine: &'static str,
+    engine: EngineKind,
 }
 
 /// How the datasets get their places.
@@ -33,12 +33,12 @@ impl Plan {
     /// Those of the engine.
     pub fn new(tree: Tree, engine: &dyn Engine) -> Result<Self> {
         let layout = engine.lay_out(&tree)?;
-        Ok(Self { tree, places: Places::Known(layout), engine: engine.name() })
+        Ok(Self { tree, places: Places::Known(layout), engine: engine.kind() })
     }
 
     /// Has `engine` lay out `tree` while it is written, with the larger datasets compressed.
     pub fn compressed(tree: Tree, engine: Box<dyn Engine>, how: Compression) -> Self {
-        Self { tree, engine: engine.name(), places: Places::Open(engine, how) }
+        Self { tree, engine: engine.kind(), places: Places::Open(engine, how) }
     }
 
     /// What was laid out.
@@ -47,7 +47,7 @@ impl Plan {
     }
 
     /// The engine that laid it out.
-    pub fn engine(&self) -> &'static str {
+    pub fn engine(&self) -> EngineKind {
         self.engine
     }
 
@@ -108,7 +108,7 @@ pub struct Written {
     /// CRC-32 of the weights image.
     pub crc: u32,
     /// How the file took its place.
-    pub placed: Placed,
+    pub committed: Committed,
 }
 
 /// A complete new file that has not taken the old one's place. Dropping it leaves the old one.
@@ -135,7 +135,7 @@ impl Prepared {
     /// Those of [`Pending::commit`].
     pub fn commit(mut self) -> Result<Written> {
         if let Some(pending) = self.pending {
-            self.written.placed = pending.place(self.written.bytes)?;
+            self.written.committed = pending.commit(self.written.bytes)?;
         }
         Ok(self.written)
     }
@@ -160,7 +160,7 @@ pub fn write(
         }
         Target::Sink(mut sink, base) => {
             let (end, crc) = fill(plan, &mut *sink, base, tensors, members, progress)?;
-            Ok(Prepared { written: Written { bytes: end - base, crc, placed: Placed::default() }, pending: None })
+            Ok(Prepared { written: Written { bytes: end - base, crc, committed: Committed::default() }, pending: None })
         }
         Target::Path(path, options) => {
             let pending = Pending::create(&path, options)?;
@@ -171,7 +171,7 @@ pub fn write(
             let filled = file.reserve(plan.weights_end(members.is_some()).unwrap_or(0));
             let filled = filled.and_then(|()| fill(plan, &mut file, 0, tensors, members, progress));
             let (bytes, crc) = filled.map_err(|e| full(e, pending.in_place().is_some()).with_path(&path))?;
-            Ok(Prepared { written: Written { bytes, crc, placed: Placed::default() }, pending: Some(pending) })
+            Ok(Prepared { written: Written { bytes, crc, committed: Committed::default() }, pending: Some(pending) })
         }
     }
 }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use hornbeam::dtype::DType;
 use hornbeam::error::{Error, Kind, Result};
 #[cfg(feature = "libhdf5")]
-use hornbeam::h5::libhdf5::LibHdf5;
-use hornbeam::h5::{Engine, Index, Storage, direct::Direct};
+use hornbeam::image::hdf5::libhdf5::LibHdf5;
+use hornbeam::image::safetensors::Safetensors;
+use hornbeam::image::{Engine, Index, Storage, hdf5::direct::Direct};
 use hornbeam::load::{Choice, Weights};
-use hornbeam::safetensors::Safetensors;
 use hostile::{Image, attribute, flagged, message};
 
 fn engines() -> Vec<Box<dyn Engine>> {
@@ -58,7 +58,7 @@ fn paths(index: &Index) -> Vec<&str> {
 
 fn refused(result: Result<Index>, words: &str) {
     let error: Error = result.unwrap_err();
-    assert!(matches!(error.kind(), Kind::Hdf5 | Kind::Limit) && error.to_string().contains(words), "{error}");
+    assert!(matches!(error.kind(), Kind::Image | Kind::Limit) && error.to_string().contains(words), "{error}");
 }
 
 /// Every reader of such a file finds another one, or not all.
@@ -122,7 +122,7 @@ fn what_has_two_names_is_listed_under_both() {
         let mut seen = Vec::new();
         for engine in engines() {
             let index = engine.index(&bytes).unwrap();
-            assert_eq!(paths(&index), ["a/x", "a/y", "b", "c/x", "c/y"], "{}", engine.name());
+            assert_eq!(paths(&index), ["a/x", "a/y", "b", "c/x", "c/y"], "{}", engine.kind());
             assert_eq!(index.groups.iter().map(|g| &*g.0).collect::<Vec<_>>(), ["a", "c"]);
             let notes: Vec<usize> = index.datasets.iter().map(|d| d.attributes.len()).collect();
             assert_eq!((notes, index.shared), (vec![1, 0, 1, 1, 0], true));
@@ -183,7 +183,7 @@ fn a_user_block_comes_before_everything() {
             }
             for engine in engines() {
                 let error = engine.index(&bytes[..bytes.len() - 1].to_vec()).unwrap_err();
-                assert!(matches!(error.kind(), Kind::Hdf5), "{error}");
+                assert!(matches!(error.kind(), Kind::Image), "{error}");
             }
         }
     }

@@ -9,12 +9,12 @@ use hornbeam::archive::read::Members;
 use hornbeam::archive::write::{Archive, Content};
 use hornbeam::dtype::DType;
 use hornbeam::error::{Error, Kind, Result};
-use hornbeam::h5::direct::Direct;
-use hornbeam::h5::{Engine, Layout, Storage};
+use hornbeam::image::hdf5::direct::Direct;
+use hornbeam::image::safetensors::Safetensors;
+use hornbeam::image::{Engine, EngineKind, Layout, Storage};
 use hornbeam::io::ReadAt;
 use hornbeam::io::emit::Progress;
 use hornbeam::limits::*;
-use hornbeam::safetensors::Safetensors;
 use hornbeam::save::{self, Plan, Target};
 use hornbeam::tree::{Attribute, Tree, Value};
 use proptest::prelude::*;
@@ -45,7 +45,7 @@ fn engines() -> Vec<Box<dyn Engine>> {
         Box::new(Direct),
         Box::new(Safetensors),
         #[cfg(feature = "libhdf5")]
-        Box::new(hornbeam::h5::libhdf5::LibHdf5),
+        Box::new(hornbeam::image::hdf5::libhdf5::LibHdf5),
     ]
 }
 
@@ -66,7 +66,7 @@ fn write(entries: &[Entry]) -> (usize, usize) {
     let mut laid_out = 0;
     let mut taken = 0;
     for engine in engines() {
-        let flat = engine.name() == "safetensors";
+        let flat = engine.kind() == EngineKind::Safetensors;
         let mut tree = if flat { Tree::flat() } else { Tree::new() };
         taken = 0;
         for entry in entries {
@@ -87,7 +87,7 @@ fn write(entries: &[Entry]) -> (usize, usize) {
             Ok(layout) => layout,
             Err(e) => {
                 // The library says in its own words what it cannot hold.
-                assert!(matches!(e.kind(), Kind::Invalid | Kind::Hdf5 | Kind::Unsupported), "{}: {e}", engine.name());
+                assert!(matches!(e.kind(), Kind::Invalid | Kind::Image | Kind::Unsupported), "{}: {e}", engine.kind());
                 assert!(plan.is_err());
                 continue;
             }
@@ -96,7 +96,7 @@ fn write(entries: &[Entry]) -> (usize, usize) {
         let (end, archive) = plan.unwrap();
         assert!(end == Some(layout.len) && archive > end);
         let offsets = layout.offsets.clone();
-        let found = engine.index(&Sparse(layout)).unwrap_or_else(|e| panic!("{}: {e}", engine.name()));
+        let found = engine.index(&Sparse(layout)).unwrap_or_else(|e| panic!("{}: {e}", engine.kind()));
         let by_path: BTreeMap<&str, _> = found.datasets.iter().map(|d| (d.path.as_str(), d)).collect();
         assert_eq!(by_path.len(), tree.datasets().len());
         let sorted = |attributes: &[Attribute]| {

@@ -13,8 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use hornbeam::archive::write::{Archive, Content};
 use hornbeam::dtype::DType;
 use hornbeam::error::Result;
-use hornbeam::h5::Engine;
-use hornbeam::h5::direct::Direct;
+use hornbeam::image::Engine;
+use hornbeam::image::hdf5::direct::Direct;
 use hornbeam::io::emit::{Progress, Sink, Tensors, emit};
 use hornbeam::tree::Tree;
 
@@ -156,7 +156,7 @@ fn images() -> Vec<Vec<u8>> {
     all.push(hostile::pyramid(all[0].clone(), hostile::GROUPS, 3, false));
     #[cfg(feature = "libhdf5")]
     {
-        use hornbeam::h5::{Compression, libhdf5::LibHdf5};
+        use hornbeam::image::{Compression, hdf5::libhdf5::LibHdf5};
         use hornbeam::io::pack::pack;
 
         all.extend([tree(false, true), tree(true, true), tree(false, false)].map(|tree| image(&LibHdf5, &tree)));

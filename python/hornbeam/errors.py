@@ -99,7 +99,7 @@ class StorageError(HornbeamError, OSError):
 _KINDS: dict[str, type[HornbeamError]] = {
     "archive": ArchiveError,
     "crc": ChecksumError,
-    "hdf5": WeightsFileError,
+    "image": WeightsFileError,
     "json": ConfigError,
     "limit": LimitError,
     "unsafe": UnsafeFileError,

@@ -1,6 +1,6 @@
 //! The zip container of a `.keras` file: `model.weights.h5` first and aligned, then the JSON members, then assets.
 //!
-//! Everything is STORED, so that the weights are one run of bytes. Section numbers refer to PKWARE's APPNOTE 6.3.10.
+//! Everything is STORED, so that the weights are one range of bytes. Section numbers refer to PKWARE's APPNOTE 6.3.10.
 #![forbid(unsafe_code)]
 
 mod end;

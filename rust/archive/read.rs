@@ -163,7 +163,7 @@ fn extra_field(mut extra: &[u8], id: u16) -> Result<Option<&[u8]>> {
         let n = usize::from(u16_at(extra, 2)?);
         let data = extra.get(4..4 + n).ok_or_else(|| bad("an extra field is cut short"))?;
         if u16_at(extra, 0)? == id && found.replace(data).is_some() {
-            return Err(bad("an extra field is there twice"));
+            return Err(bad("two extra fields have one number"));
         }
         extra = &extra[4 + n..];
     }

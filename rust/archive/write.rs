@@ -9,8 +9,8 @@ use super::{
     ZIP64_LIMIT, name as names,
 };
 use crate::error::{Context, Error, Kind, Result};
-use crate::h5::ALIGNMENT;
-use crate::io::emit::{BLOCK, Sink};
+use crate::image::ALIGNMENT;
+use crate::io::emit::{Sink, WRITE_BYTES};
 use crate::limits;
 
 /// Extra field of the padding that aligns the weights; the id is Android zipalign's.
@@ -90,7 +90,7 @@ impl Archive {
     pub fn resize_weights(&mut self, size: u64, sink: &mut dyn Sink) -> Result<()> {
         let (most, zip64) = self.weights.expect("the weights were opened");
         if size > most {
-            return Err(Error::new(Kind::Invalid, "the weights are longer than they can be").with_found(most, size));
+            return Err(Error::new(Kind::Internal, "the weights are longer than they can be").with_found(most, size));
         }
         self.weights = Some((size, zip64));
         if zip64 {
@@ -180,7 +180,7 @@ impl Archive {
         })
         .map_err(|e| e.with_member(name))?;
         if written != size {
-            return Err(Error::new(Kind::Invalid, "an asset changed while it was saved").with_member(name));
+            return Err(Error::new(Kind::Changed, "an asset changed while it was saved").with_member(name));
         }
         self.end = start + size;
         self.names.insert(name.to_owned());
@@ -296,7 +296,7 @@ fn blocks(content: &Content, each: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> 
         Content::File(path) => {
             let mut file =
                 crate::io::open_regular(path).during("cannot open an asset").map_err(|e| e.with_path(path))?;
-            let mut block = vec![0; BLOCK];
+            let mut block = vec![0; WRITE_BYTES];
             let mut at = 0;
             loop {
                 match file.read(&mut block).during("cannot read an asset").map_err(|e| e.with_path(path))? {

@@ -38,8 +38,8 @@ impl Directory {
         let (durable, process) = (options.durable, std::process::id());
         let replaceable = match fs::read_dir(&target) {
             Ok(entries) => {
-                let ours = entries.flatten().all(|e| names.contains(&e.file_name()));
-                ours && target.file_name().is_some() && !is_mount_point(&target)
+                let known = entries.flatten().all(|e| names.contains(&e.file_name()));
+                known && target.file_name().is_some() && !is_mount_point(&target)
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 create_directories(directory(&target), durable).during("cannot create the parent directory")?;
@@ -117,7 +117,7 @@ impl Directory {
                 && let Err(e) = fs::rename(entry.path(), self.target.join(entry.file_name()))
             {
                 self.temporary = None; // removes nothing
-                let what = format!("cannot move a file that is not ours; it is kept in '{}'", old.display());
+                let what = format!("cannot move a file of somebody else; it is kept in '{}'", old.display());
                 return Err(Error::new(Kind::Io(e), what));
             }
         }

@@ -12,12 +12,13 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use super::directory;
+use super::overwrite::mark;
 
 /// Ending of our temporary files.
 pub(super) const SUFFIX: &str = ".hornbeam-tmp";
 /// Comes before the ending of a complete file, which only the next complete save may remove.
 const COMPLETE: &str = ".complete";
-/// Bytes of a target's name that its temporary file repeats: a name may have 255, and ours are added.
+/// Bytes of a target's name that its temporary file repeats: a name may have 255, and more is added.
 const KEPT_BYTES: usize = 180;
 /// Bytes that version 0.1.0 repeated.
 const KEPT_BYTES_BEFORE: usize = 200;
@@ -50,6 +51,7 @@ pub(super) fn temporary(target: &Path, queued: bool) -> std::io::Result<Temporar
         let path = directory(target).join(format!("{}{:08x}{own:08x}{random:08x}{SUFFIX}", prefix(name), host()));
         let mut open = OpenOptions::new();
         open.read(true).write(true).create_new(true);
+        mark(&mut open); // for a moment it is still open where it has taken the target's place
         #[cfg(windows)]
         std::os::windows::fs::OpenOptionsExt::share_mode(&mut open, 1 | 2); // cannot be removed while it is open
         match open.open(&path) {
@@ -79,7 +81,7 @@ pub fn clear_leftovers(target: &Path) {
 
 /// Removes a leftover, unless somebody holds it.
 pub(super) fn remove(path: &Path) {
-    if let Some((_file, Lock::Ours)) = look(path) {
+    if let Some((_file, Lock::Acquired)) = open_and_lock(path) {
         let _ = fs::remove_file(path);
     }
 }
@@ -178,7 +180,7 @@ fn clear_named(directory: &Path, name: &OsStr, may: impl Fn(u32) -> bool) -> Fou
         });
         let Some(parsed) = parsed else { continue };
         let path = entry.path();
-        let Some((file, lock)) = look(&path) else { continue };
+        let Some((file, lock)) = open_and_lock(&path) else { continue };
         let Ok(metadata) = file.metadata() else { continue };
         let here = parsed.host.is_none_or(|h| h == host());
         match lock {
@@ -187,7 +189,7 @@ fn clear_named(directory: &Path, name: &OsStr, may: impl Fn(u32) -> bool) -> Fou
                 let writes = here && exact && !may(parsed.process) && is_alive(parsed.process);
                 found.writer = found.writer.or(writes.then_some(parsed.process));
             }
-            Lock::Ours if (here && is_own(&metadata)) || is_old(&metadata) => {
+            Lock::Acquired if (here && is_own(&metadata)) || is_old(&metadata) => {
                 if parsed.complete {
                     found.complete.push(path);
                 // Where there are no locks the open file itself is one: it cannot be removed, and then it is somebody's.
@@ -199,14 +201,14 @@ fn clear_named(directory: &Path, name: &OsStr, may: impl Fn(u32) -> bool) -> Fou
                     let _ = fs::remove_file(path);
                 }
             }
-            Lock::Ours | Lock::Unknown => {}
+            Lock::Acquired | Lock::Unknown => {}
         }
     }
     found
 }
 
 /// Opens a leftover and asks for its lock: nothing but a regular file, which is not waited for, followed or changed.
-fn look(path: &Path) -> Option<(File, Lock)> {
+fn open_and_lock(path: &Path) -> Option<(File, Lock)> {
     if !path.symlink_metadata().is_ok_and(|m| m.is_file()) {
         return None; // opening a device may do something already
     }
@@ -261,7 +263,7 @@ fn is_alive(_: u32) -> bool {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Lock {
-    Ours,
+    Acquired,
     Taken,
     /// The file system has no locks: leave other files alone.
     #[cfg_attr(not(unix), allow(dead_code))]
@@ -271,7 +273,7 @@ enum Lock {
 #[cfg(unix)]
 fn lock(file: &File) -> Lock {
     match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Lock::Ours,
+        Ok(()) => Lock::Acquired,
         Err(rustix::io::Errno::WOULDBLOCK) => Lock::Taken,
         Err(_) => Lock::Unknown,
     }
@@ -279,5 +281,5 @@ fn lock(file: &File) -> Lock {
 
 #[cfg(not(unix))]
 fn lock(_: &File) -> Lock {
-    Lock::Ours // removing a file that somebody writes fails there by itself
+    Lock::Acquired // removing a file that somebody writes fails there by itself
 }

@@ -35,7 +35,7 @@ pub struct Options {
 
 /// How a file took its place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Placed {
+pub struct Committed {
     /// Why the target was written over instead of being replaced, if it was.
     pub in_place: Option<&'static str>,
     /// What the new file could not take over from the old one: its owner, its mode.
@@ -50,7 +50,7 @@ pub struct Pending {
     temporary: Option<PathBuf>,
     superseded: Vec<PathBuf>,
     replaced: Option<File>,
-    placed: Placed,
+    committed: Committed,
     durable: bool,
     process: u32, // a forked child must not remove what its parent writes
 }
@@ -83,7 +83,7 @@ impl Pending {
                         temporary: Some(path),
                         superseded,
                         replaced,
-                        placed: Placed { in_place: None, lost },
+                        committed: Committed { in_place: None, lost },
                         durable: options.durable,
                         process: std::process::id(),
                     });
@@ -106,7 +106,7 @@ impl Pending {
             temporary: None,
             superseded: Vec::new(),
             replaced: None,
-            placed: Placed { in_place: Some(why), lost: None },
+            committed: Committed { in_place: Some(why), lost: None },
             durable: options.durable,
             process: std::process::id(),
         })
@@ -122,28 +122,20 @@ impl Pending {
 
     /// Why the target is written over instead of being replaced, if it is.
     pub fn in_place(&self) -> Option<&'static str> {
-        self.placed.in_place
+        self.committed.in_place
     }
 
     /// Cuts the file to `len` bytes and puts it in the target's place. Where the target keeps its inode, or its
-    /// directory does not let it be replaced, the complete file is copied over it; returns why.
+    /// directory does not let it be replaced, the complete file is copied over it.
     ///
     /// # Errors
     /// `Io`; the target is then as it was, unless it is written in place, or its directory could not be brought to
     /// stable storage: then it is the new one, which a loss of power may still undo. When the copy failed, an empty
     /// target is empty again; of others the complete new file stays, and the error names it.
-    pub fn commit(self, len: u64) -> Result<Option<&'static str>> {
-        self.place(len).map(|placed| placed.in_place)
-    }
-
-    /// The same, with all there is to tell.
-    ///
-    /// # Errors
-    /// As [`Pending::commit`].
-    pub fn place(mut self, len: u64) -> Result<Placed> {
+    pub fn commit(mut self, len: u64) -> Result<Committed> {
         let target = self.target.clone();
         self.commit_inner(len).map_err(|e| e.with_path(&target))?;
-        Ok(self.placed)
+        Ok(self.committed)
     }
 
     fn commit_inner(&mut self, len: u64) -> Result<()> {
@@ -217,7 +209,7 @@ impl Pending {
             };
             return Err(Error::new(Kind::Io(e), what));
         }
-        self.placed = Placed { in_place: Some(why), lost: None };
+        self.committed = Committed { in_place: Some(why), lost: None };
         if self.durable {
             sync_directory(&self.target)?;
         }
@@ -246,10 +238,10 @@ impl Drop for Pending {
 ///
 /// # Errors
 /// As [`Pending::create`] and [`Pending::commit`].
-pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<Placed> {
+pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<Committed> {
     let pending = Pending::create(target, options)?;
     crate::io::write_all_at(pending.file(), bytes, 0).during("cannot write").map_err(|e| e.with_path(target))?;
-    pending.place(bytes.len() as u64)
+    pending.commit(bytes.len() as u64)
 }
 
 /// The file that `path` stands for, if it is a symbolic link; the link itself stays.

@@ -19,12 +19,18 @@ pub fn keeps_inode(target: &Path) -> Option<&'static str> {
     is_open_for_writing(target).then_some(OPEN)
 }
 
-/// Opens a target for writing, as it is; a pipe that nobody reads is an error and not waited for.
-///
-/// This also marks the descriptor: nobody else asks not to wait for a regular file ([`is_open_for_writing`]).
-pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Result<File> {
+/// Marks descriptors that saves write through: nobody else asks not to wait for a regular file
+/// ([`is_open_for_writing`]).
+pub(super) fn mark(open: &mut OpenOptions) {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(open, rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    #[cfg(not(unix))]
+    let _ = open;
+}
+
+/// Opens a target for writing, as it is; a pipe that nobody reads is an error and not waited for.
+pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Result<File> {
+    mark(open);
     match open.open(target) {
         // A file under a lease: the holder is asked to give it up, which takes a moment.
         Err(e) if e.kind() == ErrorKind::WouldBlock && target.metadata()?.is_file() => {
@@ -36,13 +42,13 @@ pub(super) fn open_target(target: &Path, open: &mut OpenOptions) -> std::io::Res
     }
 }
 
-/// Whether a descriptor of this process other than those of [`open_target`] can write to the file.
+/// Whether a descriptor of this process that no save has marked can write to the file.
 #[cfg(target_os = "linux")]
 fn is_open_for_writing(target: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
     use std::os::fd::AsFd;
     const DESCRIPTORS: &str = "/proc/self/fd";
-    // What is known of a file is enough: a descriptor of a file server that is gone must not be waited for.
+    // What is known of a file is enough: a descriptor of a file server that does not answer must not be waited for.
     let identity = |at: std::os::fd::BorrowedFd<'_>, path: &Path| {
         let found = statx(at, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
         Some((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
@@ -93,7 +99,7 @@ pub(super) fn overwrite(mut source: &File, target: &Path, len: u64, durable: boo
     copied
 }
 
-/// Asks for the blocks before the first old byte is gone, where the file system can.
+/// Asks for the blocks before the first old byte is overwritten, where the file system can.
 #[cfg(target_os = "linux")]
 fn reserve(file: &File, len: u64) -> std::io::Result<()> {
     use rustix::{fs, io::Errno};
@@ -124,7 +130,7 @@ mod tests {
             ("0100002", true),    // both
             ("02102001", true),   // append, close on exec
             ("010000000", false), // O_PATH
-            ("02104001", false),  // ours: it does not block
+            ("02104001", false),  // of this crate: it does not block
             ("", false),
         ] {
             assert_eq!(is_foreign_writer(&info(flags)), writes, "{flags}");
@@ -141,7 +147,7 @@ mod tests {
         std::fs::write(&path, b"old").unwrap();
         assert_eq!(keeps_inode(&path), None);
         let reader = File::open(&path).unwrap();
-        let ours = open_target(&path, OpenOptions::new().write(true)).unwrap();
+        let marked = open_target(&path, OpenOptions::new().write(true)).unwrap();
         assert_eq!(keeps_inode(&path), None);
         for open in [OpenOptions::new().write(true), OpenOptions::new().read(true).append(true)] {
             let writer = open.open(&path).unwrap();
@@ -149,7 +155,13 @@ mod tests {
             drop(writer);
             assert_eq!(keeps_inode(&path), None);
         }
-        drop((reader, ours));
+        drop((reader, marked));
         assert_eq!(keeps_inode(directory.path()), None);
+        // Another save of this process has just put its file there, and not closed it yet.
+        let written = super::super::leftovers::temporary(&path, true).unwrap();
+        std::fs::write(&written.path, b"new").unwrap();
+        std::fs::rename(&written.path, &path).unwrap();
+        assert_eq!(keeps_inode(&path), None);
+        drop(written);
     }
 }

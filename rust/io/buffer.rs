@@ -5,7 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
 use crate::error::{Result, out_of_memory};
-use crate::h5::ALIGNMENT;
+use crate::image::ALIGNMENT;
 
 /// Bytes of a huge page on every platform that has them for ordinary memory.
 const HUGE_PAGE: usize = 2 << 20;

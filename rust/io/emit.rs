@@ -9,12 +9,12 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Kind, Result};
-use crate::h5::Layout;
+use crate::image::Layout;
 use crate::tree::Dataset;
 
 /// Bytes per write: small enough to stay in the second-level cache, large enough to amortise the call. Writes end at
 /// multiples of it in the file, so that the kernel takes large pages for its cache: a quarter faster (ext4, Linux 6.18).
-pub const BLOCK: usize = 256 << 10;
+pub const WRITE_BYTES: usize = 256 << 10;
 
 static ZEROS: [u8; 4096] = [0; 4096];
 
@@ -123,7 +123,7 @@ pub struct Image<'a> {
 impl<'a> Image<'a> {
     /// An image that begins at `base` of `sink`.
     pub fn new(base: u64, sink: &'a mut dyn Sink, progress: &'a Progress) -> Self {
-        let (stage, crc, patches) = (Vec::with_capacity(BLOCK), crc32fast::Hasher::new(), Vec::new());
+        let (stage, crc, patches) = (Vec::with_capacity(WRITE_BYTES), crc32fast::Hasher::new(), Vec::new());
         Self { sink, base, written: 0, stage, crc, patches, progress, counts: true }
     }
 
@@ -138,18 +138,18 @@ impl<'a> Image<'a> {
     /// # Errors
     /// As [`emit`].
     pub fn put_layout(&mut self, layout: &Layout, datasets: &[Dataset], tensors: &mut dyn Tensors) -> Result<()> {
-        enum Run<'a> {
+        enum Item<'a> {
             Metadata(&'a [u8]),
             Tensor(usize),
         }
-        let mut runs: Vec<(u64, Run<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Run::Metadata(m))).collect();
-        runs.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Run::Tensor(i)))));
-        runs.sort_by_key(|run| run.0); // stable, and sorted already for the direct engine
-        for (at, run) in runs {
+        let mut items: Vec<(u64, Item<'_>)> = layout.metadata.iter().map(|(at, m)| (*at, Item::Metadata(m))).collect();
+        items.extend(layout.offsets.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, Item::Tensor(i)))));
+        items.sort_by_key(|item| item.0); // stable, and sorted already for the direct engine
+        for (at, item) in items {
             self.zeros_up_to(at)?;
-            match run {
-                Run::Metadata(bytes) => self.put(bytes)?,
-                Run::Tensor(i) => self.put(sized(tensors.tensor(i)?, &datasets[i])?)?,
+            match item {
+                Item::Metadata(bytes) => self.put(bytes)?,
+                Item::Tensor(i) => self.put(sized(tensors.tensor(i)?, &datasets[i])?)?,
             }
         }
         self.zeros_up_to(layout.len)
@@ -201,17 +201,17 @@ impl<'a> Image<'a> {
     fn zeros_up_to(&mut self, at: u64) -> Result<()> {
         loop {
             match at.checked_sub(self.position()) {
-                None => return Err(Error::new(Kind::Invalid, "the layout overlaps itself")),
+                None => return Err(Error::new(Kind::Internal, "the layout overlaps itself")),
                 Some(0) => return Ok(()),
                 Some(gap) => self.put(&ZEROS[..gap.min(ZEROS.len() as u64) as usize])?,
             }
         }
     }
 
-    /// Stages what does not reach the next multiple of `BLOCK` in the file; writes the rest from where it lies.
+    /// Stages what does not reach the next multiple of `WRITE_BYTES` in the file; writes the rest from where it lies.
     fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
         loop {
-            let room = BLOCK - (self.base + self.position()) as usize % BLOCK;
+            let room = WRITE_BYTES - (self.base + self.position()) as usize % WRITE_BYTES;
             if bytes.len() < room {
                 self.stage.extend_from_slice(bytes);
                 return Ok(());
@@ -256,7 +256,7 @@ pub(super) fn sized<'a>(bytes: &'a [u8], dataset: &Dataset) -> Result<&'a [u8]> 
     if bytes.len() as u64 == dataset.nbytes {
         return Ok(bytes);
     }
-    Err(Error::new(Kind::Invalid, "a tensor changed its size while it was saved")
+    Err(Error::new(Kind::Changed, "a tensor changed its size while it was saved")
         .with_found(format_args!("{} bytes", dataset.nbytes), format_args!("{} bytes", bytes.len()))
         .with_entry(&dataset.path))
 }

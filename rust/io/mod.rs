@@ -11,7 +11,7 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Kind, Result};
 
-/// Random access to a run of bytes that does not change while it is read.
+/// Random access to bytes that do not change while they are read.
 pub trait ReadAt: Send + Sync {
     /// Bytes there are.
     fn len(&self) -> u64;
@@ -32,8 +32,8 @@ pub trait ReadAt: Send + Sync {
         None
     }
 
-    /// Whether reading runs no code but ours, so that locks may be held meanwhile.
-    fn is_ours(&self) -> bool {
+    /// Whether reading runs only code of this crate, so that locks may be held meanwhile.
+    fn is_native(&self) -> bool {
         true
     }
 }

@@ -15,8 +15,8 @@ use flate2::{Compress, FlushCompress};
 
 use super::emit::{Image, Progress, Sink, Tensors, sized};
 use crate::error::{Error, Kind, Result, out_of_memory};
-use crate::h5::filters::shuffle;
-use crate::h5::{Compression, Engine};
+use crate::image::hdf5::filters::shuffle;
+use crate::image::{Compression, Engine};
 use crate::limits;
 use crate::tree::{Dataset, Tree};
 
@@ -94,7 +94,7 @@ pub fn pack(
         let (back, done) = channel();
         for n in 0..threads {
             let (jobs, back) = (&jobs, back.clone());
-            let started = std::thread::Builder::new().spawn_scoped(scope, move || Worker::new(how).run(jobs, &back));
+            let started = std::thread::Builder::new().spawn_scoped(scope, move || Worker::new(how).work(jobs, &back));
             match started {
                 Err(e) if n == 0 => return Err(Error::new(Kind::Io(e), "cannot start a thread that compresses")),
                 Err(_) => break, // fewer do it, too
@@ -107,12 +107,12 @@ pub fn pack(
             progress.written.fetch_add(job.tensor_bytes, Ordering::Relaxed);
             image.put_at(at, &job.packed)
         };
-        let mut line = Line { to, done, write, waiting: VecDeque::new(), spare: Vec::new(), first: 0, next: 0 };
+        let mut pipeline = Pipeline { to, done, write, waiting: VecDeque::new(), spare: Vec::new(), first: 0, next: 0 };
         for (i, (dataset, shape)) in tree.datasets().iter().zip(&shapes).enumerate() {
             let Some(shape) = shape else { continue };
             let bytes = sized(tensors.tensor(i)?, dataset)?;
             for_each_chunk(dataset, shape, |start, range, len| {
-                let mut job = line.room(most)?;
+                let mut job = pipeline.free_job(most)?;
                 if progress.cancelled.load(Ordering::Relaxed) {
                     return Err(Error::new(Kind::Cancelled, "the save was cancelled"));
                 }
@@ -125,13 +125,13 @@ pub fn pack(
                 job.raw.try_reserve(len).map_err(|_| out_of_memory(len))?;
                 job.raw.extend_from_slice(&bytes[range]);
                 job.raw.resize(len, 0);
-                line.send(job);
+                pipeline.send(job);
                 Ok(())
             })
             .map_err(|e| e.with_entry(&dataset.path))?;
         }
-        while !line.waiting.is_empty() {
-            line.settle()?;
+        while !pipeline.waiting.is_empty() {
+            pipeline.write_next()?;
         }
         Result::Ok(())
     })?;
@@ -145,7 +145,7 @@ pub fn pack(
     Ok((len, image.finish(len)?))
 }
 
-/// The shape of a dataset's chunks: runs of whole rows of about `limit` bytes, so that a chunk is one run of the
+/// The shape of a dataset's chunks: whole rows of about `limit` bytes, so that a chunk is one range of the
 /// tensor. `None` for what stays as it is.
 fn chunk_shape(dataset: &Dataset, limit: u64) -> Option<Vec<u64>> {
     if dataset.shape.is_empty() || dataset.nbytes < WORTH_A_CHUNK {
@@ -208,8 +208,8 @@ struct Job {
     failed: bool,
 }
 
-/// The caller's end: chunks go out as there is room and are written in the order they went.
-struct Line<W> {
+/// The caller's end: a few chunks are on their way, and are written in the order they were sent.
+struct Pipeline<W> {
     to: Sender<Job>,
     done: Receiver<Job>,
     write: W,
@@ -219,11 +219,11 @@ struct Line<W> {
     next: u64,
 }
 
-impl<W: FnMut(&Job) -> Result<()>> Line<W> {
+impl<W: FnMut(&Job) -> Result<()>> Pipeline<W> {
     /// A job to fill, when fewer than `most` are on their way.
-    fn room(&mut self, most: usize) -> Result<Job> {
+    fn free_job(&mut self, most: usize) -> Result<Job> {
         while self.waiting.len() >= most {
-            self.settle()?;
+            self.write_next()?;
         }
         Ok(self.spare.pop().unwrap_or_default())
     }
@@ -232,13 +232,13 @@ impl<W: FnMut(&Job) -> Result<()>> Line<W> {
         job.number = self.next;
         self.next += 1;
         self.waiting.push_back(None);
-        let _ = self.to.send(job); // if nobody is left, `settle` says so
+        let _ = self.to.send(job); // if nobody is left, `write_next` says so
     }
 
     /// Waits for one chunk; writes it, and what waited for it.
-    fn settle(&mut self) -> Result<()> {
+    fn write_next(&mut self) -> Result<()> {
         let job = self.done.recv().ok().filter(|job| !job.failed);
-        let job = job.ok_or_else(|| Error::new(Kind::Invalid, "a thread that compresses panicked"))?;
+        let job = job.ok_or_else(|| Error::new(Kind::Internal, "a thread that compresses panicked"))?;
         let place = (job.number - self.first) as usize;
         self.waiting[place] = Some(job);
         while let Some(job) = self.waiting.front_mut().and_then(Option::take) {
@@ -266,7 +266,7 @@ impl Worker {
         Self { how, zlib: deflate(how.level), probe: deflate(PROBE_LEVEL), probed: Vec::new(), shuffled: Vec::new() }
     }
 
-    fn run(mut self, jobs: &Mutex<Receiver<Job>>, back: &Sender<Job>) {
+    fn work(mut self, jobs: &Mutex<Receiver<Job>>, back: &Sender<Job>) {
         let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         while let Ok(mut job) = next() {
             job.failed = catch_unwind(AssertUnwindSafe(|| self.compress(&mut job))).is_err();
@@ -297,33 +297,33 @@ impl Worker {
         self.shuffled = shuffled;
     }
 
-    /// Makes a zlib stream (RFC 1950) of `data`; says whether it is shorter. Runs that would not shrink are stored in
+    /// Makes a zlib stream (RFC 1950) of `data`; says whether it is shorter. Parts that would not shrink are stored in
     /// it: three of the four bytes of a weight look random, and to find that out anew takes longer than to compress the
     /// fourth.
     fn deflate(&mut self, data: &[u8], plane: usize, out: &mut Vec<u8>) -> bool {
-        let mut runs: Vec<(Range<usize>, bool)> = Vec::new(); // with whether it shrinks
+        let mut ranges: Vec<(Range<usize>, bool)> = Vec::new(); // with whether it shrinks
         let mut start = 0;
         for segment in data.chunks(plane).flat_map(|plane| plane.chunks(SEGMENT)) {
             let shrinks = self.shrinks(segment);
-            match runs.last_mut() {
-                Some((run, same)) if *same == shrinks => run.end += segment.len(),
-                _ => runs.push((start..start + segment.len(), shrinks)),
+            match ranges.last_mut() {
+                Some((range, same)) if *same == shrinks => range.end += segment.len(),
+                _ => ranges.push((start..start + segment.len(), shrinks)),
             }
             start += segment.len();
         }
-        if !runs.iter().any(|run| run.1) {
+        if !ranges.iter().any(|range| range.1) {
             return false;
         }
         out.clear();
         out.extend(ZLIB_HEADER);
-        for (run, shrinks) in runs {
-            let (run, last) = (&data[run.clone()], run.end == data.len());
+        for (range, shrinks) in ranges {
+            let (bytes, last) = (&data[range.clone()], range.end == data.len());
             if shrinks {
                 let flush = if last { FlushCompress::Finish } else { FlushCompress::Sync };
-                deflate(&mut self.zlib, run, flush, out);
+                deflate(&mut self.zlib, bytes, flush, out);
             } else {
-                let blocks = run.len().div_ceil(STORED_BLOCK);
-                for (i, block) in run.chunks(STORED_BLOCK).enumerate() {
+                let blocks = bytes.len().div_ceil(STORED_BLOCK);
+                for (i, block) in bytes.chunks(STORED_BLOCK).enumerate() {
                     let len = block.len() as u16;
                     out.push(u8::from(last && i + 1 == blocks));
                     out.extend(len.to_le_bytes());
@@ -433,7 +433,7 @@ mod tests {
         }
     }
 
-    /// Every way through a chunk, checked by the inflater that reads it: random, runs of both kinds, zeros, odd sizes.
+    /// Every way through a chunk, checked by the inflater that reads it: random, parts of both kinds, zeros, odd sizes.
     #[test]
     fn chunks_inflate_to_what_they_were() {
         let mut state = 7u64;
@@ -470,7 +470,7 @@ mod tests {
                     }
                     let mut back = inflated.clone();
                     if shuffle {
-                        crate::h5::filters::unshuffle(&inflated, 4, &mut back);
+                        crate::image::hdf5::filters::unshuffle(&inflated, 4, &mut back);
                     }
                     assert!(back == *raw, "level {level}, {} bytes", raw.len());
                     assert_eq!(skipped, level == 0 || *raw == noise, "level {level}, {} bytes", raw.len());

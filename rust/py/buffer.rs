@@ -1,4 +1,4 @@
-//! Memory across the boundary, by the buffer protocol: lent to the core, and handed out by it.
+//! Memory across the boundary, by the buffer protocol: what Python passes to the core, and what the core hands out.
 #![allow(unsafe_code)] // the buffer protocol is pointers
 
 use std::ffi::c_int;
@@ -9,16 +9,16 @@ use pyo3::exceptions::{PyBufferError, PyOSError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use super::run::caller;
+use super::detached::caller;
 use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::io::ReadAt;
 use crate::io::emit::Sink;
 use crate::io::fetch::Slot;
 
 /// C-contiguous memory of a Python object, kept alive and not resized while this lives.
-pub(super) struct Lent(PyUntypedBuffer);
+pub(super) struct Buffer(PyUntypedBuffer);
 
-impl Lent {
+impl Buffer {
     pub(super) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let buffer = PyUntypedBuffer::get(object)?;
         if !buffer.is_c_contiguous() {
@@ -39,7 +39,7 @@ impl Lent {
 }
 
 /// The file of an `io.BytesIO`.
-impl ReadAt for Lent {
+impl ReadAt for Buffer {
     fn len(&self) -> u64 {
         self.bytes().len() as u64
     }
@@ -76,7 +76,7 @@ impl Sink for Memory {
         let size = self.target.len_bytes();
         let inside = bytes.len().min(size.saturating_sub(at));
         if inside > 0 {
-            // SAFETY: `at + inside` ≤ `size`; the memory is writable, alive while `target` is, and ours alone: it was
+            // SAFETY: `at + inside` ≤ `size`; the memory is writable, alive while `target` is, and used by nobody else: it was
             // made for this save (see `_save.py`).
             let memory = unsafe { std::slice::from_raw_parts_mut(self.target.buf_ptr().cast::<u8>(), size) };
             memory[at..at + inside].copy_from_slice(&bytes[..inside]);
@@ -187,12 +187,12 @@ impl ReadAt for Seekable {
         Err(Error::new(Kind::Io(std::io::ErrorKind::UnexpectedEof.into()), "the file object ended early"))
     }
 
-    fn is_ours(&self) -> bool {
+    fn is_native(&self) -> bool {
         false
     }
 }
 
-/// A tensor's bytes: 64-byte aligned memory of the core, lent to Python by the buffer protocol (writable).
+/// A tensor's bytes: 64-byte aligned memory of the core, which Python has by the buffer protocol (writable).
 #[pyclass(frozen, module = "hornbeam._core")]
 pub(super) struct Block(Slot);
 
@@ -220,7 +220,7 @@ impl Block {
     }
 }
 
-/// Shares a lent buffer as something readable.
+/// The buffer of a Python object as a file to read.
 pub(super) fn source(object: &Bound<'_, PyAny>) -> PyResult<Arc<dyn ReadAt>> {
-    Ok(Arc::new(Lent::new(object)?))
+    Ok(Arc::new(Buffer::new(object)?))
 }

@@ -1,4 +1,4 @@
-//! Python objects ↔ JSON for `_core.encode_json` and `_core.decode_json`. The text is `config.rs`, the objects are here.
+//! Python objects ↔ JSON for `_core.encode_json` and `_core.decode_json`. The text is `json/`, the objects are here.
 
 use std::mem;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
 
-use crate::config::{self, Ancestors, Build, Encoder, Fault, Limits, Scalar, Text};
+use crate::json::{self, Ancestors, Build, Encoder, Fault, Limits, Recent, Scalar, Text};
 use crate::py::errors::to_py;
 
 /// What `json.dumps(obj).encode()` returns or raises.
@@ -85,7 +85,7 @@ impl<'py> Writer<'py> {
         if let Ok(s) = key.cast::<PyString>() {
             self.string(s)?;
         } else if let Ok(x) = key.cast::<PyFloat>() {
-            self.out.str(&config::float_text(x.value()));
+            self.out.str(&json::float_text(x.value()));
         } else if let Ok(b) = key.cast::<PyBool>() {
             self.out.str(if b.is_true() { "true" } else { "false" });
         } else if key.is_none() {
@@ -223,9 +223,9 @@ fn parse<'py>(py: Python<'py>, text: &str, trusted: bool) -> PyResult<Bound<'py,
         limits = Limits { bytes: u64::MAX, depth: recursion_limit(py)?, unique_keys: false };
     }
     let mut recent = mem::take(&mut *RECENT.lock().unwrap_or_else(PoisonError::into_inner));
-    recent.resize_with(SLOTS, || None);
-    let mut objects = Objects { py, recent, luck: 256, unique: limits.unique_keys };
-    let result = config::decode(text, &limits, &mut objects);
+    recent.begin();
+    let mut objects = Objects { py, recent, unique: limits.unique_keys };
+    let result = json::decode(text, &limits, &mut objects);
     *RECENT.lock().unwrap_or_else(PoisonError::into_inner) = objects.recent;
     result.map_err(|stop| match *stop {
         Stop::Python(err) => err,
@@ -245,18 +245,13 @@ fn malformed(py: Python<'_>, what: &str, text: &str, at: usize) -> PyErr {
     }
 }
 
-/// Short strings that were decoded lately, each in the slot that [`place`] says, with the text they are made of.
-type Recent = Vec<Option<(String, Py<PyString>)>>;
-const SLOTS: usize = 1024; // about 100 kB
-
 /// Taken while a text is decoded, so that one in between merely starts afresh.
-static RECENT: Mutex<Recent> = Mutex::new(Vec::new());
+static RECENT: Mutex<Recent<Py<PyString>>> = Mutex::new(Recent::new());
 
 /// Builds Python objects; configs repeat a few dozen strings, which are shared.
 struct Objects<'py> {
     py: Python<'py>,
-    recent: Recent,
-    luck: usize, // hits against misses in `recent`; without it only keys are looked up, lest a vocabulary be slow
+    recent: Recent<Py<PyString>>,
     unique: bool, // does anybody ask whether a key is new?
 }
 
@@ -293,7 +288,8 @@ impl<'py> Build for Objects<'py> {
             Scalar::Int(n) => PyInt::new(py, n).into_any(),
             Scalar::IntText(digits) => py.get_type::<PyInt>().call1((digits,))?, // Python's own limit on digits applies
             Scalar::Float(x) => PyFloat::new(py, x).into_any(),
-            Scalar::Text(Text::Utf8(s)) if self.luck == 0 => PyString::new(py, s).into_any(),
+            // Keys are looked up all the same.
+            Scalar::Text(Text::Utf8(s)) if !self.recent.pays() => PyString::new(py, s).into_any(),
             Scalar::Text(text) => self.key(text)?.into_any(),
         })
     }
@@ -325,31 +321,10 @@ impl<'py> Build for Objects<'py> {
 
 impl<'py> Objects<'py> {
     fn shared(&mut self, s: &str) -> Bound<'py, PyString> {
-        if s.len() > 32 {
-            return PyString::new(self.py, s);
+        let py = self.py;
+        match self.recent.get(s, || PyString::new(py, s).unbind()) {
+            Some(object) => object.bind(py).clone(),
+            None => PyString::new(py, s),
         }
-        let slot = &mut self.recent[place(s.as_bytes())];
-        if let Some((known, object)) = slot
-            && known == s
-        {
-            self.luck += 1;
-            return object.bind(self.py).clone();
-        }
-        self.luck = self.luck.saturating_sub(1);
-        let object = PyString::new(self.py, s);
-        let mut known = slot.take().map_or_else(String::new, |(known, _)| known); // for its memory
-        known.clear();
-        known.push_str(s);
-        *slot = Some((known, object.clone().unbind()));
-        object
     }
-}
-
-/// A hash of the ends of a string; what it confuses is only not shared.
-fn place(s: &[u8]) -> usize {
-    let ends = match (s.first_chunk(), s.last_chunk()) {
-        (Some(&first), Some(&last)) => u64::from_le_bytes(first) ^ u64::from_le_bytes(last).rotate_left(29),
-        _ => s.iter().fold(0, |word, &b| word << 8 | u64::from(b)),
-    };
-    ((ends ^ s.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % SLOTS
 }

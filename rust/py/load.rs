@@ -9,11 +9,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::buffer::{Block, Seekable, source};
+use super::detached::{detached, interrupt};
 use super::errors::to_py;
-use super::run::{interrupt, run};
 use crate::archive::read::{Member, Members};
 use crate::error::{Error, Kind, Result};
-use crate::h5::{self, Found, Storage};
+use crate::image::{Found, Storage, hdf5};
 use crate::io::ReadAt;
 use crate::load::{self, Choice};
 use crate::tree::Attribute;
@@ -41,12 +41,12 @@ pub(super) struct File {
 pub(super) fn open(py: Python<'_>, target: &Bound<'_, PyAny>, archive: bool) -> PyResult<File> {
     let path = target.extract::<PathBuf>().ok();
     let source = match &path {
-        Some(path) => run(py, || load::open(path))?,
+        Some(path) => detached(py, || load::open(path))?,
         None if target.hasattr("seek")? => Arc::new(Seekable::new(target)?),
         None => source(target)?,
     };
     let read = || archive.then(|| Members::open(&*source)).transpose();
-    let members = run(py, || placed(read(), path.as_ref()))?;
+    let members = detached(py, || with_path(read(), path.as_ref()))?;
     Ok(File { source, path, members })
 }
 
@@ -56,7 +56,7 @@ pub(super) fn check_expansion(images: Vec<(PyRef<'_, Weights>, Vec<usize>)>) -> 
     load::check_expansion(images.iter().map(|(w, positions)| (&*w.weights, &positions[..]))).map_err(to_py)
 }
 
-fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
+fn with_path<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
     result.map_err(|e| match path {
         Some(path) => e.with_path(path),
         None => e,
@@ -64,7 +64,7 @@ fn placed<T>(result: Result<T>, path: Option<&PathBuf>) -> Result<T> {
 }
 
 #[cold]
-fn nowhere() -> PyErr {
+fn no_such_dataset() -> PyErr {
     PyValueError::new_err("no dataset has this position")
 }
 
@@ -94,7 +94,7 @@ impl File {
     /// All bytes of a member, CRC checked.
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
         let read = || self.member(name).and_then(|m| m.read(&*self.source, &interrupt));
-        let bytes = run(py, || placed(read(), self.path.as_ref()))?;
+        let bytes = detached(py, || with_path(read(), self.path.as_ref()))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
@@ -106,12 +106,12 @@ impl File {
             (None, None) => Ok(()),
             (Some(name), _) => self.member(name).and_then(|m| m.check_expansion(floor, max_expansion)),
         };
-        placed(checked, self.path.as_ref()).map_err(to_py)
+        with_path(checked, self.path.as_ref()).map_err(to_py)
     }
 
     /// Whether it is HDF5, perhaps behind a user block.
     fn is_hdf5(&self, py: Python<'_>) -> PyResult<bool> {
-        run(py, || placed(h5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
+        detached(py, || with_path(hdf5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
     }
 
     /// Indexes the weights.
@@ -120,7 +120,7 @@ impl File {
         let choice = choice(engine)?;
         let open =
             || load::Weights::open_interruptibly(Arc::clone(&self.source), self.members.as_ref(), choice, &interrupt);
-        let weights = run(py, || placed(open(), self.path.as_ref()))?;
+        let weights = detached(py, || with_path(open(), self.path.as_ref()))?;
         Ok(Weights { weights: Arc::new(weights), path: self.path.clone() })
     }
 }
@@ -136,7 +136,7 @@ pub(super) struct Weights {
 impl Weights {
     #[getter]
     fn engine(&self) -> &'static str {
-        self.weights.engine()
+        self.weights.engine().name()
     }
 
     #[getter]
@@ -175,26 +175,26 @@ impl Weights {
     /// `(dtype, shape, bytes, attributes, offset in the file)` of one dataset.
     #[allow(clippy::type_complexity)] // one row of a table
     fn dataset(&self, i: usize) -> PyResult<(Cow<'static, str>, &[u64], u64, &[Attribute], Option<u64>)> {
-        let d = self.weights.index().datasets.get(i).ok_or_else(nowhere)?;
+        let d = self.weights.index().datasets.get(i).ok_or_else(no_such_dataset)?;
         Ok((dtype(d), &d.shape, d.nbytes, &d.attributes, self.weights.offset(i)))
     }
 
     /// Some bytes of a dataset.
     fn read(&self, py: Python<'_>, i: usize, start: u64, stop: u64) -> PyResult<Block> {
         if i >= self.weights.index().datasets.len() {
-            return Err(nowhere());
+            return Err(no_such_dataset());
         }
-        let read = || placed(self.weights.read_part(i, start, stop, &interrupt), self.path.as_ref());
-        run(py, read).map(Block::new)
+        let read = || with_path(self.weights.read_part(i, start, stop, &interrupt), self.path.as_ref());
+        detached(py, read).map(Block::new)
     }
 
     /// Starts to read datasets by their position in `datasets()`.
     #[pyo3(signature = (wanted, *, verify = true, read_ahead))]
     fn fetch(&self, py: Python<'_>, wanted: Vec<usize>, verify: bool, read_ahead: u64) -> PyResult<Reading> {
         if wanted.iter().any(|&i| i >= self.weights.index().datasets.len()) {
-            return Err(nowhere());
+            return Err(no_such_dataset());
         }
-        let reading = run(py, || placed(self.weights.fetch(&wanted, verify, read_ahead), self.path.as_ref()))?;
+        let reading = detached(py, || with_path(self.weights.fetch(&wanted, verify, read_ahead), self.path.as_ref()))?;
         Ok(Reading { reading: Some(reading), path: self.path.clone() })
     }
 }
@@ -234,13 +234,13 @@ impl Reading {
 
     /// Waits for a dataset and takes it; `None` if it was taken before. A ValueError when there is none at `i`.
     fn take(&self, py: Python<'_>, i: usize) -> PyResult<Option<Block>> {
-        let slot = run(py, || placed(self.reading().take(i, &interrupt), self.path.as_ref()))?;
+        let slot = detached(py, || with_path(self.reading().take(i, &interrupt), self.path.as_ref()))?;
         Ok(slot.map(Block::new))
     }
 
     /// Waits until every byte was read and checked.
     #[pyo3(signature = (*, drop_rest = false))]
     fn complete(&self, py: Python<'_>, drop_rest: bool) -> PyResult<()> {
-        run(py, || placed(self.reading().complete(drop_rest, &interrupt), self.path.as_ref()))
+        detached(py, || with_path(self.reading().complete(drop_rest, &interrupt), self.path.as_ref()))
     }
 }

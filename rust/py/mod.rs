@@ -6,10 +6,10 @@
 
 mod attribute;
 mod buffer;
+mod detached;
 pub(crate) mod errors;
 mod json;
 mod load;
-mod run;
 mod save;
 
 use pyo3::prelude::*;

@@ -11,14 +11,14 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict};
 
-use super::buffer::{Lent, Memory, Stream};
+use super::buffer::{Buffer, Memory, Stream};
+use super::detached::{caller, detached, interrupt};
 use super::errors::to_py;
-use super::run::{caller, interrupt, run};
 use crate::archive::write::Content;
-use crate::commit::{self, Options, Pending, Placed};
+use crate::commit::{self, Committed, Options, Pending};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::Compression;
+use crate::image::Compression;
 use crate::io::emit::{Progress, Sink, Tensors};
 use crate::io::fetch::POLL;
 use crate::load::Choice;
@@ -64,7 +64,7 @@ pub(super) fn plan(
         Ok(tree)
     };
     let tree = record().map_err(to_py)?; // attached: it releases the names
-    let laid_out = run(py, || match compression {
+    let laid_out = detached(py, || match compression {
         Some(how) => Ok(save::Plan::compressed(tree, choice.compressor()?, how)),
         None => save::Plan::new(tree, &*choice.writer()?),
     });
@@ -75,7 +75,7 @@ pub(super) fn plan(
 impl Plan {
     #[getter]
     fn engine(&self) -> &'static str {
-        self.0.engine()
+        self.0.engine().name()
     }
 
     #[getter]
@@ -104,12 +104,12 @@ impl Plan {
         if buffers.len() != self.0.tree().datasets().len() {
             return Err(PyRuntimeError::new_err("one buffer per dataset is needed"));
         }
-        let lent = buffers.iter().map(|b| b.as_ref().map(Lent::new).transpose()).collect::<PyResult<Vec<_>>>()?;
+        let buffers = buffers.iter().map(|b| b.as_ref().map(Buffer::new).transpose()).collect::<PyResult<Vec<_>>>()?;
         let (tail_to, tail) = channel();
         let target = if let Ok(path) = target.extract::<PathBuf>() {
             let options = Options { atomic, durable, queued: hold };
             if hold {
-                let pending = run(target.py(), || Pending::create(&path, options))?;
+                let pending = detached(target.py(), || Pending::create(&path, options))?;
                 Target::Open(path, pending)
             } else {
                 Target::Path(path, options)
@@ -123,7 +123,7 @@ impl Plan {
         };
         let save = Save {
             progress: Arc::default(),
-            state: Mutex::new(Some(State::Held(Held { plan: Arc::clone(&self.0), target, lent, archive, tail }))),
+            state: Mutex::new(Some(State::Held(Held { plan: Arc::clone(&self.0), target, buffers, archive, tail }))),
             prepared: Mutex::new(None),
             process: std::process::id(),
         };
@@ -157,7 +157,7 @@ enum Event {
 
 /// What the caller answers.
 enum Answer {
-    Tensor(Lent),
+    Tensor(Buffer),
     Members(Vec<(String, Content)>),
 }
 
@@ -179,13 +179,13 @@ enum State {
 struct Held {
     plan: Arc<save::Plan>,
     target: Target,
-    lent: Vec<Option<Lent>>,
+    buffers: Vec<Option<Buffer>>,
     archive: bool,
     tail: Receiver<Vec<u8>>,
 }
 
 struct Running {
-    thread: JoinHandle<Vec<Option<Lent>>>,
+    thread: JoinHandle<Vec<Option<Buffer>>>,
     events: Receiver<Event>,
     tensors: Sender<Answer>,
     members: Sender<Answer>,
@@ -193,28 +193,28 @@ struct Running {
     archive: bool,
 }
 
-/// The writer thread's view of the tensors: lent ones at once, others when the caller hands them over.
+/// The writer thread's view of the tensors: those it was given, others when the caller hands them over.
 struct Source<'a> {
-    lent: &'a [Option<Lent>],
-    current: Option<Lent>,
+    buffers: &'a [Option<Buffer>],
+    current: Option<Buffer>,
     ask: &'a Sender<Event>,
     answers: &'a Receiver<Answer>,
 }
 
-fn gone<E>(_: E) -> Error {
+fn cancelled<E>(_: E) -> Error {
     Error::new(Kind::Cancelled, "the save was cancelled")
 }
 
 impl Tensors for Source<'_> {
     fn tensor(&mut self, i: usize) -> Result<&[u8]> {
-        if let Some(lent) = &self.lent[i] {
-            return Ok(lent.bytes());
+        if let Some(buffers) = &self.buffers[i] {
+            return Ok(buffers.bytes());
         }
         self.current = None;
-        self.ask.send(Event::Tensor(i)).map_err(gone)?;
-        match self.answers.recv().map_err(gone)? {
-            Answer::Tensor(lent) => Ok(self.current.insert(lent).bytes()),
-            Answer::Members(_) => Err(gone(())),
+        self.ask.send(Event::Tensor(i)).map_err(cancelled)?;
+        match self.answers.recv().map_err(cancelled)? {
+            Answer::Tensor(buffers) => Ok(self.current.insert(buffers).bytes()),
+            Answer::Members(_) => Err(cancelled(())),
         }
     }
 }
@@ -222,27 +222,27 @@ impl Tensors for Source<'_> {
 impl Running {
     /// Starts the writer thread.
     fn spawn(held: Held, progress: &Arc<Progress>) -> PyResult<Self> {
-        let Held { plan, target, lent, archive, tail } = held;
+        let Held { plan, target, buffers, archive, tail } = held;
         let (ask, events) = channel();
         let (tensors, tensor_answers) = channel();
         let (members, member_answers) = channel();
         let watched = Arc::clone(progress);
-        let run = move || {
+        let body = move || {
             let work = || {
-                let mut source = Source { lent: &lent, current: None, ask: &ask, answers: &tensor_answers };
-                let mut members = || match member_answers.recv().map_err(gone)? {
+                let mut source = Source { buffers: &buffers, current: None, ask: &ask, answers: &tensor_answers };
+                let mut members = || match member_answers.recv().map_err(cancelled)? {
                     Answer::Members(members) => Ok(members),
-                    Answer::Tensor(_) => Err(gone(())),
+                    Answer::Tensor(_) => Err(cancelled(())),
                 };
                 let members: Option<save::Members<'_>> = if archive { Some(&mut members) } else { None };
                 save::write(&plan, target, &mut source, members, &watched)
             };
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Invalid, "the writer thread panicked")));
+            let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "the writer thread panicked")));
             let _ = ask.send(Event::Done(Box::new(outcome)));
-            lent // released by the caller, who is attached
+            buffers // released by the caller, who is attached
         };
-        let thread = std::thread::Builder::new().name("hornbeam-save".into()).spawn(run)?;
+        let thread = std::thread::Builder::new().name("hornbeam-save".into()).spawn(body)?;
         Ok(Self { thread, events, tensors, members, tail, archive })
     }
 }
@@ -279,7 +279,7 @@ impl Save {
         self.progress.written.load(Ordering::Relaxed)
     }
 
-    /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor not lent before. Without
+    /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor that was not given to `start`. Without
     /// `commit`, the old file stays until [`Save::commit`].
     #[pyo3(signature = (members, pull = None, *, commit = true))]
     fn finish<'py>(
@@ -304,8 +304,8 @@ impl Save {
                 Ok(Some(Event::Done(outcome))) => break *outcome,
                 Ok(Some(Event::Tensor(i))) => {
                     let given = pull.ok_or_else(|| PyRuntimeError::new_err("no pull function was given"));
-                    match given.and_then(|p| p.call1((i,))).and_then(|b| Lent::new(&b)) {
-                        Ok(lent) => drop(running.tensors.send(Answer::Tensor(lent))),
+                    match given.and_then(|p| p.call1((i,))).and_then(|b| Buffer::new(&b)) {
+                        Ok(buffers) => drop(running.tensors.send(Answer::Tensor(buffers))),
                         Err(e) => break Err(caller(e)),
                     }
                 }
@@ -316,16 +316,16 @@ impl Save {
         self.progress.cancelled.store(waited.is_err(), Ordering::Relaxed);
         let Running { thread, events, tensors, members, tail, .. } = running;
         drop((events, tensors, members));
-        let lent = py.detach(|| thread.join());
-        drop(lent);
+        let buffers = py.detach(|| thread.join());
+        drop(buffers);
         let prepared = waited.map_err(to_py)?;
         let info = PyDict::new(py);
         info.set_item("bytes", prepared.bytes())?;
         info.set_item("crc", prepared.crc())?;
         if commit {
-            let placed = run(py, || prepared.commit())?.placed;
-            info.set_item("in_place", placed.in_place)?;
-            info.set_item("lost", placed.lost)?;
+            let committed = detached(py, || prepared.commit())?.committed;
+            info.set_item("in_place", committed.in_place)?;
+            info.set_item("lost", committed.lost)?;
         } else {
             *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
         }
@@ -338,7 +338,7 @@ impl Save {
     fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
         self.check_process()?;
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok((None, None)), |p| run(py, || p.commit().map(|written| outcome(written.placed))))
+        prepared.map_or(Ok((None, None)), |p| detached(py, || p.commit().map(|written| outcome(written.committed))))
     }
 
     /// Stops the writer and removes what it wrote.
@@ -361,7 +361,9 @@ fn next(events: &mut Receiver<Event>) -> Result<Option<Event>> {
     match events.recv_timeout(POLL) {
         Ok(event) => Ok(Some(event)),
         Err(RecvTimeoutError::Timeout) => interrupt().map(|()| None),
-        Err(RecvTimeoutError::Disconnected) => Err(Error::new(Kind::Invalid, "the writer thread is gone")),
+        Err(RecvTimeoutError::Disconnected) => {
+            Err(Error::new(Kind::Internal, "the writer thread ended without a result"))
+        }
     }
 }
 
@@ -390,8 +392,8 @@ impl From<MemberContent> for Content {
 /// Why a file was written over instead of being replaced, and what it lost of the old one's attributes.
 type Outcome = (Option<&'static str>, Option<&'static str>);
 
-fn outcome(placed: Placed) -> Outcome {
-    (placed.in_place, placed.lost)
+fn outcome(committed: Committed) -> Outcome {
+    (committed.in_place, committed.lost)
 }
 
 /// Whether a save writes over the file at this path, so that what has it open sees the new content.
@@ -416,7 +418,7 @@ pub(super) fn write_file(
     atomic: bool,
     durable: bool,
 ) -> PyResult<Outcome> {
-    run(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
+    detached(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
 }
 
 /// A directory that replaces another when it is complete; a context manager.
@@ -430,7 +432,8 @@ impl Directory {
     #[allow(clippy::needless_pass_by_value)] // extracted
     fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let made = run(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
+        let made =
+            detached(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
         let path = made.path().to_owned();
         Ok(Self(Mutex::new(Some(made)), path))
     }
@@ -443,7 +446,7 @@ impl Directory {
     /// Puts the directory in its place; what it could not take over from the old one.
     fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
         let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.map_or(Ok(None), |d| run(py, || d.commit()))
+        made.map_or(Ok(None), |d| detached(py, || d.commit()))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

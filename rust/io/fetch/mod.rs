@@ -3,7 +3,7 @@
 //! [`plan`] cuts the image into parts beforehand; [`state`] says who reads which; [`work`] reads them, in the background
 //! and in the threads of callers that would have to wait: there are as many workers as cores, and none idles. They run
 //! ahead of whoever takes the tensors by a bounded number of bytes, unless a later tensor is asked for. Every byte of the
-//! image passes the CRC, also those between tensors. What is no plain run of bytes is decoded by whoever knows how, in a
+//! image passes the CRC, also those between tensors. What is not one range of bytes is decoded by whoever knows how, in a
 //! background thread.
 #![allow(unsafe_code)] // reads from blocks that are complete
 
@@ -101,14 +101,14 @@ impl Slot {
     /// # Errors
     /// `Memory`, `Io`, or what `interrupt` returns.
     pub fn read_from(source: &dyn ReadAt, offset: u64, len: usize, interrupt: Interrupt<'_>) -> Result<Self> {
-        const PART: usize = 16 << 20; // milliseconds
+        const STEP: usize = 16 << 20; // milliseconds between two interrupts
         let block = Block::new(len)?;
         // SAFETY: the block is not shared yet.
-        for (i, part) in unsafe { block.slot(0, len) }.chunks_mut(PART).enumerate() {
+        for (i, part) in unsafe { block.slot(0, len) }.chunks_mut(STEP).enumerate() {
             if i > 0 {
                 interrupt()?;
             }
-            source.read_at(part, offset + (i * PART) as u64)?;
+            source.read_at(part, offset + (i * STEP) as u64)?;
         }
         Ok(Self { block: Arc::new(block), start: 0, len })
     }
@@ -126,7 +126,7 @@ impl Slot {
     }
 }
 
-/// Fills the memory of some tensors that are not plain runs of bytes, by their numbers, from the given file.
+/// Fills the memory of some tensors that are not one range of bytes each, by their numbers, from the given file.
 pub type Decode = Box<dyn Fn(&dyn ReadAt, &[usize], &mut [&mut [u8]]) -> Result<()> + Send + Sync>;
 
 /// What is read, and what is known about it beforehand.
@@ -159,7 +159,7 @@ pub struct Fetch {
 /// start one, and one less, since callers that would wait read too. None for what takes less time than a start, or where
 /// memory is short: a thread that starts while others take the last of it is ended by the C library, with the process.
 fn workers(request: &Request, plan: &Plan) -> usize {
-    const PARTS: usize = 4;
+    const PARTS_EACH: usize = 4;
     const SMALL: u64 = 1 << 20;
     const THREADS: u64 = 16 << 20; // stacks, and what the allocator sets up for each
     let sum = |sizes: &mut dyn Iterator<Item = u64>| sizes.fold(0, u64::saturating_add);
@@ -171,18 +171,18 @@ fn workers(request: &Request, plan: &Plan) -> usize {
     if Block::new(ahead.saturating_add(THREADS) as usize).is_err() {
         return 0;
     }
-    if !request.source.is_ours() {
+    if !request.source.is_native() {
         return 1; // its own lock lets one read at a time
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores - 1).min(plan.len() / PARTS).max(1)
+    (cores - 1).min(plan.len() / PARTS_EACH).max(1)
 }
 
 impl Fetch {
     /// Starts to read.
     ///
     /// # Errors
-    /// `Hdf5` when tensors overlap or leave the image, `Memory`.
+    /// `Image` when tensors overlap or leave the image, `Memory`.
     pub fn start(request: Request) -> Result<Self> {
         let plan = plan(&request.tensors, request.image.len, request.crc.is_some(), request.read_ahead)?;
         let wanted = workers(&request, &plan);
@@ -208,12 +208,12 @@ impl Fetch {
         Ok(Self { shared: ManuallyDrop::new(shared), threads, process: std::process::id() })
     }
 
-    fn is_ours(&self) -> bool {
+    fn is_of_this_process(&self) -> bool {
         std::process::id() == self.process
     }
 
     fn check_process(&self) -> Result<()> {
-        if self.is_ours() {
+        if self.is_of_this_process() {
             return Ok(());
         }
         Err(Error::new(Kind::Cancelled, "this read belongs to the process that started it, not to a forked child")
@@ -222,7 +222,7 @@ impl Fetch {
 
     /// Bytes of tensors that were read so far; 0 in a forked child.
     pub fn read(&self) -> u64 {
-        if self.is_ours() { self.shared.lock().read } else { 0 }
+        if self.is_of_this_process() { self.shared.lock().read } else { 0 }
     }
 
     /// Waits for tensor `i` and takes it; a second call for the same tensor gets `None`.
@@ -241,7 +241,7 @@ impl Fetch {
                 }
                 return Some(Ok(slot));
             }
-            state.outcome.as_mut().map(|outcome| tell(outcome).map(|()| None))
+            state.outcome.as_mut().map(|outcome| report(outcome).map(|()| None))
         })?
     }
 
@@ -264,12 +264,12 @@ impl Fetch {
     fn finish(&self, goal: Goal, interrupt: Interrupt<'_>) -> Result<()> {
         self.check_process()?;
         self.shared.set_goal(goal);
-        self.shared.work(&mut Worker::caller(interrupt, None), |state| state.outcome.as_mut().map(tell))?
+        self.shared.work(&mut Worker::caller(interrupt, None), |state| state.outcome.as_mut().map(report))?
     }
 }
 
-/// The error is told once; whoever asks later learns that there was one.
-fn tell(outcome: &mut Result<()>) -> Result<()> {
+/// The outcome; an error is returned once, and whoever asks later learns that there was one.
+fn report(outcome: &mut Result<()>) -> Result<()> {
     if outcome.is_ok() {
         return Ok(());
     }
@@ -284,7 +284,7 @@ fn stopped() -> Error {
 impl Drop for Fetch {
     fn drop(&mut self) {
         let threads = std::mem::take(&mut self.threads);
-        if !self.is_ours() {
+        if !self.is_of_this_process() {
             std::mem::forget(threads); // they are not here, and their locks may be held for ever
             return;
         }

@@ -1,14 +1,14 @@
 //! Tensors and what lies between them → parts, each of which one thread reads in one go.
 
-use crate::error::{Error, Kind, Result, out_of_memory, try_with_capacity};
-use crate::h5::ALIGNMENT;
+use crate::error::{Error, Kind, Result, try_push, try_with_capacity};
+use crate::image::ALIGNMENT;
 use crate::io::buffer::OWN_BLOCK;
 use crate::io::fetch::Extent;
 
-/// Bytes of a part, at most: what one thread reads before it looks for more.
-const PART: u64 = OWN_BLOCK as u64;
+/// Bytes of a part, at most: what one thread reads before it looks for more work.
+const MAX_PART: u64 = OWN_BLOCK as u64;
 
-/// A run of bytes of the image that lies in one tensor, or between tensors.
+/// A range of bytes of the image that lies in one tensor, or between tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) extent: Extent,
@@ -41,7 +41,7 @@ pub(super) struct Plan {
 /// if there is a checksum (`whole`). No part is larger than a quarter of `read_ahead`, unless it is one piece.
 ///
 /// # Errors
-/// `Hdf5` when tensors overlap or leave the image of `len` bytes, `Memory`.
+/// `Image` when tensors overlap or leave the image of `len` bytes, `Memory`.
 pub(super) fn plan(tensors: &[Extent], len: u64, whole: bool, read_ahead: u64) -> Result<Plan> {
     let mut order = try_with_capacity(tensors.len())?;
     order.extend((0..tensors.len()).filter(|&i| tensors[i].len > 0));
@@ -49,22 +49,22 @@ pub(super) fn plan(tensors: &[Extent], len: u64, whole: bool, read_ahead: u64) -
     let mut last = try_with_capacity(tensors.len())?;
     last.resize(tensors.len(), 0);
     let plan = Plan { pieces: Vec::new(), parts: Vec::new(), last };
-    let mut cutter = Cutter { plan, most: (read_ahead / 4).clamp(1, PART), part: Part::default() };
+    let mut cutter = Cutter { plan, most: (read_ahead / 4).clamp(1, MAX_PART), part: Part::default() };
     let mut at = 0;
     for i in order {
         let tensor = tensors[i];
         let end = tensor.offset.checked_add(tensor.len).filter(|&end| end <= len);
         let Some(end) = end.filter(|_| tensor.offset >= at) else {
-            return Err(Error::new(Kind::Hdf5, "malformed HDF5: two tensors share bytes, or one leaves the file"));
+            return Err(Error::new(Kind::Image, "malformed HDF5: two tensors share bytes, or one leaves the file"));
         };
         if whole {
-            cutter.run(Extent { offset: at, len: tensor.offset - at }, None)?;
+            cutter.add(Extent { offset: at, len: tensor.offset - at }, None)?;
         }
-        cutter.run(tensor, Some(i))?;
+        cutter.add(tensor, Some(i))?;
         at = end;
     }
     if whole {
-        cutter.run(Extent { offset: at, len: len - at }, None)?;
+        cutter.add(Extent { offset: at, len: len - at }, None)?;
     }
     cutter.end_part()?;
     Ok(cutter.plan)
@@ -78,18 +78,18 @@ struct Cutter {
 }
 
 impl Cutter {
-    /// Adds a run of bytes, in pieces.
-    fn run(&mut self, run: Extent, tensor: Option<usize>) -> Result<()> {
+    /// Adds a range of bytes, in pieces.
+    fn add(&mut self, range: Extent, tensor: Option<usize>) -> Result<()> {
         let mut at = 0;
-        while at < run.len {
-            let n = (run.len - at).min(PART);
-            let small = tensor.is_some() && run.len < OWN_BLOCK as u64;
+        while at < range.len {
+            let n = (range.len - at).min(MAX_PART);
+            let small = tensor.is_some() && range.len < OWN_BLOCK as u64;
             let room = if small { (n as usize).next_multiple_of(ALIGNMENT as usize) } else { 0 };
             if self.part.len > 0 && (self.part.len + n > self.most || self.part.arena + room > OWN_BLOCK) {
                 self.end_part()?;
             }
-            let extent = Extent { offset: run.offset + at, len: n };
-            push(&mut self.plan.pieces, Piece { extent, tensor: tensor.map(|i| (i, at as usize)) })?;
+            let extent = Extent { offset: range.offset + at, len: n };
+            try_push(&mut self.plan.pieces, Piece { extent, tensor: tensor.map(|i| (i, at as usize)) })?;
             self.part.len += n;
             self.part.arena += room;
             if let Some(i) = tensor {
@@ -104,17 +104,11 @@ impl Cutter {
     fn end_part(&mut self) -> Result<()> {
         if self.part.len > 0 {
             let end = self.plan.pieces.len();
-            push(&mut self.plan.parts, Part { end, ..self.part })?;
+            try_push(&mut self.plan.parts, Part { end, ..self.part })?;
             self.part = Part { first: end, ..Part::default() };
         }
         Ok(())
     }
-}
-
-fn push<T>(vector: &mut Vec<T>, value: T) -> Result<()> {
-    vector.try_reserve(1).map_err(|_| out_of_memory((vector.len() + 1) * size_of::<T>()))?;
-    vector.push(value);
-    Ok(())
 }
 
 impl Plan {
@@ -147,11 +141,11 @@ mod tests {
 
     /// Tensors with gaps between them, in any order, and the bytes of the image.
     fn images() -> impl Strategy<Value = (Vec<Extent>, u64)> {
-        let len = prop_oneof![4 => 0..3000u64, 2 => 0..2 * PART, 1 => 0..4 * PART];
-        proptest::collection::vec((prop_oneof![Just(0u64), 0..70_000u64], len), 0..40).prop_map(|runs| {
+        let len = prop_oneof![4 => 0..3000u64, 2 => 0..2 * MAX_PART, 1 => 0..4 * MAX_PART];
+        proptest::collection::vec((prop_oneof![Just(0u64), 0..70_000u64], len), 0..40).prop_map(|places| {
             let mut at = 0;
             let mut tensors = Vec::new();
-            for (gap, len) in runs {
+            for (gap, len) in places {
                 tensors.push(Extent { offset: at + gap, len });
                 at += gap + len;
             }
@@ -174,10 +168,10 @@ mod tests {
             for number in 0..plan.len() {
                 let (part, pieces) = (plan.part(number), plan.pieces(number));
                 prop_assert!(!pieces.is_empty());
-                prop_assert!(pieces.len() == 1 || part.len <= (read_ahead / 4).min(PART));
+                prop_assert!(pieces.len() == 1 || part.len <= (read_ahead / 4).min(MAX_PART));
                 let mut arena = 0;
                 for &Piece { extent, tensor } in pieces {
-                    prop_assert!(extent.len > 0 && extent.len <= PART && extent.offset >= end);
+                    prop_assert!(extent.len > 0 && extent.len <= MAX_PART && extent.offset >= end);
                     prop_assert!(!whole || extent.offset == end);
                     end = extent.offset + extent.len;
                     let Some((i, at)) = tensor else { continue };

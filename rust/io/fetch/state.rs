@@ -167,7 +167,7 @@ impl State {
         if self.unclaimed(plan) {
             let nearer = |i| plan.completes(i).is_some_and(|last| last >= self.next || !self.returned.is_empty());
             let useful = self.has_room(request) || wanted(self, &nearer).is_some();
-            return (useful && (alone || request.source.is_ours())).then(|| self.claim_part(plan));
+            return (useful && (alone || request.source.is_native())).then(|| self.claim_part(plan));
         }
         while self.undecoded < self.tensors.len() && self.is_done(self.undecoded) {
             self.undecoded += 1;
@@ -231,7 +231,7 @@ impl State {
             (Outcome::Interrupted, Claim::Batch(batch)) => {
                 self.ahead -= batch.iter().map(|&i| request.decoded[i - request.tensors.len()]).sum::<u64>();
             }
-            (Outcome::Panicked, _) => self.fail(Error::new(Kind::Invalid, "the reader panicked")),
+            (Outcome::Panicked, _) => self.fail(Error::new(Kind::Internal, "the reader panicked")),
             (Outcome::Done(done), claim) => {
                 for (i, n) in done.partly {
                     self.read += n;

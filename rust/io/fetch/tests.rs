@@ -169,7 +169,7 @@ fn draining_reads_to_the_end_and_finds_a_wrong_checksum() {
                 let drained = fetch.drain(WAIT);
                 assert_eq!(drained.is_ok(), wrong == 0);
                 if let Err(error) = drained {
-                    // The error is told once; the other caller may have been first.
+                    // The error is returned once; the other caller may have been first.
                     assert!(matches!(error.kind(), Kind::Crc | Kind::Io(_)), "{error}");
                 }
                 other.join().unwrap();

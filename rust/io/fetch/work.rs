@@ -9,7 +9,7 @@ use super::state::{Asks, Claim, Done, Goal, Outcome, State};
 use super::sync::{AtomicBool, Condvar, Mutex, MutexGuard, Ordering};
 use super::{Extent, Interrupt, POLL, Patience, Request, Slot, stopped};
 use crate::error::{Result, try_with_capacity};
-use crate::h5::ALIGNMENT;
+use crate::image::ALIGNMENT;
 use crate::io::ReadAt;
 use crate::io::buffer::{Block, OWN_BLOCK};
 

@@ -14,7 +14,7 @@ use super::driver::Disk;
 use super::ffi::{Id, Library, OpenFile, VarString};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::{ALIGNMENT, Chunked, Compression, Layout};
+use crate::image::{ALIGNMENT, Chunked, Compression, Layout};
 use crate::tree::{Attribute, Tree, Value};
 
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout> {
@@ -79,7 +79,7 @@ impl Chunked for Placing {
 
     fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64> {
         let Place::Chunks(id) = self.places[i] else {
-            return Err(Error::new(Kind::Invalid, "this dataset has no chunks"));
+            return Err(Error::new(Kind::Internal, "this dataset has no chunks"));
         };
         let done = if self.last == i { None } else { Some(&self.places[self.last]) };
         let at = self.file.with(|lib, _| {
@@ -113,13 +113,13 @@ impl Place {
     }
 }
 
-/// What of the pages lies outside of the (sorted) extents and before `len`, as runs.
+/// What of the pages lies outside of the (sorted) extents and before `len`, as ranges.
 fn outside<const N: usize>(
     pages: impl Iterator<Item = (u64, Box<[u8; N]>)>,
     extents: &[(u64, u64)],
     len: u64,
 ) -> Vec<(u64, Vec<u8>)> {
-    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+    let mut ranges: Vec<(u64, Vec<u8>)> = Vec::new();
     let mut extents = extents.iter().peekable();
     for (start, page) in pages {
         let end = len.min(start + N as u64);
@@ -138,15 +138,15 @@ fn outside<const N: usize>(
                 None => end,
             };
             let bytes = &page[(at - start) as usize..(stop - start) as usize];
-            match runs.last_mut() {
-                Some((from, run)) if *from + run.len() as u64 == at => run.extend_from_slice(bytes),
+            match ranges.last_mut() {
+                Some((from, range)) if *from + range.len() as u64 == at => range.extend_from_slice(bytes),
                 _ if bytes.iter().all(|&b| b == 0) => {} // padding between two datasets
-                _ => runs.push((at, bytes.to_vec())),
+                _ => ranges.push((at, bytes.to_vec())),
             }
             at = stop;
         }
     }
-    runs
+    ranges
 }
 
 /// A file being filled, and what many of its objects share.

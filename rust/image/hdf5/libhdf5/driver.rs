@@ -28,8 +28,8 @@ pub(super) struct Disk<'a> {
     pages: RefCell<BTreeMap<u64, Box<[u8; PAGE]>>>, // by offset; only what was written, so payload costs nothing
     end: Cell<u64>,
     opened: Cell<bool>,
-    chunk: Cell<(*const c_void, usize)>, // what `placed` waits for
-    placed: Cell<Option<u64>>,
+    chunk: Cell<(*const c_void, usize)>, // what `placed_at` waits for
+    placed_at: Cell<Option<u64>>,
     rank: Cell<usize>,               // of the dataset that is looked at
     nodes: RefCell<HashSet<u64>>,    // of B-trees that were checked
     children: RefCell<HashSet<u64>>, // of all of them
@@ -44,7 +44,7 @@ impl Default for Disk<'_> {
             end: Cell::new(0),
             opened: Cell::new(false),
             chunk: Cell::new((ptr::null(), 0)),
-            placed: Cell::new(None),
+            placed_at: Cell::new(None),
             rank: Cell::new(0),
             nodes: RefCell::default(),
             children: RefCell::default(),
@@ -64,7 +64,7 @@ impl<'a> Disk<'a> {
         self.rank.set(rank);
     }
 
-    /// The error that made a call fail, if it was ours.
+    /// The error that made a call fail, if it is one of this crate's.
     pub(super) fn take_error(&self) -> Option<Error> {
         self.error.take()
     }
@@ -74,9 +74,9 @@ impl<'a> Disk<'a> {
         self.chunk.set((chunk.as_ptr().cast(), chunk.len()));
         let written = write();
         self.chunk.set((ptr::null(), 0));
-        let placed = self.placed.take();
+        let at = self.placed_at.take();
         written?;
-        placed.ok_or_else(|| Error::new(Kind::Hdf5, "the HDF5 library did not write a chunk"))
+        at.ok_or_else(|| Error::new(Kind::Image, "the HDF5 library did not write a chunk"))
     }
 
     /// What it holds; it is empty then.
@@ -112,7 +112,7 @@ impl<'a> Disk<'a> {
             Some(b"GCOL") if out.len() == HEAP => check_heap(image, at, out), // which it calls raw data
             Some(b"TREE") if metadata => self.check_tree(at, out),
             Some(b"BTHD") if metadata && number(out, 12) as u16 > limits::MAX_BTREE_LEVELS.into() => {
-                Err(Error::new(Kind::Hdf5, "B-tree is too deep"))
+                Err(Error::new(Kind::Image, "B-tree is too deep"))
             }
             Some(b"FAHD") if metadata => check_array(image, number(out, 8)),
             Some(b"EAHD") if metadata => check_array(image, number(out, 44)),
@@ -123,7 +123,7 @@ impl<'a> Disk<'a> {
     /// Refuses a B-tree that leads to the same place on two ways: with some nodes that share their children, the library
     /// would not come back in this life. What it has read before, it keeps or reads again.
     fn check_tree(&self, at: u64, node: &[u8]) -> Result<()> {
-        let damaged = |what: &str| Err(Error::new(Kind::Hdf5, format!("B-tree is damaged: {what}")));
+        let damaged = |what: &str| Err(Error::new(Kind::Image, format!("B-tree is damaged: {what}")));
         let (kind, level, count) = (number(node, 4) as u8, number(node, 5) as u8, number(node, 6) as u16);
         if level > limits::MAX_BTREE_LEVELS {
             return damaged("it is too deep");
@@ -144,7 +144,7 @@ impl<'a> Disk<'a> {
 
     fn write(&self, at: u64, data: &[u8]) -> Result<()> {
         if self.image.is_some() {
-            return Err(Error::new(Kind::Hdf5, "the HDF5 library tried to write to a file opened for reading"));
+            return Err(Error::new(Kind::Image, "the HDF5 library tried to write to a file opened for reading"));
         }
         let mut pages = self.pages.borrow_mut();
         each_page(at, data.len(), |page, within, range| {
@@ -155,7 +155,7 @@ impl<'a> Disk<'a> {
 
     /// Runs one callback: an error is kept for the caller, a panic becomes one, and nothing unwinds into C.
     fn guard(&self, f: impl FnOnce() -> Result<()>) -> herr_t {
-        let panicked = |_| Err(Error::new(Kind::Io(std::io::Error::other("panic")), "reading the file failed"));
+        let panicked = |_| Err(Error::new(Kind::Internal, "reading the file panicked"));
         match catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(panicked) {
             Ok(()) => 0,
             Err(e) => {
@@ -185,7 +185,7 @@ fn check_array(image: &dyn ReadAt, entries: u64) -> Result<()> {
 /// Refuses a global heap (which holds the string attributes) whose objects do not follow each other: HDF5 2.2.0 never
 /// comes back from one with an object of no size. `start` is what the library reads first of it.
 fn check_heap(image: &dyn ReadAt, at: u64, start: &[u8]) -> Result<()> {
-    let damaged = || Error::new(Kind::Hdf5, "global heap is damaged");
+    let damaged = || Error::new(Kind::Image, "global heap is damaged");
     let size = number(start, 8);
     if size > limits::MAX_HEADER_BYTES {
         return Err(Error::new(Kind::Limit, "global heap is too large"));
@@ -389,7 +389,7 @@ extern "C" fn read(file: *mut Open, kind: c_int, _: hid_t, at: haddr_t, len: usi
     if let Some(image) = disk.image
         && at.checked_add(len as u64).is_none_or(|end| end > image.len())
     {
-        return disk.guard(|| Err(Error::new(Kind::Hdf5, "an address points outside of the file"))); // no memory is touched
+        return disk.guard(|| Err(Error::new(Kind::Image, "an address points outside of the file"))); // no memory is touched
     }
     // SAFETY: the library has allocated `len` bytes at `out` for us alone; zeroed first, as it need not have done so.
     let out = unsafe {
@@ -407,7 +407,7 @@ extern "C" fn write(file: *mut Open, _: c_int, _: hid_t, at: haddr_t, len: usize
     // The library hands on the very memory it is given: that is how a chunk is told from a global heap, which it calls
     // raw data too.
     if disk.chunk.get() == (data, len) {
-        disk.placed.set(Some(at));
+        disk.placed_at.set(Some(at));
         return 0;
     }
     // SAFETY: the library passes `len` bytes, which do not change during the call.

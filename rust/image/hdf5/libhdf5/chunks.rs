@@ -7,9 +7,8 @@ use hdf5_metno_sys::h5i::hid_t;
 use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32, H5Z_FILTER_SHUFFLE};
 
 use super::ffi::{Chunk, Library};
-use crate::error::{Error, Kind, Result, out_of_memory};
-use crate::h5::filters::unshuffle;
-use crate::h5::push;
+use crate::error::{Error, Kind, Result, out_of_memory, try_push};
+use crate::image::hdf5::filters::unshuffle;
 use crate::io::ReadAt;
 use crate::io::pack::threads;
 use crate::limits;
@@ -30,8 +29,8 @@ pub(super) enum Filter {
 
 /// The filters of a dataset, and who undoes them.
 pub(super) enum Filters {
-    /// We, in the opposite order.
-    Ours(Vec<Filter>),
+    /// This crate, in the opposite order.
+    Native(Vec<Filter>),
     /// The library.
     Library,
     /// Nobody, since there are some of these numbers.
@@ -43,15 +42,15 @@ const LZF: i32 = 32_000;
 
 pub(super) fn filters(lib: &Library, list: hid_t) -> Result<Filters> {
     let found: Vec<_> = (0..lib.H5Pget_nfilters(list)?).map(|i| lib.filter(list, i as u32)).collect::<Result<_>>()?;
-    let ours = found.iter().map(|&(id, parameter)| match i32::try_from(id) {
+    let native = found.iter().map(|&(id, parameter)| match i32::try_from(id) {
         Ok(H5Z_FILTER_DEFLATE) => Some(Filter::Deflate),
         Ok(H5Z_FILTER_SHUFFLE) => Some(Filter::Shuffle(parameter as usize)),
         Ok(H5Z_FILTER_FLETCHER32) => Some(Filter::Fletcher32),
         Ok(LZF) => Some(Filter::Lzf),
         _ => None,
     });
-    Ok(match ours.collect() {
-        Some(ours) => Filters::Ours(ours),
+    Ok(match native.collect() {
+        Some(native) => Filters::Native(native),
         None if lib.H5Pall_filters_avail(list)? == 0 => Filters::Unknown(found.into_iter().map(|f| f.0).collect()),
         None => Filters::Library,
     })
@@ -120,14 +119,14 @@ impl Grid {
         shape: &[u64],
         swap: usize,
     ) -> Result<Option<Self>> {
-        let Filters::Ours(filters) = filters(lib, list)? else { return Ok(None) };
+        let Filters::Native(filters) = filters(lib, list)? else { return Ok(None) };
         let element = lib.H5Tget_size(dtype)?;
         let (chunk, raw_edges) = lib.chunk_shape(list)?;
         if filters.is_empty() && cells(lib, list, element, shape)?.1 < size_of::<Chunk>() as u64 {
             return Ok(None);
         }
         let mut chunks = Vec::new();
-        written(lib, len, id, list, element, shape, |chunk| push(&mut chunks, chunk))?;
+        written(lib, len, id, list, element, shape, |chunk| try_push(&mut chunks, chunk))?;
         chunks.sort_unstable_by_key(|c| c.cell);
         if chunks.windows(2).any(|w| w[0].cell == w[1].cell) {
             return Err(malformed("chunks overlap or lie outside of the dataset"));
@@ -265,8 +264,8 @@ impl Scratch {
                 Filter::Deflate => inflate(&mut self.zlib, data, &mut self.other, expected + 4 * grid.filters.len())?,
                 Filter::Lzf => lzf(data, &mut self.other, expected + 4 * grid.filters.len())?,
                 Filter::Shuffle(n) => {
-                    if let (0, Some(run), true) = (i, place.whole(), data.len() == expected) {
-                        unshuffle(data, *n, &mut out[run]); // the last step: no copy
+                    if let (0, Some(range), true) = (i, place.whole(), data.len() == expected) {
+                        unshuffle(data, *n, &mut out[range]); // the last step: no copy
                         return Ok(());
                     }
                     resize(&mut self.other, data.len())?;
@@ -290,7 +289,7 @@ struct Place<'a> {
     start: [usize; limits::MAX_RANK],
     from: Vec<usize>, // strides in the chunk
     to: Vec<usize>,   // and in the dataset
-    inner: usize,     // the dimensions from here on are one run of bytes
+    inner: usize,     // the dimensions from here on are one range of bytes
     base: usize,
 }
 
@@ -317,7 +316,7 @@ impl<'a> Place<'a> {
         self.grid.chunk[d].min(self.grid.shape[d] - self.start[d])
     }
 
-    /// The bytes of the band that are this chunk, if it is one run and nothing of it is cut off.
+    /// The bytes of the band that are this chunk, if it is one range and nothing of it is cut off.
     fn whole(&self) -> Option<std::ops::Range<usize>> {
         let inner = self.inner;
         let one = (0..inner).all(|d| self.grid.chunk[d] == 1) && self.extent(inner) == self.grid.chunk[inner];
@@ -325,12 +324,12 @@ impl<'a> Place<'a> {
     }
 
     fn scatter(&self, data: &[u8], out: &mut [u8]) {
-        let run = self.extent(self.inner) * self.from[self.inner];
+        let bytes = self.extent(self.inner) * self.from[self.inner];
         let mut at = vec![0; self.inner];
         loop {
             let source: usize = at.iter().zip(&self.from).map(|(i, s)| i * s).sum();
             let target = self.base + at.iter().zip(&self.to).map(|(i, s)| i * s).sum::<usize>();
-            out[target..target + run].copy_from_slice(&data[source..source + run]);
+            out[target..target + bytes].copy_from_slice(&data[source..source + bytes]);
             let Some(d) = (0..self.inner).rev().find(|&d| at[d] + 1 < self.extent(d)) else { return };
             at[d] += 1;
             at[d + 1..].fill(0);
@@ -352,7 +351,7 @@ fn inflate(zlib: &mut Decompress, data: &[u8], out: &mut Vec<u8>, limit: usize) 
     }
 }
 
-/// Undoes h5py's LZF (liblzf's format: runs of up to 32 bytes as they are, and copies of up to 264 of the last 8192) to at
+/// Undoes h5py's LZF (liblzf's format: up to 32 bytes as they are, and copies of up to 264 of the last 8192) to at
 /// most `limit` bytes.
 fn lzf(data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
     let damaged = || malformed("chunk compressed with lzf is damaged");
@@ -362,9 +361,9 @@ fn lzf(data: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<()> {
         let control = usize::from(control);
         let length = if control < 32 { control + 1 } else { control >> 5 };
         if control < 32 {
-            let (run, behind) = rest.as_slice().split_at_checked(length).ok_or_else(damaged)?;
+            let (plain, behind) = rest.as_slice().split_at_checked(length).ok_or_else(damaged)?;
             grow(out, length, limit)?;
-            out.extend_from_slice(run);
+            out.extend_from_slice(plain);
             rest = behind.iter();
             continue;
         }
@@ -424,7 +423,7 @@ pub(super) fn swap(data: &mut [u8], n: usize) {
 }
 
 fn malformed(what: &str) -> Error {
-    Error::new(Kind::Hdf5, what)
+    Error::new(Kind::Image, what)
 }
 
 #[cfg(test)]

@@ -13,10 +13,14 @@ use sys::h5t::{H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t};
 use super::chunks::{self, Filters, Grid};
 use super::driver::Disk;
 use super::ffi::{Id, Library, Object, library};
-use crate::dtype::{Class, DType};
+use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::h5::{Budget, Found, Index, Storage, Subtree, behind_user_block, check_names, check_path, cycle, direct};
-use crate::h5::{link_name, too_deep};
+use crate::image::hdf5::element::{Element, NO_VALUES, UNREADABLE};
+use crate::image::hdf5::{
+    Budget, Subtree, behind_user_block, check_link, check_names, check_path, cycle, direct, link_name, refused,
+    string_value, tag_bfloat16, too_deep,
+};
+use crate::image::{Found, Index, Storage};
 use crate::io::ReadAt;
 use crate::limits;
 use crate::tree::{Attribute, Value};
@@ -52,7 +56,7 @@ pub(super) fn index(image: &dyn ReadAt) -> Result<Index> {
 
 pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) -> Result<()> {
     if paths.len() != out.len() {
-        return Err(Error::new(Kind::Invalid, "as many buffers as datasets are needed"));
+        return Err(Error::new(Kind::Internal, "as many buffers as datasets are needed"));
     }
     behind_user_block(image, |image, _| {
         let mut chunked = Vec::new();
@@ -62,7 +66,7 @@ pub(super) fn read(image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) ->
                 let grid = read_one(lib, disk, file, image.len(), path, out).map_err(|e| e.with_entry(path))?;
                 stored = stored.saturating_add(grid.as_ref().map_or(0, Grid::stored));
                 if stored > image.len() {
-                    return Err(Error::new(Kind::Hdf5, "chunks share bytes of the file").with_entry(path));
+                    return Err(Error::new(Kind::Image, "chunks share bytes of the file").with_entry(path));
                 }
                 chunked.extend(grid.map(|grid| (path, grid, &mut **out)));
             }
@@ -78,10 +82,11 @@ fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: 
     for part in path.split('/') {
         // Component by component, as `index` came here: no link other than a hard one is followed.
         let link = lib.link(*at.id, part)?;
-        at = lib.follow(file, &hard(link)?)?;
+        check_link(link.kind)?;
+        at = lib.follow(file, &link)?;
     }
     if at.kind != H5O_type_t::H5O_TYPE_DATASET {
-        return Err(Error::new(Kind::Hdf5, "not a dataset"));
+        return Err(Error::new(Kind::Image, "not a dataset"));
     }
     let d = Dataset::new(lib, disk, *at.id, len)?.map_err(|reason| Error::new(Kind::Unsupported, reason))?;
     if d.nbytes != out.len() as u64 {
@@ -91,12 +96,12 @@ fn read_one(lib: &Library, disk: &Disk, file: hid_t, len: u64, path: &str, out: 
         return Ok(None);
     }
     if d.layout == H5D_layout_t::H5D_CHUNKED as usize
-        && let Some(grid) = Grid::new(lib, len, *at.id, *d.list, *d.dtype, &d.shape, d.swap)?
+        && let Some(grid) = Grid::new(lib, len, *at.id, *d.list, *d.dtype, &d.shape, d.element.swap)?
     {
         return Ok(Some(grid));
     }
     lib.read_all(*at.id, *d.dtype, out)?;
-    chunks::swap(out, d.swap);
+    chunks::swap(out, d.element.swap);
     Ok(None)
 }
 
@@ -135,7 +140,7 @@ impl Walk<'_> {
                 name => format!("{path}/{name}"),
             };
             check_path(&child).map_err(here)?;
-            let object = hard(link).and_then(|link| self.lib.follow(self.file, &link));
+            let object = check_link(link.kind).and_then(|()| self.lib.follow(self.file, &link));
             self.object(&object.map_err(|e| e.with_entry(&child))?, &child).map_err(|e| e.with_entry(&child))?;
         }
         self.above.pop();
@@ -172,20 +177,24 @@ impl Walk<'_> {
         let path = path.to_owned();
         let address = u64::from_le_bytes(object.token[..8].try_into().expect("eight bytes"));
         let mut attributes = self.attributes(object)?;
-        let described = Dataset::new(self.lib, self.disk, *object.id, len)?;
-        let storage = match &described {
-            Ok(d) => d.storage(self.lib, *object.id, len)?,
-            Err(reason) => Storage::Unreadable(reason.clone().into()),
+        let readable = match Dataset::new(self.lib, self.disk, *object.id, len)? {
+            Ok(d) => match d.storage(self.lib, *object.id, len)? {
+                Storage::Unreadable(reason) => Err(reason),
+                storage => Ok((d, storage)),
+            },
+            Err(reason) => Err(reason.into()),
         };
-        let (dtype, shape, nbytes) = match described {
-            Ok(d) if !matches!(storage, Storage::Unreadable(_)) => {
-                if d.bfloat16 && !attributes.iter().any(|(name, _)| name == "dtype") {
-                    attributes.push(("dtype".into(), "bfloat16".into()));
-                }
-                (d.element, d.shape, d.nbytes)
+        let (d, storage) = match readable {
+            Ok(found) => found,
+            Err(reason) => {
+                let shape = self.lib.shape(*object.id)?;
+                return Ok(Found::unreadable(path, shape, reason, attributes, address));
             }
-            _ => (DType::Opaque(1), self.lib.shape(*object.id)?, 0),
         };
+        if d.element.bfloat16 {
+            tag_bfloat16(&mut attributes);
+        }
+        let (dtype, shape, nbytes) = (d.element.dtype, d.shape, d.nbytes);
         Ok(Found { path, dtype, shape, nbytes, storage, attributes, object: address })
     }
 
@@ -214,7 +223,7 @@ impl Walk<'_> {
         if !attribute.string {
             return Ok(None);
         }
-        let (mut strings, length) = if attribute.variable {
+        let (strings, length) = if attribute.variable {
             // Every element may be one and the same long string: the library would allocate it many times.
             let most = (count as u64).checked_mul(self.image.len()).filter(|&n| n <= self.budget.for_values());
             if row && most.is_none() {
@@ -222,27 +231,19 @@ impl Walk<'_> {
             }
             let strings = self.lib.read_strings(&attribute, count)?;
             self.budget.spend_value(count, strings.iter().map(Vec::len).sum())?;
-            (strings, 0)
+            (strings, None)
         } else {
             let size = self.lib.H5Tget_size(attribute.dtype())?;
             self.budget.spend_value(count, count.saturating_mul(size))?;
-            (self.lib.read_fixed(&attribute, count, size)?, size)
+            (self.lib.read_fixed(&attribute, count, size)?, Some(size))
         };
-        Ok(Some(match (row, attribute.variable) {
-            (true, true) => Value::List(strings),
-            (true, false) => Value::Fixed(length, strings),
-            (false, _) => match String::from_utf8(strings.pop().unwrap_or_default()) {
-                Ok(text) if attribute.utf8 => Value::Text(text),
-                Ok(text) => Value::Bytes(text.into_bytes()),
-                Err(error) => Value::Bytes(error.into_bytes()),
-            },
-        }))
+        Ok(Some(string_value(strings, row, attribute.utf8, length)))
     }
 
     /// A row of variable-length strings, read from the object header by the engine that counts before it allocates.
     fn row_in_header(&mut self, object: &Object, name: &CStr) -> Result<Value> {
         let address = u64::from_le_bytes(object.token[..8].try_into().expect("eight bytes"));
-        let found = direct::index::attributes(self.image, address, self.budget)?;
+        let found = direct::object::attributes(self.image, address, self.budget)?;
         let (_, value) = found
             .into_iter()
             .find(|(other, _)| other.as_bytes() == name.to_bytes())
@@ -253,23 +254,11 @@ impl Walk<'_> {
     }
 }
 
-/// Refuses every link that is not a hard one.
-fn hard(link: super::ffi::Link) -> Result<super::ffi::Link> {
-    match link.kind {
-        0 => Ok(link),
-        1 => Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with SoftLink")),
-        64 => Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with ExternalLink")),
-        _ => Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with a user-defined link")),
-    }
-}
-
 /// What the header of a dataset says; nothing refused is left.
 struct Dataset<'l> {
     list: Id<'l>,
     dtype: Id<'l>,
-    element: DType,
-    bfloat16: bool,
-    swap: usize,
+    element: Element,
     shape: Vec<u64>,
     nbytes: u64,
     layout: usize,
@@ -283,22 +272,22 @@ impl<'l> Dataset<'l> {
         let list = lib.H5Dget_create_plist(id)?;
         let layout = lib.H5Pget_layout(*list)?;
         if layout == H5D_layout_t::H5D_VIRTUAL as usize {
-            return Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with virtual Dataset"));
+            return Err(refused("virtual Dataset"));
         }
         if lib.H5Pget_external_count(*list)? > 0 {
-            return Err(Error::new(Kind::Unsafe, "Not allowed: H5 file with external Dataset"));
+            return Err(refused("external Dataset"));
         }
         let dtype = lib.H5Dget_type(id)?;
-        let Some(Element { dtype: element, swap, bfloat16 }) = element(lib, *dtype)? else {
+        let Some(element) = element(lib, *dtype)? else {
             return Ok(Err(described(lib, *dtype)?));
         };
         let space = lib.H5Dget_space(id)?;
-        let Some(shape) = lib.dimensions(*space)? else { return Ok(Err("it has no values (a null dataspace)".into())) };
+        let Some(shape) = lib.dimensions(*space)? else { return Ok(Err(NO_VALUES.into())) };
         disk.expect_rank(shape.len());
         let chunked = layout == H5D_layout_t::H5D_CHUNKED as usize;
         // It stores no more than the whole file; where its chunks must be counted to know, that has to be too little.
         let mut stored = if chunked { len } else { (lib.H5Dget_storage_size(id)? as u64).min(len) };
-        let nbytes = element.nbytes(&shape).filter(|&n| i64::try_from(n).is_ok());
+        let nbytes = element.dtype.nbytes(&shape).filter(|&n| i64::try_from(n).is_ok());
         let nbytes =
             nbytes.ok_or_else(|| Error::new(Kind::Limit, format!("size of a dataset overflows: {shape:?}")))?;
         limits::check_dataset(nbytes, stored)?;
@@ -310,7 +299,7 @@ impl<'l> Dataset<'l> {
             })?;
             limits::check_dataset(nbytes, stored)?;
         }
-        Ok(Ok(Self { list, dtype, element, bfloat16, swap, shape, nbytes, layout, stored }))
+        Ok(Ok(Self { list, dtype, element, shape, nbytes, layout, stored }))
     }
 
     fn storage(&self, lib: &Library, id: hid_t, len: u64) -> Result<Storage> {
@@ -320,11 +309,11 @@ impl<'l> Dataset<'l> {
         }
         if self.layout == H5D_layout_t::H5D_COMPACT as usize {
             if self.nbytes > self.stored {
-                return Err(Error::new(Kind::Hdf5, "compact dataset is larger than what is stored"));
+                return Err(Error::new(Kind::Image, "compact dataset is larger than what is stored"));
             }
             let mut bytes = vec![0; self.nbytes as usize]; // below 64 KiB
             lib.read_all(id, *self.dtype, &mut bytes)?;
-            chunks::swap(&mut bytes, self.swap);
+            chunks::swap(&mut bytes, self.element.swap);
             return Ok(Storage::Compact(bytes));
         }
         if self.layout == H5D_layout_t::H5D_CHUNKED as usize {
@@ -332,7 +321,7 @@ impl<'l> Dataset<'l> {
                 let reason = format!("it is compressed with a filter that is unknown here ({ids:?})");
                 return Ok(Storage::Unreadable(reason.into()));
             }
-            chunks::cells(lib, *self.list, self.element.size(), &self.shape)?;
+            chunks::cells(lib, *self.list, self.element.dtype.size(), &self.shape)?;
             let mut empty = true;
             let (chunk, _) = lib.chunk_shape(*self.list)?;
             lib.chunks(id, &self.shape, &chunk, &mut |_| {
@@ -346,38 +335,18 @@ impl<'l> Dataset<'l> {
         };
         let offset = offset as u64;
         if offset.checked_add(self.nbytes).is_none_or(|end| end > len) {
-            return Err(Error::new(Kind::Hdf5, "dataset lies outside of the file")
+            return Err(Error::new(Kind::Image, "dataset lies outside of the file")
                 .with_found(format_args!("{} bytes at {offset}", self.nbytes), format_args!("{len} bytes in all")));
         }
-        Ok(if self.swap > 1 { Storage::Engine } else { Storage::Contiguous(offset) })
+        Ok(if self.element.swap > 1 { Storage::Engine } else { Storage::Contiguous(offset) })
     }
-}
-
-/// An element type, how many bytes to reverse at a time (1: none), and whether it is HDF5's own bfloat16.
-struct Element {
-    dtype: DType,
-    swap: usize,
-    bfloat16: bool,
 }
 
 /// What a type that nobody reads is called.
 fn described(lib: &Library, dtype: hid_t) -> Result<String> {
     let (class, size) = (lib.H5Tget_class(dtype)?, lib.H5Tget_size(dtype)?);
-    let names = [
-        (H5T_class_t::H5T_INTEGER, "integers of an unusual layout"),
-        (H5T_class_t::H5T_FLOAT, "floats of an unusual layout"),
-        (H5T_class_t::H5T_TIME, "times"),
-        (H5T_class_t::H5T_STRING, "strings"),
-        (H5T_class_t::H5T_BITFIELD, "bit fields"),
-        (H5T_class_t::H5T_OPAQUE, "opaque values of this size"),
-        (H5T_class_t::H5T_COMPOUND, "structures (a compound type)"),
-        (H5T_class_t::H5T_REFERENCE, "references"),
-        (H5T_class_t::H5T_ENUM, "an enumeration"),
-        (H5T_class_t::H5T_VLEN, "rows of variable length"),
-        (H5T_class_t::H5T_ARRAY, "arrays as elements"),
-    ];
-    let name = names.into_iter().find(|&(known, _)| known as usize == class);
-    Ok(name.map_or_else(|| format!("a datatype of class {class} and {size} bytes"), |(_, name)| name.to_owned()))
+    let name = UNREADABLE.get(class).copied();
+    Ok(name.map_or_else(|| format!("a datatype of class {class} and {size} bytes"), str::to_owned))
 }
 
 /// `None` for what is no number.
@@ -387,7 +356,7 @@ fn element(lib: &Library, dtype: hid_t) -> Result<Option<Element>> {
     let is = |wanted: H5T_class_t| class == wanted as usize;
     if is(H5T_class_t::H5T_OPAQUE) {
         let dtype = u16::try_from(size).ok().filter(|&n| n > 0).map(DType::Opaque);
-        return Ok(dtype.map(|dtype| Element { dtype, swap: 1, bfloat16: false }));
+        return Ok(dtype.map(Element::native));
     }
     if is(H5T_class_t::H5T_ENUM) {
         let names = ["FALSE", "TRUE"];
@@ -395,7 +364,7 @@ fn element(lib: &Library, dtype: hid_t) -> Result<Option<Element>> {
         for i in 0..2 {
             boolean = boolean && lib.value(dtype, i)? == i as u8 && lib.member_name(dtype, i)? == names[i as usize];
         }
-        return Ok(boolean.then_some(Element { dtype: DType::Bool, swap: 1, bfloat16: false }));
+        return Ok(boolean.then_some(Element::native(DType::Bool)));
     }
     if is(H5T_class_t::H5T_COMPOUND) || is(H5T_class_t::H5T_COMPLEX) {
         let part = if is(H5T_class_t::H5T_COMPLEX) {
@@ -411,14 +380,12 @@ fn element(lib: &Library, dtype: hid_t) -> Result<Option<Element>> {
             }
             let (real, imaginary) = (lib.H5Tget_member_type(dtype, 0)?, lib.H5Tget_member_type(dtype, 1)?);
             let (a, b) = (number(lib, *real)?, number(lib, *imaginary)?);
-            if a.is_none_or(|a| b.is_none_or(|b| (a.dtype, a.swap) != (b.dtype, b.swap))) {
+            if a.is_none() || a != b {
                 return Ok(None);
             }
             real
         };
-        let Some(part) = number(lib, *part)?.filter(|part| part.dtype.size() * 2 == size) else { return Ok(None) };
-        let whole = DType::named().find(|d| matches!(d.class(), Class::Complex(p) if *p == part.dtype));
-        return Ok(whole.map(|dtype| Element { dtype, ..part }));
+        return Ok(number(lib, *part)?.and_then(|part| Element::complex(part, size)));
     }
     number(lib, dtype)
 }
@@ -436,18 +403,14 @@ fn number(lib: &Library, dtype: hid_t) -> Result<Option<Element>> {
     if !known || lib.H5Tget_precision(dtype)? != size * 8 || lib.H5Tget_offset(dtype)? != 0 {
         return Ok(None);
     }
-    let class = if class == H5T_class_t::H5T_INTEGER as usize {
-        Class::Integer { signed: lib.H5Tget_sign(dtype)? == H5T_sign_t::H5T_SGN_2 as usize }
-    } else {
-        let [sign, exponent_at, exponent, mantissa_at, mantissa] = lib.float_fields(dtype)?;
-        let implied = lib.H5Tget_norm(dtype)? == H5T_norm_t::H5T_NORM_IMPLIED as usize;
-        if !implied || sign != size * 8 - 1 || exponent_at != mantissa || mantissa_at != 0 {
-            return Ok(None);
-        }
-        Class::Float(exponent as u8, mantissa as u8, lib.H5Tget_ebias(dtype)? as u32)
-    };
-    let bfloat16 = size == 2 && class == Class::Float(8, 7, 127);
-    let found =
-        if bfloat16 { Some(DType::Opaque(2)) } else { DType::named().find(|d| d.class() == class && d.size() == size) };
-    Ok(found.map(|dtype| Element { dtype, swap: if big { size } else { 1 }, bfloat16 }))
+    if class == H5T_class_t::H5T_INTEGER as usize {
+        let signed = lib.H5Tget_sign(dtype)? == H5T_sign_t::H5T_SGN_2 as usize;
+        return Ok(Element::integer(size, signed, big));
+    }
+    let [sign, exponent_at, exponent, mantissa_at, mantissa] = lib.float_fields(dtype)?;
+    let implied = lib.H5Tget_norm(dtype)? == H5T_norm_t::H5T_NORM_IMPLIED as usize;
+    if !implied || sign != size * 8 - 1 || exponent_at != mantissa || mantissa_at != 0 {
+        return Ok(None);
+    }
+    Ok(Element::float(size, exponent as u8, mantissa as u8, lib.H5Tget_ebias(dtype)? as u32, big))
 }

@@ -47,24 +47,24 @@ pub fn unshuffle(data: &[u8], n: usize, out: &mut [u8]) {
     }
 }
 
-/// Elements at a time: enough for the compiler to use vectors.
-const BLOCK: usize = 32;
+/// Elements transposed at a time: enough for the compiler to use vectors.
+const LANES: usize = 32;
 
 fn planes<const N: usize>(data: &[u8], out: &mut [u8]) {
     let (elements, rest) = data.as_chunks::<N>();
     let count = elements.len();
-    let (blocks, tail) = elements.as_chunks::<BLOCK>();
+    let (blocks, tail) = elements.as_chunks::<LANES>();
     for (b, block) in blocks.iter().enumerate() {
         for i in 0..N {
-            let to = &mut out[i * count + b * BLOCK..][..BLOCK];
-            for j in 0..BLOCK {
+            let to = &mut out[i * count + b * LANES..][..LANES];
+            for j in 0..LANES {
                 to[j] = block[j][i];
             }
         }
     }
     for (j, element) in tail.iter().enumerate() {
         for (i, &byte) in element.iter().enumerate() {
-            out[i * count + blocks.len() * BLOCK + j] = byte;
+            out[i * count + blocks.len() * LANES + j] = byte;
         }
     }
     out[count * N..].copy_from_slice(rest);
@@ -73,12 +73,12 @@ fn planes<const N: usize>(data: &[u8], out: &mut [u8]) {
 fn elements<const N: usize>(data: &[u8], out: &mut [u8]) {
     let (elements, rest) = out.as_chunks_mut::<N>();
     let count = elements.len();
-    let (blocks, tail) = elements.as_chunks_mut::<BLOCK>();
-    let done = blocks.len() * BLOCK;
+    let (blocks, tail) = elements.as_chunks_mut::<LANES>();
+    let done = blocks.len() * LANES;
     for (b, block) in blocks.iter_mut().enumerate() {
-        let from: [&[u8; BLOCK]; N] =
-            std::array::from_fn(|i| data[i * count + b * BLOCK..].first_chunk().expect("a plane has `count` bytes"));
-        for j in 0..BLOCK {
+        let from: [&[u8; LANES]; N] =
+            std::array::from_fn(|i| data[i * count + b * LANES..].first_chunk().expect("a plane has `count` bytes"));
+        for j in 0..LANES {
             for i in 0..N {
                 block[j][i] = from[i][j];
             }

@@ -6,7 +6,7 @@ use super::errors::to_py;
 use crate::error::{Error, Kind, Result};
 
 /// Runs `f` detached, so that other Python threads go on; maps its error.
-pub(super) fn run<T: Send>(py: Python<'_>, f: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+pub(super) fn detached<T: Send>(py: Python<'_>, f: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
     py.detach(f).map_err(to_py)
 }
 

@@ -13,7 +13,7 @@ mod read;
 mod write;
 
 use crate::error::Result;
-use crate::h5::{Chunked, Compression, Engine, Index, Layout};
+use crate::image::{Chunked, Compression, Engine, EngineKind, Index, Layout};
 use crate::io::ReadAt;
 use crate::tree::Tree;
 
@@ -22,8 +22,8 @@ use crate::tree::Tree;
 pub struct LibHdf5;
 
 impl Engine for LibHdf5 {
-    fn name(&self) -> &'static str {
-        "libhdf5"
+    fn kind(&self) -> EngineKind {
+        EngineKind::LibHdf5
     }
 
     fn lay_out(&self, tree: &Tree) -> Result<Layout> {

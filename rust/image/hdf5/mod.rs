@@ -1,10 +1,10 @@
-//! A weights image: what a `.weights.h5` file is, and the two engines that lay one out and index one.
+//! HDF5: what its two engines share.
 //!
-//! An *engine* never moves payload: on the way out it places every dataset ([`Layout`]), on the way in it finds them
-//! ([`Index`]). The bytes are written by `io/emit.rs` and `io/pack.rs` and read by `io/fetch.rs`, whatever the engine;
-//! only what is no plain run of bytes is read by the engine.
+//! [`direct`] is safe Rust for what h5py writes for Keras; `libhdf5` is the C library, for everything else and as the
+//! reference.
 
 pub mod direct;
+mod element;
 pub mod filters;
 #[cfg(feature = "libhdf5")]
 pub mod libhdf5;
@@ -12,123 +12,61 @@ pub mod libhdf5;
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::{Found, Index, Storage};
 use crate::dtype::DType;
-use crate::error::{Error, Kind, Result, out_of_memory};
+use crate::error::{Error, Kind, Result, try_push};
 use crate::io::{ReadAt, Window};
 use crate::limits;
-use crate::tree::{Attribute, Tree};
-
-/// Every dataset of at least this many bytes starts at a multiple of it, so that TensorFlow and JAX can share it.
-pub const ALIGNMENT: u64 = 64;
-
-/// Where everything of an image goes. Offsets are from the start of the image; the superblock's base address is 0.
-#[derive(Debug, Default)]
-pub struct Layout {
-    /// Metadata: `(offset, bytes)`, ascending, disjoint from each other and from the datasets.
-    pub metadata: Vec<(u64, Vec<u8>)>,
-    /// Offset of each dataset of the tree, in its order; `None` where it has no bytes.
-    pub offsets: Vec<Option<u64>>,
-    /// Bytes of the whole image; what neither metadata nor datasets cover is zero.
-    pub len: u64,
-}
-
-/// How datasets are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Compression {
-    pub(crate) level: u32,
-    pub(crate) shuffle: bool,
-    pub(crate) chunk_bytes: u64,
-}
-
-impl Compression {
-    /// Deflate at `level`, 0 (store) to 9, in chunks of at most `chunk_bytes`, 1 KiB to 1 GiB. With `shuffle` the bytes
-    /// of the elements are transposed first, which makes numbers compress better.
-    ///
-    /// # Errors
-    /// `Invalid` for other numbers.
-    pub fn new(level: u32, shuffle: bool, chunk_bytes: u64) -> Result<Self> {
-        if level > 9 {
-            return Err(Error::new(Kind::Invalid, "no such compression level").with_found("0 to 9", level));
-        }
-        if !(1 << 10..=1 << 30).contains(&chunk_bytes) {
-            return Err(Error::new(Kind::Invalid, "chunks cannot be of this size")
-                .with_found("1 KiB to 1 GiB", format_args!("{chunk_bytes} bytes")));
-        }
-        Ok(Self { level, shuffle, chunk_bytes })
-    }
-}
-
-/// A layout whose chunks are placed one by one, when they are compressed.
-pub trait Chunked {
-    /// Where the datasets without chunks go. The metadata is still to come, into what is left free or behind it.
-    fn layout(&self) -> &Layout;
-
-    /// The offset of the chunk of dataset `i` that starts at these indices, which will be written as `bytes`; bit `n`
-    /// of `skipped` says that the `n`-th filter is not to be undone.
-    ///
-    /// # Errors
-    /// `Hdf5` when the engine has no place for it.
-    fn place(&mut self, i: usize, start: &[u64], skipped: u32, bytes: &[u8]) -> Result<u64>;
-
-    /// The complete layout; its metadata lies where nothing was written.
-    ///
-    /// # Errors
-    /// `Hdf5`.
-    fn finish(self: Box<Self>) -> Result<Layout>;
-}
-
-/// Where the values of a dataset are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Storage {
-    /// One run of bytes of the image, little-endian, C order: `nbytes` from this offset.
-    Contiguous(u64),
-    /// In the metadata itself (at most 64 KiB).
-    Compact(Vec<u8>),
-    /// Nowhere: the tensor has no elements, or was never written (HDF5 then reads zeros).
-    Empty,
-    /// Only the engine can read it (chunks, filters, other byte orders): [`Engine::read`].
-    Engine,
-    /// Listed but never read, for this reason: strings, structures, no values at all, an unknown filter.
-    Unreadable(Cow<'static, str>),
-}
-
-/// A dataset found in an image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// Path from the root, without a leading slash.
-    pub path: String,
-    /// Element type; of no meaning where the dataset is [`Storage::Unreadable`].
-    pub dtype: DType,
-    /// Dimensions.
-    pub shape: Vec<u64>,
-    /// Bytes of the tensor; 0 where it is unreadable.
-    pub nbytes: u64,
-    /// Where the values are.
-    pub storage: Storage,
-    /// Attributes that are strings or rows of strings; others are dropped.
-    pub attributes: Vec<Attribute>,
-    /// Which object of the file it is: two names of one dataset (hard links) have the same.
-    pub object: u64,
-}
-
-/// Everything an image holds, in the order its groups list it (names ascending by byte).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Index {
-    /// Attributes of the root, as those of groups.
-    pub attributes: Vec<Attribute>,
-    /// Every group but the root, parents first, with its attributes.
-    pub groups: Vec<(String, Vec<Attribute>)>,
-    /// Every dataset, once for each of its names.
-    pub datasets: Vec<Found>,
-    /// Whether some dataset has several names.
-    pub shared: bool,
-}
+use crate::tree::{Attribute, Value};
 
 /// What was found at an object and below it, so that a second link to it needs no second walk.
 struct Subtree {
     path: usize, // bytes of its path
     groups: Range<usize>,
     datasets: Range<usize>,
+}
+
+impl Found {
+    /// A dataset that is listed, and not read for this reason.
+    fn unreadable(
+        path: String,
+        shape: Vec<u64>,
+        reason: Cow<'static, str>,
+        attributes: Vec<Attribute>,
+        object: u64,
+    ) -> Self {
+        let storage = Storage::Unreadable(reason);
+        Self { path, dtype: DType::Opaque(1), shape, nbytes: 0, storage, attributes, object }
+    }
+}
+
+/// Says of opaque bytes that they are HDF5's own bfloat16, as h5py's attribute does.
+fn tag_bfloat16(attributes: &mut Vec<Attribute>) {
+    if !attributes.iter().any(|(name, _)| name == "dtype") {
+        attributes.push(("dtype".into(), "bfloat16".into()));
+    }
+}
+
+/// How many strings an attribute of this shape has, if it is a scalar or a row.
+fn string_count(shape: &[u64]) -> Option<usize> {
+    match shape {
+        [] => Some(1),
+        &[n] => usize::try_from(n).ok(),
+        _ => None,
+    }
+}
+
+/// What the strings of an attribute mean: a row, of one `length` if they have one, or a scalar.
+fn string_value(mut strings: Vec<Vec<u8>>, row: bool, utf8: bool, length: Option<usize>) -> Value {
+    match length {
+        Some(length) if row => Value::Fixed(length, strings),
+        None if row => Value::List(strings),
+        _ => match String::from_utf8(strings.pop().unwrap_or_default()) {
+            Ok(text) if utf8 => Value::Text(text),
+            Ok(text) => Value::Bytes(text.into_bytes()),
+            Err(error) => Value::Bytes(error.into_bytes()),
+        },
+    }
 }
 
 impl Index {
@@ -170,7 +108,7 @@ impl Index {
     fn add_group(&mut self, path: String, attributes: Vec<Attribute>, budget: &mut Budget) -> Result<()> {
         self.check_room()?;
         budget.spend(2 * size_of::<(String, Vec<Attribute>)>() + ALLOCATION + path.len())?;
-        push(&mut self.groups, (path, attributes))
+        try_push(&mut self.groups, (path, attributes))
     }
 
     fn add_dataset(&mut self, found: Found, budget: &mut Budget) -> Result<()> {
@@ -178,7 +116,7 @@ impl Index {
         let value = if let Storage::Compact(bytes) = &found.storage { bytes.len() } else { 0 };
         let heap = 3 * ALLOCATION + found.path.len() + found.shape.len() * 8 + value;
         budget.spend(2 * size_of::<Found>() + heap)?;
-        push(&mut self.datasets, found)
+        try_push(&mut self.datasets, found)
     }
 
     fn check_room(&self) -> Result<()> {
@@ -260,20 +198,27 @@ impl Budget {
     }
 }
 
-/// Appends, or says that there is no memory.
-fn push<T>(to: &mut Vec<T>, item: T) -> Result<()> {
-    if to.len() == to.capacity() {
-        to.try_reserve(1).map_err(|_| out_of_memory(2 * to.len() * size_of::<T>()))?;
+#[cold]
+fn refused(what: &str) -> Error {
+    Error::new(Kind::Unsafe, format!("Not allowed: H5 file with {what}"))
+        .with_advice("It points to data outside itself, which a model file must not.")
+}
+
+/// Refuses every link but a hard one, by the number of its kind (§IV.A.2.g, `H5L_type_t`).
+fn check_link(kind: i32) -> Result<()> {
+    match kind {
+        0 => Ok(()),
+        1 => Err(refused("SoftLink")),
+        64 => Err(refused("ExternalLink")),
+        _ => Err(refused("user-defined link")),
     }
-    to.push(item);
-    Ok(())
 }
 
 /// The name of a link: UTF-8, and one component of a path.
 fn link_name(bytes: &[u8]) -> Result<&str> {
     match std::str::from_utf8(bytes) {
         Ok(name) if !matches!(name, "" | "." | "..") && !name.contains(['/', '\0']) => Ok(name),
-        _ => Err(Error::new(Kind::Hdf5, "malformed HDF5: the name of a link is not UTF-8 or no component of a path")
+        _ => Err(Error::new(Kind::Image, "malformed HDF5: the name of a link is not UTF-8 or no component of a path")
             .with_found("one without slashes", String::from_utf8_lossy(&bytes[..bytes.len().min(100)]).escape_debug())),
     }
 }
@@ -285,7 +230,7 @@ fn check_names<'a>(mut names: impl Iterator<Item = &'a [u8]>) -> Result<()> {
     for name in names {
         if name <= last {
             let what = if name == last { "a name comes twice in a group" } else { "names of a group are not in order" };
-            return Err(Error::new(Kind::Hdf5, format!("malformed HDF5: {what}"))
+            return Err(Error::new(Kind::Image, format!("malformed HDF5: {what}"))
                 .with_found("names that ascend", String::from_utf8_lossy(name).escape_debug())
                 .with_advice("The file is damaged; use another copy."));
         }
@@ -311,7 +256,7 @@ fn too_deep(path: &str) -> Error {
 
 #[cold]
 fn cycle() -> Error {
-    Error::new(Kind::Hdf5, "a group contains itself, by a hard link")
+    Error::new(Kind::Image, "a group contains itself, by a hard link")
         .with_advice("A model file cannot be like that; write its datasets to another file.")
 }
 
@@ -337,43 +282,10 @@ fn behind_user_block<T>(image: &dyn ReadAt, f: impl FnOnce(&dyn ReadAt, u64) -> 
     match start(image)? {
         Some(0) => f(image, 0),
         Some(at) => f(&Window::new(image, at, image.len() - at), at),
-        None => Err(Error::new(Kind::Hdf5, "not an HDF5 file")
+        None => Err(Error::new(Kind::Image, "not an HDF5 file")
             .with_found("the HDF5 signature", "other bytes")
             .with_advice("Check that this is a weights file.")),
     }
-}
-
-/// What lays images out and finds their datasets.
-pub trait Engine: Send + Sync {
-    /// `"direct"` or `"libhdf5"`.
-    fn name(&self) -> &'static str;
-
-    /// Places every dataset of `tree`.
-    ///
-    /// # Errors
-    /// `Invalid` for what the format cannot hold.
-    fn lay_out(&self, tree: &Tree) -> Result<Layout>;
-
-    /// Places the datasets of `tree` that have no chunks; `chunks` has the shape of the others'.
-    ///
-    /// # Errors
-    /// `Unsupported` where the engine does not compress, else as [`Engine::lay_out`].
-    fn lay_out_chunked(&self, _: &Tree, _chunks: &[Option<Vec<u64>>], _: Compression) -> Result<Box<dyn Chunked>> {
-        Err(Error::new(Kind::Unsupported, format!("the {} engine does not compress", self.name())))
-    }
-
-    /// Finds every group and dataset of the image that is all of `image`.
-    ///
-    /// # Errors
-    /// `Hdf5` for a malformed image, `Unsafe` for links and external storage, `Limit`, and `Unsupported` for legal
-    /// HDF5 that this engine does not read (the caller may then ask the other engine).
-    fn index(&self, image: &dyn ReadAt) -> Result<Index>;
-
-    /// Reads the datasets at `paths` whose storage is [`Storage::Engine`] into `out`, each of exactly its `nbytes`.
-    ///
-    /// # Errors
-    /// As [`Engine::index`].
-    fn read(&self, image: &dyn ReadAt, paths: &[&str], out: &mut [&mut [u8]]) -> Result<()>;
 }
 
 /// A string of fixed length without its padding: NULs, or spaces as well.

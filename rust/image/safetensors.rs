@@ -6,11 +6,11 @@
 //! padded with spaces, and tensors that keep the next one there come first.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Build, Encoder, Scalar, Text};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result, try_with_capacity};
-use crate::h5::{ALIGNMENT, Engine, Found, Index, Layout, Storage};
+use crate::image::{ALIGNMENT, Engine, EngineKind, Found, Index, Layout, Storage};
 use crate::io::ReadAt;
+use crate::json::{self, Build, Encoder, Scalar, Text};
 use crate::limits;
 use crate::tree::{Attribute, Dataset, Tree};
 
@@ -22,8 +22,8 @@ const METADATA: &str = "__metadata__";
 pub struct Safetensors;
 
 impl Engine for Safetensors {
-    fn name(&self) -> &'static str {
-        "safetensors"
+    fn kind(&self) -> EngineKind {
+        EngineKind::Safetensors
     }
 
     fn lay_out(&self, tree: &Tree) -> Result<Layout> {
@@ -124,7 +124,7 @@ fn put_tensor(dataset: &Dataset, at: u64, header: &mut Encoder) -> Result<()> {
 
 #[cold]
 fn malformed(what: &str) -> Error {
-    Error::new(Kind::Hdf5, format!("malformed safetensors: {what}"))
+    Error::new(Kind::Image, format!("malformed safetensors: {what}"))
         .with_advice("The file is damaged or of another format; use another copy.")
 }
 
@@ -150,8 +150,8 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
         return Err(malformed("its header is no JSON object"));
     }
     let text = String::from_utf8(text).map_err(|_| malformed("its header is not UTF-8"))?;
-    let limits = config::Limits { bytes: limits::MAX_SAFETENSORS_HEADER_BYTES, depth: 3, unique_keys: true };
-    let header = config::decode(&text, &limits, &mut Header::default()).map_err(|e| match e.kind() {
+    let limits = json::Limits { bytes: limits::MAX_SAFETENSORS_HEADER_BYTES, depth: 3, unique_keys: true };
+    let header = json::decode(&text, &limits, &mut Header::default()).map_err(|e| match e.kind() {
         Kind::Json(_) => malformed(&format!("its header: {e}")),
         _ => e,
     })?;
@@ -180,20 +180,20 @@ fn index(image: &dyn ReadAt) -> Result<Index> {
     contiguous(&mut ends, start, image.len())?;
     index.datasets = ends.into_iter().map(|(found, _)| found).collect();
     index.datasets.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    twice(index.datasets.iter().map(|d| &*d.path))?;
-    twice(index.attributes.iter().map(|a| &*a.0))?;
+    check_unique(index.datasets.iter().map(|d| &*d.path))?;
+    check_unique(index.attributes.iter().map(|a| &*a.0))?;
     Ok(index)
 }
 
 #[cold]
 fn truncated(wanted: u64, found: u64) -> Error {
-    Error::new(Kind::Hdf5, "the safetensors file is truncated")
+    Error::new(Kind::Image, "the safetensors file is truncated")
         .with_found(format_args!("{wanted} bytes"), format_args!("{found} bytes"))
         .with_advice("It was cut short or is still being written; copy or save it again.")
 }
 
-/// Refuses sorted names of which one comes twice.
-fn twice<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+/// Refuses sorted names of which two are equal.
+fn check_unique<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
     match names.clone().zip(names.skip(1)).find(|(a, b)| a == b) {
         Some((name, _)) => Err(malformed("a name comes twice").with_entry(name)),
         None => Ok(()),
