@@ -7,6 +7,7 @@ import numpy as np
 from hornbeam.base import deferred, dtypes
 from hornbeam.base.reports import Cast, SaveReport
 from hornbeam.errors import InvalidError
+from hornbeam.flows import parts
 from hornbeam.flows.recording import Dataset, RecordStore
 from hornbeam.flows.requests import SaveRequest
 
@@ -25,13 +26,15 @@ def narrow(store: RecordStore, request: SaveRequest) -> SaveReport:
         The report, in which each cast appears when it is done.
     """
     report = SaveReport(dtype=request.dtype)
+    quantised = set() if request.dtype is None else _quantised(store)  # of whole layers
     if not request.include_optimizer:
         report.left_out = store.drop_optimizers()
+    if request.partial:
+        report.left_out += parts.keep(store, request)
     if request.dtype is None:
         return report
     dtype = dtypes.own_dtype(request.dtype, request.dtype)
     weights = {id(variable) for variable in getattr(request.model, "weights", ())}
-    quantised = _quantised(store)
     for path, dataset in store.datasets.items():
         wider = dataset.name.startswith("float") and dataset.memory.dtype.itemsize > dtype.itemsize
         if not wider or id(dataset.variable) not in weights or path.rpartition("/")[0] in quantised:

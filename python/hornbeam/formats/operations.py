@@ -36,7 +36,7 @@ def save_model(
 
 def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | Handle | None:
     """Saves weights; see `save_model`."""
-    more = {} if request.skip is None else {"objects_to_skip": request.skip}
+    more = {} if request.objects_to_skip is None else {"objects_to_skip": request.objects_to_skip}
     shards = request.max_shard_size
     stock = partial(_stock_save, saving_api.save_weights, request, overwrite=overwrite, max_shard_size=shards, **more)
     beyond = request.beyond()

@@ -45,7 +45,7 @@ def api_save_weights(
         raise NotOurs(None)
     asynchronous = operation.claim(model, filepath)
     request = SaveRequest(
-        model, plain(filepath), max_shard_size=max_shard_size, skip=skip, writer=asynchronous, **smaller
+        model, plain(filepath), max_shard_size=max_shard_size, objects_to_skip=skip, writer=asynchronous, **smaller
     )
     _remember(save_formats.save_weights(request, overwrite=overwrite))
 
@@ -84,7 +84,7 @@ def lib_save_weights_only(
     text = str(filepath)
     if text.endswith(".safetensors"):
         raise NotOurs(None)
-    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, skip=objects_to_skip)
+    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, objects_to_skip=objects_to_skip)
     _remember(save_formats.save_weights(request))
 
 
