@@ -51,7 +51,10 @@ def test_the_table_has_nothing_else_and_operations_have_all_they_import() -> Non
     expected = {f"{m.removeprefix('keras.src.')}.{name}" for m, found in entry_._REPLACED.items() for name in found}
     assert {name.replace("archive:", "export.saved_model.") for name in replaced} == expected
     entries = ["save_adapters", "load_adapters", "legacy_save", "legacy_load", "to_json", "exports"]
-    entries = [f"formats.{entry}" for entry in [*entries, "safetensors", "savedmodel"]] + ["training.backup"]
+    entries = [f"formats.{entry}" for entry in [*entries, "safetensors", "savedmodel"]] + [
+        "training.backup",
+        "flows.parts",
+    ]
     for (operation, (modules, _)), entry in zip(known.OPERATIONS.items(), entries, strict=True):
         assert {*modules.split()} >= names.imports(entry) & known.USES.keys(), operation
     for module, functions in entry_._REPLACED.items():

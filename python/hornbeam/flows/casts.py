@@ -7,7 +7,6 @@ import numpy as np
 from hornbeam.base import deferred, dtypes
 from hornbeam.base.reports import Cast, SaveReport
 from hornbeam.errors import InvalidError
-from hornbeam.flows import parts
 from hornbeam.flows.recording import Dataset, RecordStore
 from hornbeam.flows.requests import SaveRequest
 
@@ -30,6 +29,8 @@ def narrow(store: RecordStore, request: SaveRequest) -> SaveReport:
     if not request.include_optimizer:
         report.left_out = store.drop_optimizers()
     if request.partial:
+        from hornbeam.flows import parts  # which needs what only loads need otherwise
+
         report.left_out += parts.keep(store, request)
     if request.dtype is None:
         return report

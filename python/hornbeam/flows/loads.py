@@ -19,7 +19,7 @@ from hornbeam.base import contents, counters, progress, settings
 from hornbeam.base.file_objects import Stream, openable, path_of, source
 from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError, LimitError, UnsupportedError
-from hornbeam.flows import parts
+from hornbeam.flows import marks
 from hornbeam.flows.asset_store import AssetStore
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.flows.selections import Names, Selection, Structure
@@ -221,7 +221,7 @@ def load_weights(
     opened = open_weights(request.source)
     visited = {id(o) for o in request.objects_to_skip or ()}
     selection = None
-    report.partial = parts.is_part(opened)
+    report.partial = marks.is_part(opened)
     if request.partial or names_of is not None or report.partial:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
         # A group in several shards has its attributes in the first.

@@ -25,7 +25,7 @@ from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.model_file import read_index
 from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
-from hornbeam.flows import loads, parts, saves
+from hornbeam.flows import loads, marks, saves
 from hornbeam.flows.recording import Attributes, RecordStore
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.flows.selections import Structure
@@ -76,7 +76,7 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport 
         # One file is loaded instead of the shards that an index beside it names.
         hides = replaced is single and not os.path.exists(text)
         hidden = [f"{text.removesuffix(_SUFFIX)}{_INDEX}"] if hides else []
-        parts.refuse_complete(request, [*replaced, *hidden] if replaced else [request.target])
+        marks.refuse_complete(request, [*replaced, *hidden] if replaced else [request.target])
         there = ", ".join(str(path) for path in replaced if path.exists())
         if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
             return None
@@ -296,7 +296,7 @@ class Names:
         weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
         slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
         theirs = {path for path in there if structure.is_optimizer(path)}
-        if parts.is_part(opened):  # what the file has is all there is to fit
+        if marks.is_part(opened):  # what the file has is all there is to fit
             names = shapes.keys() - {there[path] for path in theirs}
             slots = {path: name for path, name in slots.items() if path in theirs}
             fits, placed = names <= set(weights.values()), there.keys() - theirs <= weights.keys()

@@ -15,7 +15,7 @@ from hornbeam import _core
 from hornbeam.base import contents, counters, progress, settings
 from hornbeam.base.model_file import read_index
 from hornbeam.base.reports import SaveReport
-from hornbeam.flows import parts, saves
+from hornbeam.flows import marks, saves
 from hornbeam.flows.recording import RecordStore
 from hornbeam.flows.requests import SaveRequest
 
@@ -52,7 +52,7 @@ def save_weights(request: SaveRequest) -> SaveReport:
         shards, weight_map, total = _split(store, path, request.max_shard_size * 1024**3)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
         planned = [(str(path.with_name(name)), shard, _core.plan(**saves.layout(shard))) for name, shard in shards]
-        parts.refuse_complete(request, [path, *(name for name, *_ in planned)])
+        marks.refuse_complete(request, [path, *(name for name, *_ in planned)])
         return write(planned, path, index.encode(), store.report)
 
 

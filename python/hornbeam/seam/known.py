@@ -18,7 +18,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     ),
     "load": (
         (
-            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "flows.asset_store flows.loads flows.parts flows.recording flows.saves flows.selections flows.serving "
             "formats.load_formats formats.shards seam.assignments seam.building seam.keras2 seam.keras_names "
             "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
             "values.tensors values.tf_variables"
@@ -37,7 +37,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     ),
     "legacy load": (
         (
-            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "flows.asset_store flows.loads flows.parts flows.recording flows.saves flows.selections flows.serving "
             "formats.legacy_load formats.legacy_save seam.assignments seam.building seam.keras2 seam.keras_names "
             "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
             "values.tensors values.tf_variables"
@@ -60,7 +60,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     ),
     "safetensors": (
         (
-            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving "
+            "flows.asset_store flows.loads flows.parts flows.recording flows.saves flows.selections flows.serving "
             "formats.safetensors formats.shards seam.assignments seam.building seam.keras2 seam.keras_names "
             "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
             "values.tensors values.tf_variables"
@@ -69,7 +69,7 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     ),
     "savedmodel": (
         (
-            "flows.asset_store flows.loads flows.recording flows.saves flows.selections flows.serving formats.exports "
+            "flows.asset_store flows.loads flows.parts flows.recording flows.saves flows.selections flows.serving formats.exports "
             "formats.savedmodel seam.assignments seam.building seam.culprits seam.keras2 seam.keras_names "
             "seam.missing_classes seam.shortcuts seam.walking values.creating values.holding values.on_tensorflow "
             "values.tensors values.tf_variables"
@@ -78,9 +78,17 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     ),
     "training": (
         (
-            "flows.recording flows.selections formats.operations seam.keras_names seam.walking training.backup "
-            "training.fit training.matching training.model_checkpoint training.resumable training.training_state "
-            "values.on_tensorflow values.randomness values.tensors"
+            "flows.parts flows.recording flows.selections flows.serving formats.operations seam.assignments "
+            "seam.keras_names seam.walking training.backup training.fit training.matching training.model_checkpoint "
+            "training.resumable training.training_state values.holding values.on_tensorflow values.randomness "
+            "values.tensors"
+        ),
+        "",
+    ),
+    "partial save": (
+        (
+            "flows.parts flows.recording flows.serving seam.assignments seam.walking values.creating values.holding "
+            "values.on_tensorflow values.tensors values.tf_variables"
         ),
         "",
     ),
@@ -100,6 +108,7 @@ USES: dict[str, str] = {
         "saving.saving_lib._load_state saving.saving_lib._raise_loading_failure "
         "saving.saving_lib.deserialize_keras_object saving.saving_lib.readable_memory_size"
     ),
+    "flows.parts": "keras.Layer:_non_trainable_variables keras.Layer:_trainable_variables",
     "flows.recording": "saving.saving_lib saving.saving_lib.H5IOStore",
     "flows.saves": (
         "saving.saving_lib saving.saving_lib.ObjectSharingScope saving.saving_lib._ASSETS_DIRNAME "
