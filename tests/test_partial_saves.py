@@ -395,6 +395,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         saving.save_weights(model, tmp_path / "m.weights.h5", replace_complete=True)
     with hornbeam.options(fallback=True), pytest.raises(UnsupportedError, match="does not save in part"):
         saving.save_weights(model, "gs://bucket/m.weights.h5", only="head")
+    for name in ("m.h5", "m.keras", "m.weights"):
+        with pytest.raises(ValueError, match="must end in"):
+            saving.save_weights(model, tmp_path / name, only="head")
+    with pytest.raises(ValueError, match="not yet been built"):
+        saving.save_weights(keras.Sequential([layers.Dense(2)]), tmp_path / "m.weights.h5", skip="dense")
     assert "does not save in part" in SaveRequest(model, "m.weights.h5", skip=("head",)).beyond()
     assert SaveRequest(model, "m.weights.h5").beyond() == []
     assert os.listdir(tmp_path) == []
