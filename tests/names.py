@@ -149,6 +149,7 @@ ENTRIES = {
     "safetensors": ["formats.safetensors"],
     "savedmodel": ["formats.savedmodel"],
     "training": ["training.backup", "training.model_checkpoint"],
+    "partial save": ["flows.parts"],
 }
 
 

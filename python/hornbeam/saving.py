@@ -69,6 +69,7 @@ def save_model(
         OSError: When the target cannot be written.
     """
     save_format = kwargs.pop("save_format", None)
+    operations.refuse_part(filepath, kwargs)
     if kwargs:
         saving_api.save_model(model, filepath, **kwargs)  # raises
     with operations.save_request(
@@ -129,6 +130,9 @@ def save_weights(
     max_shard_size: float | None = None,
     *,
     include_optimizer: bool = True,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
+    replace_complete: bool = False,
     dtype: str | None = None,
     allow_overflow: bool = False,
     compression: str | int | None = None,
@@ -136,7 +140,7 @@ def save_weights(
     asynchronous: bool = False,
     **kwargs: Any,
 ) -> Handle | None:
-    """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`.
+    """Saves the weights of a model, and its optimizer's state, to `.weights.h5` or `.safetensors`; or a part of them.
 
     Args:
         model: The model; it must be built.
@@ -145,6 +149,10 @@ def save_weights(
         overwrite: Replace an existing file without asking.
         max_shard_size: Size of a shard in GB (1024³ bytes), before compression; without it there are no shards.
         include_optimizer: Save the optimizer's state.
+        only: Patterns, as of `load_weights`, of the variables to save. The file says that it holds a part. The
+            optimizer's state is left out of it, unless a pattern names it: `"optimizer"`, `"adam/*"`.
+        skip: Patterns of the variables to leave out.
+        replace_complete: Let a part take the place of a file that is not known to hold one.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
             optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
             that cost.
@@ -161,10 +169,11 @@ def save_weights(
         save, its handle.
 
     Raises:
-        ValueError: For a wrong extension or a model that is not built.
+        ValueError: For a wrong extension, a model that is not built, a pattern that fits nothing, or a part that would
+            replace a complete file.
         OSError: When the target cannot be written.
     """
-    skip = kwargs.pop("objects_to_skip", None)
+    skipped = kwargs.pop("objects_to_skip", None)
     if kwargs:
         saving_api.save_weights(model, filepath, **kwargs)  # raises
     with operations.save_request(
@@ -177,7 +186,10 @@ def save_weights(
         dtype=dtype,
         allow_overflow=allow_overflow,
         max_shard_size=max_shard_size,
+        objects_to_skip=skipped,
+        only=only,
         skip=skip,
+        replace_complete=replace_complete,
     ) as request:
         return operations.told(operations.save_weights(request, overwrite=overwrite), request)
 

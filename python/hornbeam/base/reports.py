@@ -34,6 +34,7 @@ class LoadReport:
         seconds: Seconds by stage: `open`, `build` (`load_model`), `read` (waiting for it), `assign`.
         crc: `"verified"`, `"partial"` (not all of the file was read) or `"none"` (the file has no checksum).
         engine: `"direct"`, `"libhdf5"` or `"stock"`, which reports nothing else.
+        partial: Whether the file says that it holds a part of a model: what else the model has is in `missing`.
     """
 
     path: str | None = None
@@ -50,6 +51,7 @@ class LoadReport:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     crc: str = "none"
     engine: str = "stock"
+    partial: bool = False
 
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
@@ -89,6 +91,8 @@ class LoadReport:
             ("checksum", self.crc),
             ("engine", self.engine),
         ]
+        if self.partial:
+            rows.append(("partial", "the file holds a part of a model"))
         for name in ("missing", "unexpected", "mismatched", "refused", "unmatched", "initialised", "cast", "skipped"):
             items = [_item(i) for i in getattr(self, name)]
             if items:
@@ -139,7 +143,7 @@ class SaveReport:
         engine: `"direct"`, `"libhdf5"`, `"safetensors"` or `"stock"`, which reports nothing else.
         dtype: What weights were cast to, or `None`.
         cast: Those that were, and what they lost.
-        left_out: Names of what was left out: the optimizer's state.
+        left_out: Names of what was left out: the optimizer's state, or what `only` and `skip` say.
         crc: CRC-32 of the weights image, where hornbeam wrote one file of it.
     """
 

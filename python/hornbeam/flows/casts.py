@@ -25,13 +25,17 @@ def narrow(store: RecordStore, request: SaveRequest) -> SaveReport:
         The report, in which each cast appears when it is done.
     """
     report = SaveReport(dtype=request.dtype)
+    quantised = set() if request.dtype is None else _quantised(store)  # of whole layers
     if not request.include_optimizer:
         report.left_out = store.drop_optimizers()
+    if request.partial:
+        from hornbeam.flows import parts  # which needs what only loads need otherwise
+
+        report.left_out += parts.keep(store, request)
     if request.dtype is None:
         return report
     dtype = dtypes.own_dtype(request.dtype, request.dtype)
     weights = {id(variable) for variable in getattr(request.model, "weights", ())}
-    quantised = _quantised(store)
     for path, dataset in store.datasets.items():
         wider = dataset.name.startswith("float") and dataset.memory.dtype.itemsize > dtype.itemsize
         if not wider or id(dataset.variable) not in weights or path.rpartition("/")[0] in quantised:

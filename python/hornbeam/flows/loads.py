@@ -19,6 +19,7 @@ from hornbeam.base import contents, counters, progress, settings
 from hornbeam.base.file_objects import Stream, openable, path_of, source
 from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError, LimitError, UnsupportedError
+from hornbeam.flows import marks
 from hornbeam.flows.asset_store import AssetStore
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.flows.selections import Names, Selection, Structure
@@ -151,6 +152,7 @@ def _load_model(
         if isinstance(found, AssetStore):
             found.old_path = store.old_path
         errors = _load_state(model, store, found)
+        store.complete(drop_rest=True)
         untrained = _untrained(model, journal, store)
         report.stage("assign")
     report.initialised = [v.path for v in variables(model) if id(v) not in journal.assigned]
@@ -219,15 +221,18 @@ def load_weights(
     opened = open_weights(request.source)
     visited = {id(o) for o in request.objects_to_skip or ()}
     selection = None
-    if request.partial or names_of is not None:
+    report.partial = marks.is_part(opened)
+    if request.partial or names_of is not None or report.partial:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
         # A group in several shards has its attributes in the first.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
         structure = Structure(model, visited)
+        some = request.partial or report.partial
+        choice = structure.choose(request, part=report.partial) if some else None
         names = None if names_of is None else names_of(opened, structure, shapes, by_name=request.by_name)
-        selection = Selection(request, structure, shapes, groups, names)
+        selection = Selection(request, structure, shapes, groups, names, choice, part=report.partial)
     with ExitStack() as stack:
         images = [Image(weights, name) for name, weights in opened]
         if selection is None:
@@ -254,6 +259,9 @@ def load_weights(
         stack.enter_context(patches.collector_rests())
         journal = stack.enter_context(assignments.journal(undoable=True, part=selection))
         errors = _load_state(model, store, None, skip_mismatch=request.skip_mismatch, visited=visited)
+        if selection is not None:
+            errors |= _assign_directly(store, selection, journal)
+        store.complete(drop_rest=True)
         report.stage("assign")
         _settle(report, request, journal, store, model, errors, selection)
     return report
@@ -313,7 +321,18 @@ def _load_state(
             failed_saveables=set(),
             error_msgs=errors,
         )
-    store.complete(drop_rest=True)
+    return errors
+
+
+def _assign_directly(store: LoadStore, selection: Selection, journal: assignments.Journal) -> dict[int, Any]:
+    """Gives variables what no code of their objects asks for; what does not fit, as of `_load_state`."""
+    errors: dict[int, Any] = {}
+    for path, owner in selection.direct.items():
+        value = store.value(path)
+        try:
+            selection.structure.values[path].assign(value)
+        except ValueError as error:
+            errors[id(owner)] = owner, error
     return errors
 
 
@@ -374,7 +393,7 @@ def _settle(
         raise raised
     if errors:
         saving_lib._raise_loading_failure(errors, warn_only=True)
-    if request.partial:
+    if request.partial or report.partial:
         report.warn_of_nothing()
     for image in store.images:
         counters.count(engine=image.weights.engine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -85,11 +86,15 @@ class RecordStore(saving_lib.H5IOStore):
 
     def drop_optimizers(self) -> list[str]:
         """Forgets the state of all optimizers; returns what that was."""
-        dropped = [path for path in self.datasets if self.is_optimizer(path)]
+        return self.drop(self.is_optimizer)
+
+    def drop(self, gone: Callable[[str], bool]) -> list[str]:
+        """Forgets the groups and values whose paths `gone` tells; returns which values these were."""
+        dropped = [path for path in self.datasets if gone(path)]
         for known in (self.datasets, self.groups):
-            for path in [path for path in known if self.is_optimizer(path)]:
+            for path in [path for path in known if gone(path)]:
                 del known[path]
-        self.order = [(kind, path) for kind, path in self.order if not self.is_optimizer(path)]
+        self.order = [(kind, path) for kind, path in self.order if not gone(path)]
         return dropped
 
     def _path(self, key: str) -> str:
@@ -99,16 +104,21 @@ class RecordStore(saving_lib.H5IOStore):
         path = self._path(key)
         if path in self.datasets:
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
+        found = self.put(path, value)
+        # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
+        if isinstance(found.memory, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
+            found.memory = found.array()
+
+    def put(self, path: str, value: Any) -> Dataset:
+        """Notes a variable, tensor or array at a path of its own."""
         if not tensors.is_addressable(value):
             raise UnsupportedError(
                 f"'{path}' is spread over several processes, of which this one can read only its part. Gather it, or "
                 "replicate it, before the model is saved."
             )
-        found = tensors.view(value)
-        # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
-        if isinstance(found, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
-            found = found.array()
-        self.note(path, Dataset(found, value if isinstance(value, keras.Variable) else None))
+        found = Dataset(tensors.view(value), value if isinstance(value, keras.Variable) else None)
+        self.note(path, found)
+        return found
 
     def note(self, path: str, dataset: Dataset) -> None:
         """Notes a value at a path of its own."""

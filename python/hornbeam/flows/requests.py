@@ -27,7 +27,10 @@ class SaveRequest:
         dtype: What weights in wider floating-point types are cast to.
         allow_overflow: Let values that the type cannot hold become infinite.
         max_shard_size: Size of a shard in GB (1024³ bytes).
-        skip: Layers that are left out.
+        objects_to_skip: Layers that are left out.
+        only: Patterns of what is saved; `None` for everything.
+        skip: Patterns of what is not.
+        replace_complete: A part of the model may take the place of complete weights.
         writer: Who writes it, where it is asynchronous.
 
     Raises:
@@ -41,7 +44,10 @@ class SaveRequest:
     dtype: str | None = None
     allow_overflow: bool = False
     max_shard_size: float | None = None
-    skip: Sequence[Any] | None = None
+    objects_to_skip: Sequence[Any] | None = None
+    only: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
+    replace_complete: bool = False
     writer: writer.Request | None = None
 
     def __post_init__(self) -> None:
@@ -49,11 +55,23 @@ class SaveRequest:
             raise ValueError(f"dtype must be 'float16' or 'bfloat16'. Received: dtype={self.dtype!r}")
         if self.allow_overflow and self.dtype is None:
             raise ValueError("`allow_overflow` is for weights that are cast, by `dtype`.")
+        if self.replace_complete and not self.partial:
+            raise ValueError("`replace_complete` is for saves of a part: pass `only` or `skip` as well.")
 
     @property
     def path(self) -> str | None:
         """The target as reports call it: `None` for a file object."""
         return self.target if isinstance(self.target, str) else None
+
+    @property
+    def partial(self) -> bool:
+        """Whether only a part of the model is saved."""
+        return self.only is not None or bool(self.skip)
+
+    @property
+    def safetensors(self) -> bool:
+        """Whether it is saved as that."""
+        return str(self.target).endswith(_SAFETENSORS)
 
     @property
     def smaller(self) -> bool:
@@ -74,7 +92,9 @@ class SaveRequest:
         found = []
         if self.writer is not None:
             found.append("does not save asynchronously")
-        if str(self.target).endswith(_SAFETENSORS):
+        if self.partial:
+            found.append("does not save in part")
+        if self.safetensors:
             found.append("knows no safetensors")
         if self.smaller:
             found.append("neither casts weights nor leaves the optimizer's state out")

@@ -23,7 +23,7 @@ from hornbeam.base.file_objects import Stream, path_of
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.writer import Handle
 from hornbeam.errors import HornbeamError, UnsupportedError
-from hornbeam.flows import casts
+from hornbeam.flows import casts, marks
 from hornbeam.flows.asset_store import AssetStore
 from hornbeam.flows.recording import RecordStore
 from hornbeam.flows.requests import SaveRequest
@@ -148,6 +148,7 @@ def save_weights(request: SaveRequest) -> Saved:
         NotOurs: As `save_archive`.
     """
     check_weights(request)
+    marks.refuse_complete(request, [request.target])
     with recorded(request, assets=False) as (store, _):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
@@ -230,7 +231,7 @@ def recorded(request: SaveRequest, *, assets: bool) -> Iterator[tuple[RecordStor
                     weights_store=store,
                     assets_store=asset_store if assets else None,
                     inner_path="",
-                    visited_saveables={id(o) for o in request.skip or ()},
+                    visited_saveables={id(o) for o in request.objects_to_skip or ()},
                 )
             store.report = casts.narrow(store, request)
             yield store, asset_store

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import keras
 import numpy as np
 from keras.src.saving import saving_lib
 
-from hornbeam.base.reports import shorten
+from hornbeam.flows import parts
 from hornbeam.flows.recording import RecordStore
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.seam import walking
@@ -27,7 +25,7 @@ class Structure(RecordStore):
         super().__init__()
         self.values: dict[str, Any] = {}
         self.datasets = self.values
-        self._start = f"{model.name}/"
+        self.model, self.visited = model, visited
         with walking.fast_walk():
             saving_lib._save_state(
                 model, weights_store=self, assets_store=None, inner_path="", visited_saveables=set(visited)
@@ -43,10 +41,20 @@ class Structure(RecordStore):
 
     def names(self, path: str) -> list[str]:
         """What a pattern may call the entry at `path`: its path, and its variable's, with and without the model."""
-        value = self.values[path]
-        if not isinstance(value, keras.Variable):
-            return [path]
-        return list(dict.fromkeys([path, value.path.removeprefix(self._start), value.path]))
+        return parts.names_of(self.model, path, _variable(self.values[path]))
+
+    def choose(self, request: LoadRequest, *, part: bool) -> parts.Choice:
+        """What patterns choose; extras become values, of a file that holds a part also those that others stand for."""
+        stored = {path: _variable(value) for path, value in self.values.items()}
+        choice = parts.Choice(self.model, stored, request, self.visited)
+        if not part:
+            choice.merge()
+        self.values.update(choice.extras)
+        return choice
+
+
+def _variable(value: Any) -> Any:
+    return value if isinstance(value, keras.Variable) else None
 
 
 class Names(Protocol):
@@ -71,9 +79,12 @@ class Selection:
         shapes: The tensors of the file.
         groups: The groups of the file that have attributes.
         names: What the file's names stand for, where they are no paths in the model.
+        choice: What is asked for; `None` for everything.
+        part: The file holds a part of a model.
 
     Attributes:
         source: Path in the model → path in the file, of what is loaded; everything else keeps its value.
+        direct: Those paths of it whose variables are assigned without their object, and the object of each.
         missing: Paths in the model that were asked for and are not in the file.
         lenient: Those of them that need not be.
 
@@ -88,6 +99,9 @@ class Selection:
         shapes: Mapping[str, tuple[int, ...]],
         groups: Groups,
         names: Names | None = None,
+        choice: parts.Choice | None = None,
+        *,
+        part: bool = False,
     ) -> None:
         self.structure = structure
         self._names = names
@@ -95,29 +109,54 @@ class Selection:
         for path in structure.values:
             for name in structure.names(path):
                 known.setdefault(name, []).append(path)
-        selected = {path for path in structure.values if is_selected(structure.names(path), request)}
-        for pattern in (*(request.only or ()), *request.skip):
-            if not any(is_matched(name, pattern) for path in structure.values for name in structure.names(path)):
-                near = difflib.get_close_matches(pattern.rstrip("/*"), known, n=3, cutoff=0.4)
-                raise ValueError(f"No variable of the model fits {pattern!r}{_hint(near)}")
-        if names is None:
-            selected -= _foreign_slots(request, structure, shapes)
+        for path, value in structure.values.items() if part else ():
+            if isinstance(value, keras.Variable):  # what a layer with LoRA calls it
+                known.setdefault(f"{path.rpartition('/')[0]}/{value.name}", [path])
+        selected = set(structure.values) if choice is None else set(choice.chosen)
+        foreign = _foreign_slots(request, structure, shapes) if names is None else set()
+        if not part or request.partial:
+            selected -= foreign
         rename = _renamer(request, structure, groups, names)
         self.source: dict[str, str] = {}
         for name in shapes:
             target = rename(name)
             for entry in [] if target is None else self._entries(target, known, request):
-                if entry not in selected:
+                if entry not in selected or entry in foreign:
                     continue
                 if entry in self.source:
                     raise ValueError(f"Two tensors of the file go to '{entry}': '{self.source[entry]}' and '{name}'.")
                 self.source[entry] = name
-        self.missing = sorted(selected - self.source.keys())
-        self.lenient = {p for p in self.missing if request.by_name or structure.is_optimizer(p)}
+        missing = selected - self.source.keys()
+        self._inside: dict[str, list[str]] = {}  # group → paths in it
+        for path in structure.values:
+            self._inside.setdefault(path.rpartition("/")[0], []).append(path)
+        self.direct: dict[str, Any] = {}
+        self._extras = choice.extras if choice is not None else {}
+        if choice is not None:
+            missing -= self._apart(choice, part=part)
+        self.missing = sorted(missing)
+        self.lenient = {p for p in self.missing if part or request.by_name or structure.is_optimizer(p)}
         self._places = {name: path for path, name in self.source.items()}
         self._loaded: dict[str, set[str]] = {}
-        for path in self.source:
+        for path in self.source.keys() - self.direct.keys():
             self._loaded.setdefault(path.rpartition("/")[0], set()).add(path)
+
+    def _apart(self, choice: parts.Choice, *, part: bool) -> set[str]:
+        """Notes what is assigned without its object; returns what is missing only because something else is there."""
+        found: set[str] = set()
+        for group in {path.rpartition("/")[0] for path in (*choice.extras, *self.source)} & choice.owners.keys():
+            inside = self._inside[group]
+            others = {path for path in inside if _variable(self.structure.values[path]) is None}
+            merged = bool(others & self.source.keys())
+            apart = part and bool(others) and not merged
+            for path in inside:
+                if path in self.source and (apart or path in choice.extras):
+                    self.direct[path] = choice.owners[group]
+            if merged:
+                found |= choice.extras.keys() & set(inside)
+            elif apart:
+                found |= others
+        return found
 
     def _entries(self, name: str, known: Mapping[str, list[str]], request: LoadRequest) -> list[str]:
         """The entries of the model that a name stands for: one, or all that are the same variable."""
@@ -152,7 +191,7 @@ class Selection:
         """
         group = _group(path)
         loaded = self._loaded.get(group, set())
-        entries = [p for p in self.structure.values if p.rpartition("/")[0] == group] if loaded else []
+        entries = [p for p in self._inside.get(group, ()) if p not in self._extras] if loaded else []
         if len(loaded) == len(entries):
             return []
         variables = [self.structure.values[p] for p in entries]
@@ -177,18 +216,6 @@ def _foreign_slots(request: LoadRequest, structure: Structure, shapes: Mapping[s
     if ours and theirs and not renamed:
         warnings.warn("Skipping the optimizer's state: it belongs to other variables than the model has.", stacklevel=2)
     return set(ours)
-
-
-def is_selected(names: list[str], request: LoadRequest) -> bool:
-    """Whether an entry of these names is asked for, by `only` and `skip`."""
-    if any(is_matched(name, pattern) for name in names for pattern in request.skip):
-        return False
-    return request.only is None or any(is_matched(name, pattern) for name in names for pattern in request.only)
-
-
-def is_matched(name: str, pattern: str) -> bool:
-    """As `fnmatch`; a pattern may also name a group, and stands for all below it."""
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")
 
 
 def _renamer(
@@ -228,7 +255,3 @@ def _by_layer(groups: Groups) -> dict[tuple[str, ...], list[str]]:
         if names and path != "vars":
             found.setdefault(names, []).append(f"{path}/vars")
     return found
-
-
-def _hint(near: list[str]) -> str:
-    return f"; nearest: {shorten(near)}" if near else ""

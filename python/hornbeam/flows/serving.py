@@ -177,6 +177,10 @@ class LoadStore(saving_lib.H5IOStore):
             return ownership.give_away(array)
         return np.array(array)  # others may keep and change it
 
+    def value(self, path: str) -> np.ndarray:
+        """The value at a path in the model, of which something is loaded; its memory is the caller's."""
+        return ownership.give_away(self._take(*self.where[path]))
+
     def _take(self, image: Image, i: int) -> np.ndarray:
         try:
             array = image.take(i)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
@@ -28,9 +29,8 @@ from hornbeam.base import contents, counters, dtypes, progress, settings, writer
 from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.reports import LoadReport
 from hornbeam.errors import IncompleteLoadError
-from hornbeam.flows import loads
+from hornbeam.flows import loads, parts
 from hornbeam.flows.requests import LoadRequest
-from hornbeam.flows.selections import is_matched, is_selected
 from hornbeam.flows.serving import Image, LoadStore
 from hornbeam.flows.untrained import is_untrained
 from hornbeam.formats.legacy_save import top_level_weights, unsupported
@@ -430,6 +430,10 @@ def _names(model: Any, group: str, variable: Any) -> list[str]:
     return list(dict.fromkeys([f"{group}/{path}", path.removeprefix(f"{model.name}/"), path]))
 
 
+def _selected(names: list[str], request: LoadRequest) -> bool:
+    return parts.selected(names, request.only, request.skip)
+
+
 def _part_of(steps: list[_Step], model: Any, request: LoadRequest) -> list[_Step]:
     """What `only` and `skip` leave.
 
@@ -437,17 +441,15 @@ def _part_of(steps: list[_Step], model: Any, request: LoadRequest) -> list[_Step
         ValueError: For a pattern that fits nothing.
     """
     names = {id(v): _names(model, group, v) for _, group, variables in _owners(model) for v in variables}
-    for pattern in (*(request.only or ()), *request.skip):
-        if not any(is_matched(name, pattern) for each in names.values() for name in each):
-            raise ValueError(f"No variable of the model fits {pattern!r}")
+    parts.check(request, itertools.chain(*names.values()))
     if request.only is None and not request.skip and request.name_map is None:
         return steps
-    parts = []
+    steps_of_part = []
     for step in steps:
-        values = [(v, i) for v, i in step.values if is_selected(names.get(id(v), [str(v.path)]), request)]
+        values = [(v, i) for v, i in step.values if _selected(names.get(id(v), [str(v.path)]), request)]
         if values:
-            parts.append(dataclasses.replace(step, values=values))
-    return parts
+            steps_of_part.append(dataclasses.replace(step, values=values))
+    return steps_of_part
 
 
 def _settle(
@@ -494,7 +496,7 @@ def _settle(
 
 def _asked_for(model: Any, request: LoadRequest) -> list[Any]:
     return [
-        v for _, group, variables in _owners(model) for v in variables if is_selected(_names(model, group, v), request)
+        v for _, group, variables in _owners(model) for v in variables if _selected(_names(model, group, v), request)
     ]
 
 

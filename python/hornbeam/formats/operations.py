@@ -15,6 +15,7 @@ from hornbeam.base.reports import LoadReport, SaveReport, remember
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle, Request, cancelled
 from hornbeam.base.writer import asked as asked_for
+from hornbeam.errors import UnsupportedError
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.seam import entry
 
@@ -31,6 +32,8 @@ def save_request(
     progress: Any = None,
     asynchronous: bool = False,
     writer: Request | None = None,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
     **asked: Any,
 ) -> Iterator[SaveRequest]:
     """The request for a save inside, with the options that its arguments stand for.
@@ -42,6 +45,8 @@ def save_request(
         progress: The same.
         asynchronous: Whether a thread is to write it.
         writer: A place in the queue that somebody has taken for it.
+        only: Patterns of what is saved, or one; `None` for everything.
+        skip: Patterns of what is not.
         **asked: Fields of the request.
 
     Raises:
@@ -49,9 +54,24 @@ def save_request(
         ValueError: For a value that a field cannot have.
     """
     with _options(compression=compression, progress=progress), contextlib.ExitStack() as stack:
-        request = SaveRequest(model, plain(filepath), **asked)  # a mistake is told before anybody waits
+        # A mistake is told before anybody waits.
+        chosen = None if only is None else _patterns(only)
+        request = SaveRequest(model, plain(filepath), only=chosen, skip=_patterns(skip), **asked)
         queue = writer or stack.enter_context(asked_for(asynchronous))
         yield dataclasses.replace(request, writer=queue)
+
+
+def refuse_part(filepath: Any, given: dict[str, Any]) -> None:
+    """Raises where a part of a whole model is asked for.
+
+    Raises:
+        UnsupportedError: Then.
+    """
+    if not given.keys().isdisjoint(("only", "skip", "replace_complete")):
+        raise UnsupportedError(
+            f"A model is saved whole. Save a part of its weights with `hornbeam.saving.save_weights(model, path, "
+            f"only=…)`, to `.weights.h5` or `.safetensors`. Received: {filepath!r}"
+        )
 
 
 def _options(**given: Any) -> contextlib.AbstractContextManager[Any]:
@@ -95,7 +115,7 @@ def save_model(
 
 def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | Handle | None:
     """Saves weights; see `save_model`."""
-    more = {} if request.skip is None else {"objects_to_skip": request.skip}
+    more = {} if request.objects_to_skip is None else {"objects_to_skip": request.objects_to_skip}
     shards = request.max_shard_size
     stock = partial(_stock_save, saving_api.save_weights, request, overwrite=overwrite, max_shard_size=shards, **more)
     beyond = request.beyond()

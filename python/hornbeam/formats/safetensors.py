@@ -25,8 +25,8 @@ from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.model_file import read_index
 from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
-from hornbeam.flows import loads, saves
-from hornbeam.flows.recording import RecordStore
+from hornbeam.flows import loads, marks, saves
+from hornbeam.flows.recording import Attributes, RecordStore
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.flows.selections import Structure
 from hornbeam.formats.shards import write
@@ -72,6 +72,10 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport 
         places = None if len(shards) == 1 and text.endswith(_SUFFIX) else _Places(text, len(shards))
         single = [] if isinstance(request.target, Stream) else [Path(text)]
         replaced = single if places is None else places.replaced()
+        # One file is loaded instead of the shards that an index beside it names.
+        hides = replaced is single and not os.path.exists(text)
+        hidden = [f"{text.removesuffix(_SUFFIX)}{_INDEX}"] if hides else []
+        marks.refuse_complete(request, [*replaced, *hidden] if replaced else [request.target])
         there = ", ".join(str(path) for path in replaced if path.exists())
         if there and not overwrite and not io_utils.ask_to_proceed_with_overwrite(there):
             return None
@@ -86,9 +90,10 @@ def _check_local(text: str) -> None:
 class _Named(RecordStore):
     """What goes into one file, by the names that the tensors have there."""
 
-    def __init__(self, report: SaveReport) -> None:
+    def __init__(self, report: SaveReport, groups: dict[str, Attributes]) -> None:
         super().__init__()
         self.report = report
+        self.groups = groups  # the root's attributes become metadata
         self.paths: dict[str, str] = {}  # path in `.weights.h5` → name
 
     @property
@@ -97,6 +102,7 @@ class _Named(RecordStore):
 
     def plan(self) -> _core.Plan:
         metadata = [("format", "keras"), ("keras_version", keras.__version__), (_PATHS, json.dumps(self.paths))]
+        metadata += self.groups.get("", [])
         rows = [(name, d.dtype, d.shape, [("dtype", d.name)]) for name, d in self.datasets.items()]
         return _core.plan([("__metadata__", metadata)], rows, engine="safetensors")
 
@@ -107,7 +113,7 @@ def _name(store: RecordStore) -> _Named:
     Raises:
         InvalidError: When two variables have the same.
     """
-    named = _Named(store.report)
+    named = _Named(store.report, store.groups)
     named.paths = _names({path: dataset.variable for path, dataset in store.datasets.items()}, store)
     first: dict[str, str] = {}
     for path, name in named.paths.items():
@@ -151,7 +157,7 @@ def _split(named: _Named, limit: float | None) -> list[_Named]:
             )
         size += dataset.nbytes
         if not shards or size > limit:
-            shards.append(_Named(named.report))
+            shards.append(_Named(named.report, named.groups))
             size = dataset.nbytes
         shards[-1].datasets[name] = dataset
         where[name] = shards[-1]
@@ -289,14 +295,20 @@ class Names:
         weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
         slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
         theirs = {path for path in there if structure.is_optimizer(path)}
+        if marks.is_part(opened):  # what the file has is all there is to fit
+            names = shapes.keys() - {there[path] for path in theirs}
+            slots = {path: name for path, name in slots.items() if path in theirs}
+            fits, placed = names <= set(weights.values()), there.keys() - theirs <= weights.keys()
+        else:
+            fits, placed = shapes.keys() >= set(weights.values()), there.keys() >= weights.keys()
         if slots and theirs and theirs != slots.keys():
             warnings.warn("Skipping the optimizer's state: the file has other variables for it.", stacklevel=2)
             slots = {}
-        by_place = not by_name and not shapes.keys() >= set(weights.values()) and there.keys() >= weights.keys()
-        if not by_place and not by_name and there.keys() >= weights.keys() and shapes.keys() >= set(weights.values()):
+        by_place = not by_name and not fits and placed
+        if not by_name and placed and fits:
             _warn_of_counts(weights, there)
         if by_place:
-            weights = {path: there[path] for path in weights}
+            weights = {path: there[path] for path in weights if path in there}
             same = all(shapes.get(there.get(path, "")) == tuple(structure.values[path].shape) for path in slots)
             slots = {path: there[path] for path in slots} if same else {}
         elif not shapes.keys() >= set(slots.values()):
@@ -314,7 +326,8 @@ class Names:
 
 def _warn_of_counts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     """Warns where names fit, but differ by their counts (`dense`, `dense_1`) from those of the same places."""
-    found = next((p for p, n in ours.items() if n != theirs[p] and _uncounted(n) == _uncounted(theirs[p])), None)
+    both = [(path, name, theirs[path]) for path, name in ours.items() if path in theirs]
+    found = next((path for path, name, other in both if name != other and _uncounted(name) == _uncounted(other)), None)
     if found is not None:
         warnings.warn(
             f"Names and places disagree: what was saved as '{theirs[found]}' is '{ours[found]}' in the model. The "

@@ -37,21 +37,25 @@ def api_save_weights(
     model: Any, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None, **kwargs: Any
 ) -> Handle | None:
     """`saving_api.save_weights`, and so `model.save_weights`."""
-    skip = kwargs.pop("objects_to_skip", None)
-    with _requested(model, filepath, kwargs, max_shard_size=max_shard_size, skip=skip) as request:
+    skipped = kwargs.pop("objects_to_skip", None)
+    with _requested(model, filepath, kwargs, max_shard_size=max_shard_size, objects_to_skip=skipped) as request:
         return operations.told(save_formats.save_weights(request, overwrite=overwrite), request)
 
 
 #: Hornbeam's arguments, beside Keras'.
 _OURS = ("include_optimizer", "dtype", "allow_overflow", "compression", "progress", "asynchronous")
+_OF_WEIGHTS = ("only", "skip", "replace_complete")  # those of saves of weights
 
 
 def _requested(
     model: Any, filepath: Any, kwargs: dict[str, Any], **asked: Any
 ) -> contextlib.AbstractContextManager[SaveRequest]:
-    unknown = {name: value for name, value in kwargs.items() if name not in _OURS}
+    weights = "max_shard_size" in asked
+    if not weights:
+        operations.refuse_part(filepath, kwargs)
+    unknown = {n: value for n, value in kwargs.items() if n not in (*_OURS, *(_OF_WEIGHTS if weights else ()))}
     if unknown:  # Keras says so, and of nothing else
-        name = "save_weights" if "max_shard_size" in asked else "save_model"
+        name = "save_weights" if weights else "save_model"
         entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
     return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **asked)
 
@@ -97,7 +101,7 @@ def lib_save_weights_only(
     text = str(filepath)
     if text.endswith(".safetensors"):
         raise NotOurs(None)
-    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, skip=objects_to_skip)
+    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, objects_to_skip=objects_to_skip)
     _remember(save_formats.save_weights(request))
 
 

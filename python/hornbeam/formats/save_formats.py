@@ -135,6 +135,8 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> Saved:
         request = _weights_target(request)
     elif not overwrite:
         writer.settle(request.target)
+    if request.partial:
+        keras_names.require("partial save")
     text, shards = str(request.target), request.max_shard_size is not None
     if text.endswith((".safetensors", ".safetensors.index.json")):
         keras_names.require("safetensors")

@@ -15,7 +15,7 @@ from hornbeam import _core
 from hornbeam.base import contents, counters, progress, settings
 from hornbeam.base.model_file import read_index
 from hornbeam.base.reports import SaveReport
-from hornbeam.flows import saves
+from hornbeam.flows import marks, saves
 from hornbeam.flows.recording import RecordStore
 from hornbeam.flows.requests import SaveRequest
 
@@ -52,6 +52,7 @@ def save_weights(request: SaveRequest) -> SaveReport:
         shards, weight_map, total = _split(store, path, request.max_shard_size * 1024**3)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4)
         planned = [(str(path.with_name(name)), shard, _core.plan(**saves.layout(shard))) for name, shard in shards]
+        marks.refuse_complete(request, [path, *(name for name, *_ in planned)])
         return write(planned, path, index.encode(), store.report)
 
 
@@ -107,6 +108,8 @@ def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str
 
     def new_shard() -> RecordStore:
         shards.append((f"{base}_{len(shards):05}.weights.h5", RecordStore()))
+        if "" in store.groups:  # what the root says, each says
+            shards[-1][1].groups[""] = store.groups[""]
         return shards[-1][1]
 
     current, size, total = new_shard(), 0.0, 0.0
