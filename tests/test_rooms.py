@@ -22,11 +22,11 @@ SIZES = {
     "errors": 70,
     "base": 1700,
     "values": 500,
-    "seam": 2410,
+    "seam": 2000,
     "flows": 1600,
-    "formats": 1900,
-    "training": 2300,
-    "faces": 450,
+    "formats": 2000,
+    "training": 2260,
+    "faces": 420,
 }
 BACKENDS = ("tensorflow", "jax", "torch")
 
