@@ -23,7 +23,7 @@ SIZES = {
     "base": 1700,
     "values": 500,
     "seam": 2410,
-    "flows": 1600,
+    "flows": 1620,
     "formats": 1900,
     "training": 2300,
     "faces": 450,
