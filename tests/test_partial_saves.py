@@ -475,8 +475,16 @@ def _stateful() -> Any:
 @pytest.mark.parametrize("name", ["m.weights.h5", "m.safetensors"])
 def test_values_that_are_no_variables(name: str, tmp_path: Path) -> None:
     model, path = _stateful(), tmp_path / name
-    for only, scale, count, note in (("own", 2, 0, 1), ("own/scale", 2, 0, 0), ("own/count", 0, 4, 0)):
-        saving.save_weights(model, path, only=only)
+    whole: list[dict[str, Any]] = [{"only": "own"}, {"skip": "head"}, {"only": "*", "skip": "head"}]
+    cases = [
+        *((how, (2, 0, 1)) for how in whole),
+        ({"only": "own/scale"}, (2, 0, 0)),
+        ({"only": "own/count"}, (0, 4, 0)),
+        ({"only": "*", "skip": ["head", "own/count"]}, (2, 0, 0)),
+        ({"only": ["own", "head/bias"], "skip": "*/note"}, (2, 0, 0)),
+    ]
+    for how, wanted in cases:
+        saving.save_weights(model, path, **how)
         other = _stateful()
         own = other.layers[0]
         own.scale.assign([0.0, 0.0])
@@ -484,7 +492,45 @@ def test_values_that_are_no_variables(name: str, tmp_path: Path) -> None:
         own.note = np.zeros(3)
         saving.load_weights(other, path)
         found = float(own.scale[0]), float(keras.ops.convert_to_numpy(own.count)), float(own.note[1])
-        assert found == (scale, count, note), only
+        assert found == wanted, how
+
+
+@keras.saving.register_keras_serializable("partial")
+class Noted(Stateful):
+    """Stores all its variables, and something that is none."""
+
+    def build(self, shape: Any) -> None:
+        super().build(shape)
+        self.count.trainable = True
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        store["count"] = self.count
+
+
+@pytest.mark.parametrize("name", ["m.weights.h5", "m.safetensors"])
+def test_a_value_that_stands_for_no_variable_is_not_saved_alone(name: str, tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2,)), Noted(name="own"), layers.Dense(1, name="head")])
+    for how in ({"only": "*/note"}, {"only": "*", "skip": "own/scale"}):
+        with pytest.raises(UnsupportedError, match=r"layers/noted/vars/note' is the value of no variable"):
+            saving.save_weights(model, tmp_path / name, **how)
+    assert os.listdir(tmp_path) == []
+    saving.save_weights(model, tmp_path / name, skip="own/scale")
+    with hornbeam.open(tmp_path / name) as file:
+        assert sorted(n.rpartition("/")[2] for n in file) in (["0", "1", "count"], ["bias", "count", "kernel"])
+
+
+def test_the_merged_kernel_goes_by_its_place_too(tmp_path: Path) -> None:
+    model, other = build(2), zero(build(2))
+    kernel = "layers/sequential/layers/dense/vars/0"
+    wanted = {"encoder/first/kernel", *ADAPTER}
+    for how in ({"only": kernel}, {"only": ["*"], "skip": ["encoder/first/bias", "head", "encoder/norm"]}):
+        saving.save_weights(model, tmp_path / "m.safetensors", **how)
+        saving.load_weights(zero(other), tmp_path / "m.safetensors")
+        assert got(other, model) == dict.fromkeys(wanted, "same")
+    saving.save_weights(model, tmp_path / "m.safetensors", skip=[kernel, "head"])
+    saving.load_weights(zero(other), tmp_path / "m.safetensors")
+    assert got(other, model) == dict.fromkeys(ENCODER - {"encoder/first/kernel"}, "same")
 
 
 def test_casts_know_the_whole_layer(tmp_path: Path) -> None:

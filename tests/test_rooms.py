@@ -23,7 +23,7 @@ SIZES = {
     "base": 1700,
     "values": 500,
     "seam": 2000,
-    "flows": 1600,
+    "flows": 1620,
     "formats": 2000,
     "training": 2260,
     "faces": 420,

@@ -36,7 +36,8 @@ class Choice:
     """What patterns choose of a model.
 
     A layer with LoRA stores its kernel with the product of the low-rank factors added. Such a value, which is that of
-    no variable, is chosen with all variables of its layer; otherwise those that are chosen are stored as they are.
+    no variable, is chosen with all variables of its layer; otherwise those that are chosen are stored as they are. Its
+    name stands for those of them that Keras does not store.
 
     Args:
         model: The model.
@@ -50,6 +51,7 @@ class Choice:
         extras: Path → variable, of those chosen that Keras does not store; the path ends in the variable's name.
         chosen: All paths that are chosen, extras included.
         merged: Groups of which a value that is that of no variable is chosen.
+        torn: Such values that were chosen by their names alone, and stand for no variables.
         left_out: The paths that are not.
 
     Raises:
@@ -80,24 +82,32 @@ class Choice:
         self.chosen = {
             path for path in names if selected(names[path], naming if is_slot(path) else request.only, request.skip)
         }
-        variables: dict[str, list[str]] = {}
+        variables: dict[str, set[str]] = {}
         for path in names:
             if path in extras or stored[path] is not None:
-                variables.setdefault(_group(path), []).append(path)
-        others = {path for path in stored if stored[path] is None and _group(path) in variables}
-        for path in others:
-            if self.chosen.issuperset(variables[_group(path)]):
-                if selected([path], None, request.skip):
-                    self.chosen.add(path)
-            elif request.only is None:
-                self.chosen.discard(path)
-        self.merged = {_group(path) for path in others & self.chosen}
+                variables.setdefault(_group(path), set()).add(path)
+        others: dict[str, set[str]] = {}
+        for path in stored:
+            if stored[path] is None and _group(path) in variables:
+                others.setdefault(_group(path), set()).add(path)
+        self.torn: set[str] = set()
+        for group, values in others.items():
+            beside, named = extras.keys() & variables[group], values & self.chosen
+            skipped = any(not selected([path], None, request.skip) for path in values)
+            if skipped:
+                self.chosen -= beside
+            elif named and request.only is not None:
+                self.chosen |= {path for path in beside if selected(names[path], None, request.skip)}
+            self.chosen -= values
+            if not skipped and self.chosen >= variables[group]:
+                self.chosen |= values
+            elif not beside and request.only is not None:
+                self.torn |= named
+        self.chosen |= self.torn
+        self.merged = {group for group, values in others.items() if values & self.chosen}
         self.extras = {path: variable for path, variable in extras.items() if path in self.chosen}
-        apart = {_group(path) for path in extras} - self.merged
         self.left_out = [
-            path
-            for path in names
-            if path not in self.chosen and _group(path) not in (apart if path in others else self.merged)
+            path for path in names if path not in self.chosen and not (path in extras and _group(path) in self.merged)
         ]
 
     def merge(self) -> None:
@@ -173,6 +183,11 @@ def keep(store: RecordStore, request: SaveRequest) -> list[str]:
         raise InvalidError(
             f"Nothing is left to save: only={request.only!r}, skip={request.skip!r}. The optimizer's state is saved "
             "where a pattern names it, without a wildcard before its first slash: 'optimizer', 'adam/*'."
+        )
+    if choice.torn:
+        raise UnsupportedError(
+            f"'{min(choice.torn)}' is the value of no variable, and its object loads all that it stores, or nothing: "
+            "name its variables as well."
         )
     slots = {path for path in stored if store.is_optimizer(path)}
     for group in {_group(path) for path in slots & choice.chosen}:
