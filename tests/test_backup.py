@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import logging
@@ -11,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,13 @@ if SOAK:
     CASES = [case for case in [*CASES, *others, *LONG] if BACKEND == "tensorflow" or case not in NEEDS_TENSORFLOW]
     if importlib.util.find_spec("tensorflow") is None:
         CASES = [case for case in CASES if "tfdata" not in case]
+
+
+@pytest.fixture(autouse=True)
+def _young_iterators() -> Iterator[None]:
+    """What a test has left of `tf.data` is collected at once: the longer an iterator lives, the longer that takes."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

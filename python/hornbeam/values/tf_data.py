@@ -7,10 +7,15 @@ from typing import Any
 
 
 def from_generator(begin: Callable[[], Iterator[Any]], signature: Any) -> Any:
-    """A dataset that calls `begin` for each iterator, and prepares one batch ahead."""
+    """A dataset that calls `begin` for each iterator, and prepares one batch ahead.
+
+    There is nothing to tune in it, and the thread that would tune keeps who drops an iterator waiting, up to a minute.
+    """
     import tensorflow as tf
 
-    return tf.data.Dataset.from_generator(begin, output_signature=signature).prefetch(1)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return tf.data.Dataset.from_generator(begin, output_signature=signature).prefetch(1).with_options(options)
 
 
 def seed_variable() -> Any:
