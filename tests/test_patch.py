@@ -30,7 +30,7 @@ FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def test_there_is_no_other_kind_of_patch() -> None:
-    made = [value for m in (building, fit, assignments, entry, legacy_save, shortcuts) for value in vars(m).values()]
+    made = [value for m in (building, fit, assignments, walking, legacy_save, shortcuts) for value in vars(m).values()]
     assert {id(p) for p in made if isinstance(p, patches.Patch)} == {
         id(p) for p in patches._patches if _is_hornbeams(p)
     }
@@ -42,7 +42,7 @@ def _is_hornbeams(patch: patches.Patch) -> bool:
 
 
 PATCHES = [
-    *((entry, n) for n in ("_walk_patch", "_optimizer_patch")),
+    *((walking, n) for n in ("_walk_patch", "_optimizer_patch")),
     *((assignments, n) for n in ("_assign_patch", "_load_patch")),
     *((building, n) for n in ("_variable_patch", "_slot_patch", "_key_patch")),
     *((shortcuts, n) for n in ("_attribute_patch", "_tensor_patch")),
@@ -233,7 +233,7 @@ module, name = sys.argv[1].split(".")
 inside, done = threading.Event(), threading.Event()
 
 def holds():
-    with getattr({"_hook": _hook, "_keras": _keras, "_patch": _patch}[module], name):
+    with getattr({"hook": hook, "entry": entry, "patches": patches}[module], name):
         inside.set()
         done.wait()
 
