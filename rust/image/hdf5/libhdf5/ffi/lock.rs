@@ -9,6 +9,8 @@ use std::marker::PhantomData;
 use std::ptr;
 #[cfg(unix)]
 use std::sync::MutexGuard;
+#[cfg(unix)]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use sys::h5::{H5dont_atexit, H5open, herr_t};
@@ -41,6 +43,8 @@ static GATE: Mutex<()> = Mutex::new(());
 /// Runs `f` with the library locked. Must not be called from a [`crate::io::ReadAt`] that `f` reads.
 pub(in super::super) fn library<T>(f: impl FnOnce(&Library) -> Result<T>) -> Result<T> {
     static DRIVER: OnceLock<hid_t> = OnceLock::new();
+    #[cfg(unix)]
+    prepare_for_fork();
     let _gate = GATE.lock().unwrap_or_else(PoisonError::into_inner);
     let _guard = sys::LOCK.lock();
     match *DRIVER.get_or_init(start) {
@@ -51,11 +55,6 @@ pub(in super::super) fn library<T>(f: impl FnOnce(&Library) -> Result<T>) -> Res
 
 /// Starts the library: no clean-up at exit (other threads may still read), no plugins, no messages on stderr.
 fn start() -> hid_t {
-    #[cfg(unix)]
-    // SAFETY: the handlers touch the gate only.
-    unsafe {
-        pthread_atfork(before_fork, after_fork, after_fork)
-    };
     // SAFETY: the lock is held; `CLASS` is what this version of the library expects and is copied.
     unsafe {
         H5dont_atexit();
@@ -71,11 +70,26 @@ thread_local! {
     static FORKING: Cell<Option<MutexGuard<'static, ()>>> = const { Cell::new(None) };
 }
 
+/// Has `fork` wait for the gate, from before it is first taken. Threads that come at once all ask for it: whoever waited
+/// for another thread here could wait for ever in a child.
+#[cfg(unix)]
+fn prepare_for_fork() {
+    static PREPARED: AtomicBool = AtomicBool::new(false);
+    if !PREPARED.load(Ordering::Acquire) {
+        // SAFETY: the handlers touch the gate only, and may run more than once for a fork.
+        unsafe { pthread_atfork(before_fork, after_fork, after_fork) };
+        PREPARED.store(true, Ordering::Release);
+    }
+}
+
 /// A child of `fork` has this thread only: the library must be at rest, and no lock held by another thread.
 #[cfg(unix)]
 extern "C" fn before_fork() {
-    let gate = GATE.lock().unwrap_or_else(PoisonError::into_inner);
-    let _ = FORKING.try_with(|held| held.set(Some(gate))); // fails in a thread that is ending: then it is unlocked again
+    // Fails in a thread that is ending: then the gate is not kept.
+    let _ = FORKING.try_with(|held| {
+        let gate = held.take().unwrap_or_else(|| GATE.lock().unwrap_or_else(PoisonError::into_inner));
+        held.set(Some(gate));
+    });
 }
 
 #[cfg(unix)]
