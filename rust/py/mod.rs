@@ -30,6 +30,14 @@ mod _core {
     #[pymodule_export]
     use super::save::{Directory, Plan, Save, clear_leftovers, keeps_inode, plan, write_file};
 
+    /// Before any thread of ours can run.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        #[cfg(all(unix, feature = "libhdf5"))]
+        crate::image::hdf5::libhdf5::prepare_for_fork();
+        Ok(())
+    }
+
     /// How this extension was built.
     #[pyfunction]
     fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {

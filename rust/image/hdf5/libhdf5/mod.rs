@@ -12,6 +12,9 @@ mod ffi;
 mod read;
 mod write;
 
+#[cfg(unix)]
+pub use ffi::prepare_for_fork;
+
 use crate::error::Result;
 use crate::image::{Chunked, Compression, Engine, EngineKind, Index, Layout};
 use crate::io::ReadAt;

@@ -70,10 +70,12 @@ thread_local! {
     static FORKING: Cell<Option<MutexGuard<'static, ()>>> = const { Cell::new(None) };
 }
 
-/// Has `fork` wait for the gate, from before it is first taken. Threads that come at once all ask for it: whoever waited
-/// for another thread here could wait for ever in a child.
+/// Has every `fork` that begins from now on wait for the gate.
+///
+/// One that has begun does not, so this must come well before the gate is first taken. Threads that come at once all ask
+/// for it: whoever waited for another thread here could wait for ever in a child.
 #[cfg(unix)]
-fn prepare_for_fork() {
+pub fn prepare_for_fork() {
     static PREPARED: AtomicBool = AtomicBool::new(false);
     if !PREPARED.load(Ordering::Acquire) {
         // SAFETY: the handlers touch the gate only, and may run more than once for a fork.

@@ -27,6 +27,8 @@ use crate::error::{Error, Kind, Result};
 
 pub(super) use create::VarString;
 pub(super) use datasets::Chunk;
+#[cfg(unix)]
+pub use lock::prepare_for_fork;
 pub(super) use lock::{Library, library};
 pub(super) use objects::Object;
 
