@@ -32,6 +32,7 @@ mod _core {
 
     /// Before any thread of ours can run.
     #[pymodule_init]
+    #[expect(clippy::unnecessary_wraps, reason = "what PyO3 asks for")]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
         #[cfg(all(unix, feature = "libhdf5"))]
         crate::image::hdf5::libhdf5::prepare_for_fork();
