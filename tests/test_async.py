@@ -554,6 +554,7 @@ class SavesElsewhere(keras.Model):
         super().save(f"{filepath}.other.keras", **kwargs)
 
 
+@trains
 def test_a_save_that_nobody_made_asynchronous_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs = keras.Input((4,))
     model = SavesElsewhere(inputs, layers.Dense(3)(inputs))
@@ -572,6 +573,7 @@ class SavesItsEncoder(keras.Model):
         super().save(filepath, **kwargs)
 
 
+@trains
 def test_a_model_that_saves_its_encoder_first_is_itself_saved_asynchronously(tmp_path: Path) -> None:
     inputs = keras.Input((4,))
     model = SavesItsEncoder(inputs, layers.Dense(64)(inputs))
