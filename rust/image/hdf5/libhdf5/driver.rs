@@ -190,6 +190,9 @@ fn check_heap(image: &dyn ReadAt, at: u64, start: &[u8]) -> Result<()> {
     if size > limits::MAX_HEADER_BYTES {
         return Err(Error::new(Kind::Limit, "global heap is too large"));
     }
+    if at.checked_add(size).is_none_or(|end| end > image.len()) {
+        return Err(damaged()); // before memory is taken for it
+    }
     let mut whole;
     let heap = if size <= start.len() as u64 {
         &start[..size as usize]

@@ -22,6 +22,9 @@ pub(in super::super) struct Chunk {
     pub(in super::super) size: u64,
 }
 
+/// A fill value is in a message of the object header, whose size has 16 bits.
+const MAX_FILL_BYTES: usize = 1 << 16;
+
 impl Library {
     /// The value of a member of an enumeration over one-byte integers.
     pub(in super::super) fn value(&self, enumeration: hid_t, member: c_uint) -> Result<u8> {
@@ -92,15 +95,18 @@ impl Library {
     /// The fill value in the representation of `dtype`, if one was set.
     pub(in super::super) fn fill_value(&self, dcpl: hid_t, dtype: hid_t) -> Result<Option<Vec<u8>>> {
         let mut status = H5D_fill_value_t::H5D_FILL_VALUE_DEFAULT;
-        let mut value = vec![0; self.H5Tget_size(dtype)?];
-        // SAFETY: lock held; the library writes one of its enumerators, then one element of `dtype`.
-        unsafe {
-            check(H5Pfill_value_defined(dcpl, &raw mut status).into(), "H5Pfill_value_defined")?;
-            if status != H5D_fill_value_t::H5D_FILL_VALUE_USER_DEFINED {
-                return Ok(None);
-            }
-            check(H5Pget_fill_value(dcpl, dtype, value.as_mut_ptr().cast()).into(), "H5Pget_fill_value")?;
+        // SAFETY: lock held; the library writes one of its enumerators.
+        check(unsafe { H5Pfill_value_defined(dcpl, &raw mut status) }.into(), "H5Pfill_value_defined")?;
+        if status != H5D_fill_value_t::H5D_FILL_VALUE_USER_DEFINED {
+            return Ok(None);
         }
+        let size = self.H5Tget_size(dtype)?;
+        if size > MAX_FILL_BYTES {
+            return Err(Error::new(Kind::Image, "fill value is larger than an object header can hold"));
+        }
+        let mut value = vec![0; size];
+        // SAFETY: lock held; the library writes one element of `dtype`.
+        check(unsafe { H5Pget_fill_value(dcpl, dtype, value.as_mut_ptr().cast()) }.into(), "H5Pget_fill_value")?;
         Ok(Some(value))
     }
 
