@@ -100,9 +100,9 @@ def h5_load_model_from_hdf5(
     filepath: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True
 ) -> Any:
     """`legacy_h5_format.load_model_from_hdf5`."""
-    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     from hornbeam.formats import legacy_load
 
+    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     model, report = legacy_load.load_model(request)
     reports.remember(report)
     return model

@@ -107,9 +107,9 @@ def lib_save_weights_only(
 
 def h5_save_model_to_hdf5(model: Any, filepath: Any, overwrite: bool = True, include_optimizer: bool = True) -> None:
     """`legacy_h5_format.save_model_to_hdf5`."""
-    request = SaveRequest(model, plain(filepath), include_optimizer=include_optimizer)
     from hornbeam.formats import legacy_save
 
+    request = SaveRequest(model, plain(filepath), include_optimizer=include_optimizer)
     report = legacy_save.save_model(request, overwrite=overwrite)
     if report is not None:
         reports.remember(report)

@@ -33,7 +33,7 @@ from hornbeam.values import creating, on_tensorflow, ownership
 class _Lazy:
     """Mixed into the class of a variable while it has no value."""
 
-    _pending: tuple[Any, Any, Any]  # initialiser, what `_tensors.note_creation` noted, and what runs the initialiser
+    _pending: tuple[Any, Any, Any]  # initialiser, what `creating.note_creation` noted, and what runs the initialiser
 
     @property
     def _value(self) -> Any:
