@@ -23,6 +23,7 @@ from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
 from hornbeam.training import statefile
+from hornbeam.training.accounts import Manifest
 from hornbeam.values import randomness
 
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
@@ -422,7 +423,7 @@ def test_deleting_all_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_manifest_that_cannot_be_written(
     asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no space")
 
     model = build()
@@ -430,22 +431,23 @@ def test_a_manifest_that_cannot_be_written(
         ckpt.save(1, model)
         ckpt.wait()
         before = sorted(os.listdir(tmp_path))
-        monkeypatch.setattr(ckpt, "_write_manifest", refuse)
+        monkeypatch.setattr(Manifest, "write", refuse)
         for step in (1, 2):
             with pytest.raises(OSError, match="no space"):  # noqa: PT012
                 ckpt.save(step, model)
                 ckpt.wait()
             assert sorted(os.listdir(tmp_path)) == before
         assert [c.step for c in ckpt.all()] == [1]
-        assert caplog.text.count("the asynchronous checkpoint of") == (2 if asynchronous else 0)  # a sync one raised
+        assert caplog.text.count("the asynchronous save of") == (2 if asynchronous else 0)  # a sync one raised
 
-        original = ckpt.__class__._write_manifest
+        monkeypatch.undo()
+        original = Manifest.write
 
-        def write_and_raise(checkpoints: Any) -> None:
-            original(ckpt, checkpoints)
+        def write_and_raise(manifest: Manifest, *, durable: bool) -> None:
+            original(manifest, durable=durable)
             raise OSError("not on stable storage")
 
-        monkeypatch.setattr(ckpt, "_write_manifest", write_and_raise)
+        monkeypatch.setattr(Manifest, "write", write_and_raise)
         with pytest.raises(OSError, match="stable storage"):  # noqa: PT012
             ckpt.save(3, model)
             ckpt.wait()

@@ -106,7 +106,7 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: opened(root).tensors["layers/dense/vars/0"],
         lambda a, b: a.name == b.name and a.read().tobytes() == b.read().tobytes(),
     ),
-    "hornbeam.training.manager.Checkpoint": (committed, same),
+    "hornbeam.training.accounts.Checkpoint": (committed, same),
     "hornbeam.training.manager.CheckpointManager": (
         lambda root: CheckpointManager(root / "c", keep_best=2, monitor="loss", asynchronous=True),
         same_arguments,

@@ -167,7 +167,6 @@ class Callback:
         self.made.on_epoch_begin(i)
         self.made.on_epoch_end(i, {"loss": 1.0})
         hornbeam.wait()
-        self.made._raise_failure()
 
     def newest(self):
         return held(load_model(latest_checkpoint(self.pattern)))

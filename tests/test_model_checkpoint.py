@@ -22,14 +22,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import hornbeam
 from helpers import saved, script
 from hornbeam import _core
-from hornbeam.base import writer
+from hornbeam.base import durability, writer
 from hornbeam.base.locks import FileLock
 from hornbeam.base.retention import Entry, plan_retention
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.saving import load_model
 from hornbeam.training import model_checkpoint
-from hornbeam.training.ledger import Ledger
+from hornbeam.training.accounts import PatternAccount
 from test_async import held
 from training import At, Scores, fit, hidden, model, names
 from zoo import TRAINABLE_BACKEND, floats
@@ -168,18 +168,18 @@ def test_retention_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_crash_between_file_and_account(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
-    ledger = Ledger(str(path))
-    ledger.monitor, ledger.mode = "val_loss", "min"
+    account = PatternAccount(str(path))
+    account.monitor, account.mode = "val_loss", "min"
     path.write_text("first")
-    rules: dict[str, Any] = {"keep_last": None, "keep_best": None, "keep_every": None, "durable": False}
-    ledger.confirm(ledger.begin(str(path), 1, 0.5, durable=False), **rules)
-    ledger.begin(str(path), 2, 0.3, durable=False)  # and killed before the file was replaced
-    known = Ledger(str(path))
+    rules = {"keep_last": None, "keep_best": None, "keep_every": None}
+    account.confirm(account.begin(str(path), 1, 0.5, durable=False), rules, durable=False)
+    account.begin(str(path), 2, 0.3, durable=False)  # and killed before the file was replaced
+    known = PatternAccount(str(path))
     assert known.read()
     assert known.entries[-1][:3] == ("m.keras", 1, 0.5)
     (tmp_path / "new").write_text("second")
     os.replace(tmp_path / "new", path)  # and killed after it
-    known = Ledger(str(path))
+    known = PatternAccount(str(path))
     assert known.read()
     assert [e[:3] for e in known.entries] == [("m.keras", 2, 0.3)]
     (tmp_path / ".m.keras.checkpoints.json").write_text("{}")
@@ -188,16 +188,16 @@ def test_a_crash_between_file_and_account(tmp_path: Path) -> None:
 
 
 def test_a_file_written_in_place_by_a_crashed_save_is_no_checkpoint(tmp_path: Path) -> None:
-    rules: dict[str, Any] = {"keep_last": None, "keep_best": None, "keep_every": None, "durable": False}
-    ledger = Ledger(str(tmp_path / "{epoch}.keras"))
-    ledger.monitor, ledger.mode = "val_loss", "min"
+    rules = {"keep_last": None, "keep_best": None, "keep_every": None}
+    account = PatternAccount(str(tmp_path / "{epoch}.keras"))
+    account.monitor, account.mode = "val_loss", "min"
     for step in (1, 2):
         path = tmp_path / f"{step}.keras"
         path.write_text("whole")
-        ledger.confirm(ledger.begin(str(path), step, 0.5 / step, durable=False), **rules)
+        account.confirm(account.begin(str(path), step, 0.5 / step, durable=False), rules, durable=False)
     with hornbeam.options(atomic=False):
         for step in (2, 3):
-            ledger.begin(str(tmp_path / f"{step}.keras"), step, 0.1, durable=False)
+            account.begin(str(tmp_path / f"{step}.keras"), step, 0.1, durable=False)
             (tmp_path / f"{step}.keras").write_text("torn")
     assert latest_checkpoint(tmp_path / "{epoch}.keras") == str(tmp_path / "1.keras")
     assert best_checkpoint(tmp_path / "{epoch}.keras") == str(tmp_path / "1.keras")
@@ -277,10 +277,10 @@ def test_the_best_is_what_is_there_after_a_save_that_did_not_begin(
 
     with monkeypatch.context() as patch:
         if full == "account":
-            patch.setattr(Ledger, "write", fail)
+            patch.setattr(PatternAccount, "write", fail)
         else:
             patch.setattr(callback, "_claim", lambda: None)  # it makes the directory, too
-            patch.setattr(model_checkpoint.durability, "directories", fail)
+            patch.setattr(durability, "directories", fail)
         with pytest.raises(OSError, match="No space left"):
             fit(model(), Scores([0.1]), callback)
     assert callback.best == 0.9
@@ -414,7 +414,7 @@ def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match=r"1\.keras"):
         writer.wait()
     assert callback.best == 0.4
-    assert callback._ledger.best().metric == 0.4
+    assert callback._account().best().metric == 0.4
     callback.on_train_end()
 
 
@@ -496,9 +496,9 @@ class Account(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.ledger = Ledger(self.path("{epoch}.keras"))
-        self.ledger.read()
-        self.ledger.monitor, self.ledger.mode = "val_loss", "min"
+        self.account = PatternAccount(self.path("{epoch}.keras"))
+        self.account.read()
+        self.account.monitor, self.account.mode = "val_loss", "min"
 
     @rule(
         name=st.sampled_from("abcd"),
@@ -507,7 +507,7 @@ class Account(RuleBasedStateMachine):
     )
     def save(self, name: str, metric: float | None, crash: str | None) -> None:
         self.step += 1
-        pending = self.ledger.begin(self.path(name), self.step, metric, durable=False)
+        pending = self.account.begin(self.path(name), self.step, metric, durable=False)
         if crash == "before":
             return self.restart()
         with open(self.path("temporary"), "w", encoding="utf-8") as file:
@@ -516,16 +516,16 @@ class Account(RuleBasedStateMachine):
         self.committed = [e for e in self.committed if e.name != name] + [Entry(name, self.step, metric)]
         if crash == "after":
             return self.restart()
-        self.ledger.confirm(pending, durable=False, **self.rules)
+        self.account.confirm(pending, self.rules, durable=False)
         gone = plan_retention(self.committed, mode="min", **self.rules)
         self.committed = [e for e in self.committed if e.name not in gone]
         return None
 
     @invariant()
     def the_account_is_right(self) -> None:
-        if not hasattr(self, "ledger"):
+        if not hasattr(self, "account"):
             return
-        assert [e[:3] for e in self.ledger.entries] == [e[:3] for e in self.committed]
+        assert [e[:3] for e in self.account.entries] == [e[:3] for e in self.committed]
         assert sorted(n for n in os.listdir(self.root.name) if n[0] != ".") == sorted(e.name for e in self.committed)
         for entry in self.committed:
             with open(self.path(entry.name), encoding="utf-8") as file:

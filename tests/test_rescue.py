@@ -19,7 +19,7 @@ from hornbeam.base.locks import FileLock
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model
-from hornbeam.training.ledger import Ledger
+from hornbeam.training.accounts import PatternAccount
 from test_async import held
 from training import At, Scores, fit, model, names
 from zoo import TRAINABLE_BACKEND
@@ -340,9 +340,8 @@ def test_an_exception_saves_beside_the_others(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, save_on_exception=True)
     with pytest.raises(RuntimeError, match="as if") as raised:
         fit(model(), at, scores, callback, epochs=2)
-    assert (
-        raised.value.__notes__[-1] == f"The state of the model at this point was saved to '{callback._ledger.rescue}'."
-    )
+    rescued = tmp_path / "m-interrupted.keras"
+    assert raised.value.__notes__[-1] == f"The state of the model at this point was saved to '{rescued}'."
     assert names(tmp_path) == ["m-interrupted.keras", "m.keras"]
     assert saved(load_model(tmp_path / "m.keras")) == scores.states[1]
     assert saved(load_model(tmp_path / "m-interrupted.keras")) == at.state
@@ -439,7 +438,7 @@ def test_an_account_that_cannot_be_written_is_told_with_an_exception(
 
     callback = ModelCheckpoint(tmp_path / "m.keras", asynchronous=True, keep_last=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "confirm", full)
+        patch.setattr(PatternAccount, "confirm", full)
         with pytest.raises(RuntimeError, match="as if") as raised:
             fit(model(), callback, At(5, fail), epochs=2)
     assert "No space left" in raised.value.__notes__[-1]

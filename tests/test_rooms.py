@@ -25,7 +25,7 @@ SIZES = {
     "seam": 2000,
     "flows": 1620,
     "formats": 2000,
-    "training": 2260,
+    "training": 2170,
     "faces": 420,
 }
 BACKENDS = ("tensorflow", "jax", "torch")

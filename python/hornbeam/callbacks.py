@@ -11,8 +11,8 @@ from hornbeam.seam import keras_names
 for operation in ("training", "save", "load"):
     keras_names.require(operation)  # before what it takes is imported
 
+from hornbeam.training.accounts import best_checkpoint, latest_checkpoint
 from hornbeam.training.backup import BackupAndRestore
-from hornbeam.training.ledger import best_checkpoint, latest_checkpoint
 from hornbeam.training.model_checkpoint import ModelCheckpoint
 
 __all__ = ["BackupAndRestore", "ModelCheckpoint", "best_checkpoint", "latest_checkpoint"]

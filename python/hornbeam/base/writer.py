@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import mmap
 import os
 import sys
@@ -82,7 +83,7 @@ class Handle(Future[str]):
             UnsupportedError: In a callback of a save, which this one waits for.
         """
         if (timeout is None or timeout > 0) and not self.done():
-            _queue.refuse_waiting_for(None)
+            _queue.refuse_endless_wait()
         try:
             error = super().exception(timeout)
         except TimeoutError:
@@ -110,6 +111,11 @@ class Handle(Future[str]):
             raise error
         return self.path
 
+    def new_error(self) -> BaseException | None:
+        """As `exception` without a timeout, but for what somebody was given already."""
+        seen, error = self._seen, self.exception()
+        return None if seen else error
+
     def add_done_callback(self, fn: Callable[[Handle], Any]) -> None:
         """Has `fn(handle)` called when the save has ended, or now if it has."""
 
@@ -130,8 +136,9 @@ class Handle(Future[str]):
             self.set_exception(error)
 
     def start_anew(self) -> None:
-        """In a forked child, where it belongs to the parent, and so do its callbacks."""
+        """In a forked child, where it belongs to the parent, and so do its callbacks and its error."""
         self._condition = threading.Condition()
+        self._seen = True
         vars(self).update(_done_callbacks=[], _waiters=[])
         if not self.done():
             self.end(CancelledError(f"The save of '{self.path}' belongs to the parent process."))
@@ -239,16 +246,16 @@ class _Queue:
 
     def wait(self) -> None:
         """Waits for a change of the queue; the caller holds the lock."""
-        self.refuse_waiting_for(None)
+        self.refuse_endless_wait()
         self.changed.wait()
 
-    def refuse_waiting_for(self, ended: threading.Event | None) -> None:
-        """Raises where a wait would have no end: what it waits for is done by this thread, later.
+    def refuse_endless_wait(self) -> None:
+        """Raises where what somebody is about to wait for is done by this thread, later.
 
         Raises:
-            UnsupportedError: In the writer's thread, if `ended` has not happened.
+            UnsupportedError: In the writer's thread.
         """
-        if self.is_writer() and not (ended is not None and ended.is_set()):
+        if self.is_writer():
             raise UnsupportedError(
                 "A callback of an asynchronous save cannot wait for a save that is not done: the thread that it runs "
                 "in writes that one afterwards. Have another thread wait, or ask `done()`."
@@ -309,20 +316,15 @@ def _start_anew() -> None:
     """In a forked child: what was pending stays the parent's."""
     global _queue
     _inherited.append(_queue)  # never collected
-    for job in (_queue.writing, _queue.waiting):
-        if job is not None:
-            job.handle.start_anew()
+    jobs = [job.handle for job in (_queue.writing, _queue.waiting) if job is not None]
+    for handle in [*_queue.failed, *jobs]:
+        handle.start_anew()
     _queue = _Queue()
-    untold.clear()
     counters.renew_lock()  # the writer may have held it
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
-
-
-#: Failed saves that are somebody's to tell of, not the next save's: who → (path, error). Whoever tells takes it out.
-untold: dict[object, tuple[str, BaseException]] = {}
 
 
 class _FailedStream:
@@ -350,9 +352,9 @@ class _FailedStream:
         return getattr(self._stream, name)
 
 
-def _lost() -> list[tuple[str, BaseException | None]]:
+def _lost() -> list[Handle]:
     """The failed saves that nobody was told of."""
-    return [*((h.path, h.error) for h in _queue.failed if not h._seen), *untold.values()]
+    return [handle for handle in _queue.failed if not handle._seen]
 
 
 def _fail_exit() -> None:
@@ -360,15 +362,20 @@ def _fail_exit() -> None:
     lost = _lost()
     if not lost or isinstance(sys.stderr, _FailedStream):
         return
-    for path, error in lost:
-        told = f"hornbeam: nothing asked how the asynchronous save of '{path}' went; it failed: "
-        print(f"{told}{type(error).__name__}: {error}", file=sys.stderr)
+    for handle in lost:
+        told = f"hornbeam: nothing asked how the asynchronous save of '{handle.path}' went; it failed: "
+        print(f"{told}{type(handle.error).__name__}: {handle.error}", file=sys.stderr)
     if not hasattr(sys, "last_type"):  # else it ends with 1 anyway
         print("hornbeam: the program ends with status 120 for that.", file=sys.stderr)
         sys.stderr = _FailedStream(sys.stderr)
 
 
 atexit.register(_fail_exit)
+
+
+#: Called in the writer's thread with a save and what writes its file: calls that, and does what belongs to the save
+#: before and after it. What it raises is the save's error.
+Around = Callable[[Handle, Callable[[], SaveReport]], SaveReport]
 
 
 class Request:
@@ -378,8 +385,9 @@ class Request:
         handle: The save, once it was handed to the writer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: Around | None = None) -> None:
         self.handle: Handle | None = None
+        self._around, self._since = around, time.perf_counter()
         self._queue = _queue
         self._reserved = False
         self._stages = False
@@ -414,7 +422,9 @@ class Request:
     ) -> Handle:
         """Hands the save to the writer."""
         handle = Handle(path)
-        job = _Job(handle, write, drop, options, self._stages)
+        handle.stalled = time.perf_counter() - self._since
+        work = write if self._around is None else functools.partial(self._around, handle, write)
+        job = _Job(handle, work, drop, options, self._stages)
         reserved, self._reserved, self._stages = self._reserved, False, False
         self._queue.submit(job, reserved=reserved)
         self.handle = handle
@@ -448,16 +458,13 @@ def _aligned(size: int) -> int:
 
 
 @contextlib.contextmanager
-def asked(asynchronous: bool) -> Iterator[Request | None]:
+def asked(asynchronous: bool, around: Around | None = None) -> Iterator[Request | None]:
     """A place in the queue for the save inside, if it is to be asynchronous."""
     if not asynchronous:
         yield None
         return
-    since = time.perf_counter()
-    with Request() as request:
+    with Request(around) as request:
         yield request
-    if request.handle is not None:
-        request.handle.stalled = time.perf_counter() - since
 
 
 def cancelled(path: str) -> Handle:
@@ -489,19 +496,10 @@ def settle(path: Any, *, loads: bool = False) -> None:
         return  # in a callback of the save that wrote what is there
     for handle in pending:
         if not handle.done():
-            queue.refuse_waiting_for(None)
+            queue.refuse_endless_wait()
         futures.wait([handle])
     if loads:
         queue.raise_failed(real)
-
-
-def refuse_waiting_for(ended: threading.Event) -> None:
-    """Raises in a callback of a save, if `ended` has not happened: it would wait for itself.
-
-    Raises:
-        UnsupportedError: Then.
-    """
-    _queue.refuse_waiting_for(ended)
 
 
 def wait(timeout: float | None = None) -> None:
@@ -524,7 +522,7 @@ def finish(timeout: float | None = None, *, keep: bool = True) -> None:
     with queue.changed:
         if queue.is_writer():  # in a callback of a save, which is done
             if queue.waiting is not None or queue.reserved or not (queue.writing and queue.writing.handle.done()):
-                queue.refuse_waiting_for(None)
+                queue.refuse_endless_wait()
         else:
             idle = queue.changed.wait_for(lambda: queue.writing is None and not queue.reserved, timeout)
             if not idle:

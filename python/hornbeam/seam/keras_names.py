@@ -34,7 +34,8 @@ def table() -> dict[str, Any]:
     Returns:
         `operations`: operation → the modules of hornbeam that do it, and the functions of Keras that they replace;
         `uses`: module of hornbeam → the names that it uses; `known`: name → what it may be: its parameters, nothing for
-        what is no function, `-` where it may be missing.
+        what is no function, `-` where it may be missing; `recognised`: what the digests of the code of adapters and
+        epoch iterators may be (`training.fit`), Keras 3.12 to 3.16, and which attributes these have.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     return found

@@ -24,6 +24,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
+from hornbeam.seam import keras_names
 from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
 from hornbeam.training.resumable import Resumable
@@ -31,46 +32,6 @@ from hornbeam.values import randomness, tf_data
 
 #: In the state of data: the adapter's count of epochs; beside it, what the data themselves gave.
 _EPOCH = "epoch of the adapter"
-#: `_fingerprint` of the classes in Keras 3.12 to 3.16.
-_KNOWN_CODE: dict[str, frozenset[str]] = {
-    "ArrayDataAdapter": frozenset(["8db8e0dabe85", "e929be563aa3"]),
-    "EpochIterator": frozenset(["50c9e52baf59", "e6617a9b7102"]),
-    "JAXEpochIterator": frozenset(["10b480d10607", "5a30beaf8c47", "a0718f0a8b13", "f8a5dd8c471b"]),
-    "PyDatasetAdapter": frozenset(["1401a287d651", "e5195dc1a8e1"]),
-    "TFDatasetAdapter": frozenset(["3a61b904efd9", "d14d19ceaa7d", "d3cc8dffba77"]),
-    "TFEpochIterator": frozenset(["e854099377b9"]),
-    "TorchEpochIterator": frozenset(["2abf1d2d3646", "ea021502b731"]),
-}
-#: What their instances have.
-_KNOWN_ATTRIBUTES = frozenset(
-    [
-        "_batch_size",
-        "_current_iterator",
-        "_data_shard_id",
-        "_dataset",
-        "_distribute_strategy",
-        "_distributed_dataset",
-        "_epoch",
-        "_epoch_iterator",
-        "_inputs",
-        "_num_batches",
-        "_num_data_shards",
-        "_num_samples",
-        "_output_signature",
-        "_partial_batch_size",
-        "_shuffle",
-        "_size",
-        "_steps_seen",
-        "_within_epoch",
-        "class_weight",
-        "data_adapter",
-        "enqueuer",
-        "py_dataset",
-        "shuffle",
-        "steps_per_epoch",
-        "steps_per_execution",
-    ]
-)
 
 
 def callback_list() -> keras.callbacks.CallbackList | None:
@@ -279,12 +240,13 @@ def _counts_epochs(adapter: Any) -> bool:
 
 def _is_recognised(item: Any) -> bool:
     """Whether an adapter or epoch iterator is one whose state is known, by its class, its code and its attributes."""
+    known = keras_names.table()["recognised"]
     cls: Any = type(item)
     while cls is not object and cls is not DataAdapter:
-        if _fingerprint(cls) not in _KNOWN_CODE.get(cls.__name__, ()):
+        if _fingerprint(cls) not in known["code"].get(cls.__name__, ()):
             return False
         (cls,) = cls.__bases__[:1]
-    return vars(item).keys() <= _KNOWN_ATTRIBUTES
+    return vars(item).keys() <= set(known["attributes"])
 
 
 @functools.cache

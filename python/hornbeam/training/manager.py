@@ -3,93 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
-import json
-import math
 import os
-import re
 import shutil
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hornbeam import _core
-from hornbeam.base import durability, locations, retention, writer
+from hornbeam.base import locations, retention, writer
 from hornbeam.base.counters import logger
 from hornbeam.base.locks import FileLock
 from hornbeam.base.model_file import File
+from hornbeam.base.reports import SaveReport
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle
 from hornbeam.errors import CheckpointError
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.formats import operations
-from hornbeam.training import processes, statefile, training_state
+from hornbeam.training import accounts, processes, statefile, training_state
+from hornbeam.training.accounts import Checkpoint
 from hornbeam.training.copies import BeginsAnew
 from hornbeam.values import randomness
 
 __all__ = ["Checkpoint", "CheckpointManager"]
-
-_MANIFEST, _LOCK, _STATE = "checkpoints.json", ".lock", "state.zip"
-_WEIGHTS, _MODEL = "model.weights.h5", "model.keras"
-_NAME = re.compile(r"step-\d{8,}(-\d+)?")
-#: What a save that was killed leaves: a directory, and the file whose lock says that somebody still writes to it.
-_LEFTOVER = re.compile(r"\.(step-\d{8,}(?:-\d+)?|checkpoints\.json)\.[0-9a-f]{16,24}\.hornbeam-tmp")
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        step: The step it was saved at.
-        path: Its directory.
-        metrics: What was passed to `save`.
-        time: When it was committed, in seconds since 1970.
-        bytes: Size of its files.
-        files: Their names and sizes.
-        crc: CRC-32 of the weights file; a `.keras` file and `state.zip` have their own inside.
-    """
-
-    step: int
-    path: Path
-    metrics: dict[str, float]
-    time: float
-    bytes: int
-    files: dict[str, int]
-    crc: int | None = None
-
-    @property
-    def model(self) -> Path:
-        """The file with weights and optimizer: `.weights.h5`, or `.keras` with the whole model."""
-        return self.path / (_MODEL if _MODEL in self.files else _WEIGHTS)
-
-    @property
-    def state(self) -> Path:
-        """The file with everything else."""
-        return self.path / _STATE
-
-    def check(self) -> None:
-        """Compares the files with what was committed.
-
-        Raises:
-            CheckpointError: One is missing, of another size, or, for a weights file, of other content.
-        """
-        for name, size in self.files.items():
-            file = self.path / name
-            try:
-                found = file.stat().st_size
-            except FileNotFoundError:
-                raise CheckpointError(f"'{file}' is missing: the checkpoint was deleted, or retention did it") from None
-            if found != size:
-                raise CheckpointError(f"'{file}' is damaged. Expected {size} bytes, found {found}.")
-        if self.crc is not None and (crc := _crc(self.model)) != self.crc:
-            raise CheckpointError(f"'{self.model}' is damaged. Expected the CRC-32 {self.crc:08x}, found {crc:08x}.")
 
 
 class CheckpointManager(BeginsAnew):
@@ -157,7 +97,7 @@ class CheckpointManager(BeginsAnew):
         self.random: dict[str, Any] | None = None
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
-        self._pending: _Pending | None = None
+        self._pending: Handle | None = None
         self._place = processes.Place(0, 1)
         self._group: processes.Group | None = None
         self._opened = False
@@ -202,12 +142,14 @@ class CheckpointManager(BeginsAnew):
         self.close()
 
     def _delete_directory(self) -> None:
+        manifest = self._manifest()
+        manifest.checkpoints = []
         with contextlib.suppress(FileNotFoundError):
-            self._write_manifest([])  # killed from here on, the directory is one without checkpoints
-            for path in self._directories():
+            manifest.write(durable=self.durable)  # killed from here on, the directory is one without checkpoints
+            for path in manifest.directories():
                 shutil.rmtree(path)
             if os.path.ismount(self.directory):  # it stays, and they meet in it
-                (self.directory / _MANIFEST).unlink()
+                os.unlink(manifest.path)
             else:
                 shutil.rmtree(self.directory)
 
@@ -217,7 +159,7 @@ class CheckpointManager(BeginsAnew):
         Raises:
             OSError: An asynchronous save could not be written; or whatever else it raised. Once.
         """
-        failed = self._pending.wait() if self._pending is not None else None
+        failed = self._pending.new_error() if self._pending is not None else None
         self._pending = None
         if self._cleaner is not None:
             self._cleaner.join()
@@ -227,29 +169,16 @@ class CheckpointManager(BeginsAnew):
 
     # Reading
 
+    def _manifest(self) -> accounts.Manifest:
+        return accounts.Manifest(self.directory, self.monitor, self.mode).read()
+
     def all(self) -> list[Checkpoint]:
         """Every complete checkpoint, in the order they were committed.
 
         Raises:
             CheckpointError: The manifest is malformed, or missing although there are checkpoints.
         """
-        manifest = self.directory / _MANIFEST
-        try:
-            text = manifest.read_bytes()
-        except FileNotFoundError:
-            if any(self._directories()):
-                raise CheckpointError(
-                    f"'{self.directory}' has checkpoints, but no '{_MANIFEST}' that names the complete ones. "
-                    "Restore that file, or move the directories elsewhere; their model files can be loaded."
-                ) from None
-            return []
-        try:
-            content = _core.decode_json(text, trusted=False)
-            if content["format"] != 1:
-                raise CheckpointError(f"'{manifest}' is of a newer format: expected 1, found {content['format']}")
-            return [_from_entry(self.directory, entry) for entry in content["checkpoints"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"'{manifest}' is malformed: {type(error).__name__}: {error}") from error
+        return self._manifest().checkpoints
 
     def latest(self) -> Checkpoint | None:
         """The checkpoint that was committed last."""
@@ -263,9 +192,7 @@ class CheckpointManager(BeginsAnew):
         """
         if self.monitor is None:
             raise ValueError("`best` needs to know the `monitor`: CheckpointManager(…, monitor='val_loss')")
-        found = self.all()
-        ordered = retention.best_first([self._rank(c) for c in found], self.mode)
-        return next((c for c in found if ordered and c.path.name == ordered[0].name), None)
+        return self._manifest().best_checkpoint()
 
     def restore(
         self,
@@ -323,8 +250,8 @@ class CheckpointManager(BeginsAnew):
 
     def _restore(self, chosen: Checkpoint, model: Any, extra: Mapping[str, Any], random_state: bool) -> int:
         chosen.check()
-        where = str(chosen.path / _STATE)
-        state = statefile.read(chosen.path / _STATE)
+        where = str(chosen.state)
+        state = statefile.read(chosen.state)
         missing = extra.keys() - state["extra"].keys()
         if missing:
             raise CheckpointError(f"'{where}' has nothing for {sorted(missing)}. Found: {sorted(state['extra'])}")
@@ -399,7 +326,7 @@ class CheckpointManager(BeginsAnew):
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """A block that ends when every process of the training is there; what one of them raises in it fails all."""
-        return contextlib.nullcontext() if self._group is None else self._group.together()
+        return processes.together(self._group)
 
     def _save(
         self, step: int, model: Any, metrics: dict[str, float], extra: Mapping[str, Any], asynchronous: bool
@@ -414,25 +341,18 @@ class CheckpointManager(BeginsAnew):
             "extra": {name: training_state.state_of(item) for name, item in extra.items()},
         }
         encoded = statefile.encode(state, copy=asynchronous)
-        target = self.directory / self._unused_name(step)
-        file = _WEIGHTS if self.save_weights_only else _MODEL
-        with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(_core.Directory(target, [file, _STATE], durable=self.durable))
-            root = Path(directory.path)
-            with options(durable=self.durable, atomic=False), writer.asked(asynchronous) as queue:
-                request = SaveRequest(model, str(root / file), writer=queue)
-                save = operations.save_weights if self.save_weights_only else operations.save_model
-                written = save(request)
-            temporary = stack.pop_all()
+        target = self._manifest().unused_path(step)
+        file = accounts.WEIGHTS if self.save_weights_only else accounts.MODEL
+        directory = _core.Directory(target, [file, accounts.STATE], durable=self.durable)
+        root = Path(directory.path)
 
-        def finish() -> Checkpoint:
-            with temporary:
-                statefile.write(root / _STATE, encoded, durable=self.durable)
-                files = {inner: (root / inner).stat().st_size for inner in (file, _STATE)}
-                directory.commit()
-            report = written.report if isinstance(written, Handle) else written
-            known = report.crc if report is not None and self.save_weights_only else None
-            saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, known)
+        def complete(report: SaveReport | None) -> Checkpoint:
+            """Makes what was written a checkpoint."""
+            statefile.write(root / accounts.STATE, encoded, durable=self.durable)
+            files = {name: (root / name).stat().st_size for name in (file, accounts.STATE)}
+            directory.commit()
+            crc = report.crc if report is not None and self.save_weights_only else None
+            saved = Checkpoint(step, target, metrics, time.time(), sum(files.values()), files, crc)
             try:
                 self._commit(saved, time.monotonic() - started)
             except BaseException:
@@ -440,68 +360,53 @@ class CheckpointManager(BeginsAnew):
                 raise
             return saved
 
-        if not isinstance(written, Handle):
-            saved = finish()
-            self._delete(self._unlisted())
-            return saved
-        self._pending = _Pending(written, finish, temporary, lambda: _remove(self._unlisted()))
-        return None
+        def in_the_background(_: Handle, write: Callable[[], SaveReport]) -> SaveReport:
+            with directory:
+                report = write()
+                complete(report)
+            accounts.delete(self._manifest().unnamed(), shutil.rmtree)
+            return report
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(directory)  # what was not committed is removed
+            with options(durable=self.durable, atomic=False), writer.asked(asynchronous, in_the_background) as queue:
+                request = SaveRequest(model, str(root / file), writer=queue)
+                save = operations.save_weights if self.save_weights_only else operations.save_model
+                written = save(request)
+            if isinstance(written, Handle):
+                stack.pop_all()  # the writer does it
+                self._pending = written
+                return None
+            saved = complete(written)
+        self._delete(self._manifest().unnamed())
+        return saved
 
     def _commit(self, saved: Checkpoint, seconds: float) -> None:
         """Makes it one of those that the manifest names."""
-        before = self.all()
-        listed = self._retain([*(c for c in before if c.step != saved.step), saved])
-        self._write_manifest(listed)
+        manifest = self._manifest()
+        before = len(manifest.entries)
+        rules = {"keep_last": self.keep_last, "keep_best": self.keep_best, "keep_every": self.keep_every}
+        manifest.commit(saved, rules, durable=self.durable)
+        kept = [entry.step for entry in manifest.entries]
         logger.info(
             "saved step %d to '%s': %.1f MB in %.2f s, %d kept, %d to be deleted",
             saved.step,
             saved.path,
             saved.bytes / 1e6,
             seconds,
-            len(listed),
-            len(before) + 1 - len(listed),
-            extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": [c.step for c in listed]},
+            len(kept),
+            before + 1 - len(kept),
+            extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": kept},
         )
 
     def _discard(self, target: Path) -> None:
         """Deletes a checkpoint whose commit failed, unless the manifest names it all the same, or cannot be read."""
         try:
-            unlisted = target in self._unlisted()
+            unnamed = self._manifest().unnamed()
         except (OSError, CheckpointError) as error:
             logger.warning("'%s' stays, since the manifest cannot be read: %s", target, error)
-            return
-        if unlisted:
-            _remove([target])
-
-    def _unlisted(self) -> list[Path]:
-        """Directories of checkpoints that the manifest does not name."""
-        listed = {c.path.name for c in self.all()}
-        return [path for path in self._directories() if path.name not in listed]
-
-    def _retain(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-        gone = retention.plan_retention(
-            [self._rank(c) for c in checkpoints],
-            keep_last=self.keep_last,
-            keep_best=self.keep_best,
-            keep_every=self.keep_every,
-            mode=self.mode,
-        )
-        return [c for c in checkpoints if c.path.name not in gone]
-
-    def _rank(self, checkpoint: Checkpoint) -> retention.Entry:
-        metric = checkpoint.metrics.get(self.monitor or "")
-        return retention.Entry(checkpoint.path.name, checkpoint.step, metric, checkpoint.time)
-
-    def _write_manifest(self, checkpoints: Iterable[Checkpoint]) -> None:
-        entries = [_to_entry(c) for c in checkpoints]
-        text = json.dumps({"format": 1, "checkpoints": entries}, indent=1)
-        _core.write_file(self.directory / _MANIFEST, text.encode(), durable=self.durable)
-
-    def _unused_name(self, step: int) -> str:
-        """A checkpoint never takes the place of another: the manifest alone says which of two is meant."""
-        endings = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
-        names = (f"step-{step:08d}{ending}" for ending in endings)
-        return next(name for name in names if not (self.directory / name).exists())
+        else:
+            accounts.delete({target}.intersection(unnamed), shutil.rmtree)
 
     # Ownership
 
@@ -528,126 +433,30 @@ class CheckpointManager(BeginsAnew):
         return real / ".processes" if os.path.ismount(real) else real.with_name(f".{real.name}.processes")
 
     def _take(self) -> None:
-        with durability.directories(self.directory / _LOCK, durable=self.durable):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        listed = self.all()  # raises where there are checkpoints without a manifest
+        lock = self.directory / ".lock"
+        accounts.make_directory(lock, durable=self.durable)
+        manifest = self._manifest()  # raises where there are checkpoints without one
         try:
-            self._lock = FileLock(self.directory / _LOCK)
+            self._lock = FileLock(lock)
         except BlockingIOError:
             raise CheckpointError(
                 f"'{self.directory}' is in use: another process, or another manager of this one, writes to it. "
                 "Close that one first, or use another directory."
             ) from None
         try:
-            if not (self.directory / _MANIFEST).exists():
-                self._write_manifest(listed)
-            self._delete(self._unlisted())
-            self._clear_leftovers()
+            if not os.path.exists(manifest.path):
+                manifest.write(durable=self.durable)
+            manifest = self._manifest()
+            self._delete(manifest.unnamed())
+            manifest.clear_leftovers()
         except BaseException:
             self.close()
             raise
 
-    def _directories(self) -> Iterable[Path]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for name in sorted(os.listdir(self.directory)):
-                if _NAME.fullmatch(name) and (self.directory / name).is_dir():
-                    yield self.directory / name
-
-    def _clear_leftovers(self) -> None:
-        """Removes temporary directories, unless somebody holds their lock."""
-        left = [_LEFTOVER.fullmatch(name) for name in os.listdir(self.directory)]
-        for target in {match[1] for match in left if match}:
-            _core.clear_leftovers(self.directory / target)
-
     def _delete(self, paths: list[Path]) -> None:
         """Deletes in a thread: freeing the pages of large files takes the kernel a while."""
         if paths:
-            self._cleaner = threading.Thread(target=_remove, args=(paths,), name="hornbeam-delete")
+            self._cleaner = threading.Thread(
+                target=accounts.delete, args=(paths, shutil.rmtree), name="hornbeam-delete"
+            )
             self._cleaner.start()
-
-
-class _Pending:
-    """An asynchronous save, until it is committed or has failed."""
-
-    def __init__(
-        self, handle: Handle, finish: Callable[[], Any], temporary: contextlib.ExitStack, clean: Callable[[], None]
-    ) -> None:
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-        self._process, self._path = os.getpid(), handle.path
-        self._finish, self._temporary, self._clean = finish, temporary, clean
-        handle.add_done_callback(self._written)
-
-    def _written(self, handle: Handle) -> None:
-        """Called by the writer's thread."""
-        try:
-            error = handle.exception()
-            if error is not None:
-                self._temporary.__exit__(type(error), error, None)
-                raise error
-            try:
-                self._finish()
-                self._clean()
-            except BaseException as error:
-                logger.error("the asynchronous checkpoint of '%s' failed: %s", self._path, error, exc_info=error)
-                raise
-        except BaseException as error:
-            self._error = error
-            writer.untold[self] = self._path, error
-        finally:
-            del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
-            self._done.set()
-
-    def wait(self) -> BaseException | None:
-        """Waits for the end; what went wrong. In a forked child there is nothing to wait for: it is the parent's.
-
-        Raises:
-            UnsupportedError: In a callback of a save, which this one waits for.
-        """
-        if os.getpid() != self._process:
-            return None
-        writer.refuse_waiting_for(self._done)
-        self._done.wait()
-        writer.untold.pop(self, None)
-        return self._error
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:  # the next writer tries again
-            logger.warning("cannot delete '%s': %s", path, error)
-
-
-def _crc(path: Path) -> int:
-    crc, block = 0, memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            crc = zlib.crc32(block[:size], crc)
-    return crc
-
-
-def _to_entry(checkpoint: Checkpoint) -> dict[str, Any]:
-    entry = dataclasses.asdict(checkpoint)
-    entry["name"] = entry.pop("path").name
-    entry["metrics"] = {k: v if math.isfinite(v) else str(v) for k, v in checkpoint.metrics.items()}
-    return entry
-
-
-def _from_entry(directory: Path, entry: dict[str, Any]) -> Checkpoint:
-    name = entry["name"]
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"a checkpoint cannot be called {name!r}")
-    metrics = {key: float(value) for key, value in entry["metrics"].items()}  # "nan" and "inf" are texts
-    return Checkpoint(
-        int(entry["step"]),
-        directory / name,
-        metrics,
-        float(entry["time"]),
-        int(entry["bytes"]),
-        dict(entry["files"]),
-        entry["crc"],
-    )

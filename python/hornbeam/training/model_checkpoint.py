@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -19,12 +20,13 @@ from keras.src.utils.io_utils import print_msg
 from hornbeam.base import durability, retention, writer
 from hornbeam.base.counters import logger
 from hornbeam.base.locks import FileLock
+from hornbeam.base.reports import SaveReport
 from hornbeam.base.settings import options
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.seam import entry, fits, operation
-from hornbeam.training import processes
+from hornbeam.training import accounts, processes
+from hornbeam.training.accounts import PatternAccount
 from hornbeam.training.copies import BeginsAnew
-from hornbeam.training.ledger import Ledger
 
 #: Lock → the callback of this process that has taken it.
 _owners: weakref.WeakValueDictionary[str, ModelCheckpoint] = weakref.WeakValueDictionary()
@@ -131,10 +133,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         self._model = self.params = None
         self.history: list[dict[str, Any]] = []
         self._group: processes.Group | None = None
-        self._ledger: Ledger | None = None
+        self._known: PatternAccount | None = None
         self._lock = threading.RLock()  # the writer's thread confirms
         self._watched = False  # `fit` tells how it ends
-        self._failure: Exception | None = None
         self._told: set[str] = set()
         self._signals: list[int] = []  # not answered yet
         self._answering = False  # its handler may end training
@@ -161,8 +162,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         watchers = fits.fit_watchers()
         if watchers is None and (self.save_on_exception or self.save_on_signal):
             logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
-        self._group = processes.assemble(Path(self._account().meeting), self.timeout)
-        with self._together(True):  # before the chief can save anything
+        self._group = processes.assemble(Path(self._account().processes), self.timeout)
+        with processes.together(self._group):  # before the chief can save anything
             self._claim()
             self._watched = watchers is not None
             if watchers is not None:
@@ -180,6 +181,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if self._signals:
             self._answer(self._current_epoch, batch, logs)
         elif self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds:
+            self._saved_at = time.monotonic()  # also if there is nothing to save
             self._save(self._current_epoch, batch, logs, "seconds")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -195,10 +197,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             return
         if self._signals:
             self._answer(getattr(self, "_current_epoch", 0), None, logs)
-        with self._together(self.asynchronous):
-            if self.asynchronous:
+        if self.asynchronous:
+            with processes.together(self._group):
                 writer.wait()
-            self._raise_failure()
         if not self._watched:
             self.fit_ended()
 
@@ -207,7 +208,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         if self._extended:
-            with self._together(not self.asynchronous):  # also if this is no better than the best: scores may differ
+            # Also if this is no better than the best: scores may differ.
+            with processes.together(None if self.asynchronous else self._group):
                 self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
             return
         path = self._get_file_path(epoch, batch, logs)
@@ -230,15 +232,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     # ---- saving ----
 
-    @contextlib.contextmanager
-    def _together(self, meet: bool) -> Iterator[None]:
-        """Ends when every process is here; what one of them raises fails all."""
-        with self._group.together() if self._group is not None and meet else contextlib.nullcontext():
-            yield
-
     def _save(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> None:
         """As Keras' `_save_model`, with all that was asked for."""
-        self._raise_failure()
         logs = logs or {}
         try:
             filepath = self._get_file_path(epoch, batch, logs)
@@ -246,11 +241,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             if reason != "seconds":
                 raise
             self._tell_once(f"no save every {self.every_seconds:g} s, but at the end of the epoch: {error.args[0]}")
-            self._saved_at = time.monotonic()
             return
         if not self._should_save_model(epoch, batch, logs, filepath):
-            if reason == "seconds":
-                self._saved_at = time.monotonic()
             return
         if self.monitor_op is None and self._rules["keep_best"] is not None:
             self._set_monitor_op()
@@ -266,63 +258,78 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             ) from error
 
     def _write(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str) -> None:
-        model = self.model
-        record: dict[str, Any] = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
-        record["step"] = epoch + 1 if batch is None else self._steps(batch)
-        ledger, pending = self._account(), None
+        record = self._record(path, epoch, batch, metric, reason)
+        account, pending = self._account(), None
         try:
-            with durability.directories(path, durable=self.durable):
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            accounts.make_directory(path, durable=self.durable)
             with self._lock:
-                ledger.mode = self._mode() or ledger.mode
-                pending = ledger.begin(path, record["step"], metric, durable=self.durable)
+                account.mode = self._mode() or account.mode
+                pending = account.begin(path, record["step"], metric, durable=self.durable)
                 if self.save_best_only and metric is not None:  # an earlier save may have failed since it was compared
                     self.best = self._better(self.best, metric)
             since = time.perf_counter()
             # A save after a signal has to be complete before the signal goes its way.
             asynchronous = self.asynchronous and reason != "signal"
-            with (
-                entry.scope(),
-                options(durable=self.durable),
-                writer.asked(asynchronous) as request,
-                operation.offered(model, path, request),
-            ):
-                if self.save_weights_only:
-                    model.save_weights(path, overwrite=True)
-                else:
-                    model.save(path, overwrite=True)
+            around = functools.partial(self._in_the_background, record, pending) if asynchronous else None
+            with self._saving(path, around) as (save, request):
+                save(path, overwrite=True)
         except BaseException:
             self._abandon(pending)
             raise
-        record["stalled"] = time.perf_counter() - since
-        self._saved_at = time.monotonic()
-        self.history.append(record)
         handle = request.handle if request is not None else None
+        self._saved_at = time.monotonic()
+        record["stalled"] = time.perf_counter() - since if handle is None else handle.stalled
+        self.history.append(record)
         if handle is None:
             self._confirm(record, pending, os.path.getsize(path), record["stalled"])
-            self._raise_failure()
-            return
 
-        def ended(handle: writer.Handle) -> None:
-            if handle.error is None:
-                self._confirm(record, pending, handle.bytes, handle.written)
-            else:
-                self._abandon(pending)
+    def _in_the_background(
+        self,
+        record: dict[str, Any],
+        pending: dict[str, Any],
+        handle: writer.Handle,
+        write: Callable[[], SaveReport],
+    ) -> SaveReport:
+        """Called by the writer's thread."""
+        since = time.perf_counter()
+        try:
+            report = write()
+        except BaseException:
+            self._abandon(pending)
+            raise
+        record["stalled"] = handle.stalled
+        self._confirm(record, pending, report.bytes, time.perf_counter() - since)
+        return report
 
-        handle.add_done_callback(ended)
+    def _record(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str) -> dict[str, Any]:
+        """What `history` has of a save, to begin with."""
+        record = {"path": path, "epoch": epoch, "batch": batch, "metric": metric, "reason": reason}
+        return record | {"step": epoch + 1 if batch is None else self._steps(batch)}
+
+    @contextlib.contextmanager
+    def _saving(self, path: str, around: writer.Around | None = None) -> Iterator[tuple[Any, writer.Request | None]]:
+        """What saves the model to `path` inside; with `around` while training goes on."""
+        model = self.model
+        with (
+            entry.scope(),
+            options(durable=self.durable),
+            writer.asked(around is not None, around) as request,
+            operation.offered(model, path, request),
+        ):
+            yield model.save_weights if self.save_weights_only else model.save, request
 
     def _abandon(self, pending: dict[str, Any] | None) -> None:
         """A save came to nothing: the best is what is there, or still being written."""
         with self._lock:
-            ledger = self._account()
+            account = self._account()
             if pending is not None:
-                ledger.abandon(pending)
+                account.abandon(pending)
             if self.save_best_only:
-                self.best = self._better(self._threshold, *ledger.scores())
+                self.best = self._better(self._threshold, *account.scores())
             try:
-                ledger.write(durable=self.durable)
+                account.write(durable=self.durable)
             except OSError as error:  # the next save writes it; what the save raised is told already
-                logger.warning("cannot write '%s': %s", ledger.path, error)
+                logger.warning("cannot write '%s': %s", account.path, error)
 
     def _mode(self) -> str | None:
         """Which scores are better; `None` as long as Keras has not decided."""
@@ -338,16 +345,14 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def _confirm(self, record: dict[str, Any], pending: dict[str, Any], size: Any, written: Any) -> None:
         """The file is in its place: notes it, deletes old ones, tells the log."""
-        ledger = self._account()
+        account = self._account()
         try:
             with self._lock:
-                deleted = ledger.confirm(pending, durable=self.durable, **self._rules)
-                kept = [e.name for e in ledger.entries]
-        except Exception as error:  # in the writer's thread nobody would see it
-            logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], ledger.path, error)
-            self._failure = error
-            writer.untold[self] = record["path"], error
-            return
+                deleted = account.confirm(pending, self._rules, durable=self.durable)
+                kept = [e.name for e in account.entries]
+        except Exception as error:
+            logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], account.path, error)
+            raise
         record.update(bytes=size, written=written, kept=kept, deleted=deleted)
         logger.info(
             "saved '%s': %.1f MB, training stood still for %.3f s, written in %.2f s; %d kept%s",
@@ -375,11 +380,11 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         iterations = self._iterations()
         return batch + 1 if iterations is None else iterations
 
-    def _account(self) -> Ledger:
-        if self._ledger is None:
-            self._ledger = Ledger(self.filepath, self._base)
-            self._ledger.monitor = self.monitor
-        return self._ledger
+    def _account(self) -> PatternAccount:
+        if self._known is None:
+            self._known = PatternAccount(self.filepath, self._base)
+            self._known.monitor = self.monitor
+        return self._known
 
     def _claim(self) -> None:
         """Keeps others from the checkpoints; takes them from a `fit` of this process that did not tell how it ended."""
@@ -393,8 +398,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             if owner._account().busy:
                 writer.finish()
             owner._held.release()
-        with durability.directories(path, durable=self.durable):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        accounts.make_directory(path, durable=self.durable)
         try:
             self._held = FileLock(Path(path))
         except BlockingIOError:
@@ -411,28 +415,18 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         """Goes on where an earlier training was, of this process or another."""
         if not self.remembers:
             return
-        ledger = self._account()
-        known = ledger.read()
-        if known and ledger.monitor != self.monitor:
+        account = self._account()
+        known = account.read()
+        if known and account.monitor != self.monitor:
             text = "the scores in '%s' are of %s, not of %s: they do not count"
-            logger.warning(text, ledger.path, ledger.monitor, self.monitor)
-            ledger.entries = [e._replace(metric=None) for e in ledger.entries]
-        ledger.monitor, ledger.mode = self.monitor, self._mode() or ledger.mode
-        best = ledger.best()
+            logger.warning(text, account.path, account.monitor, self.monitor)
+            account.entries = [e._replace(metric=None) for e in account.entries]
+        account.monitor, account.mode = self.monitor, self._mode() or account.mode
+        best = account.best()
         if best is None or best.metric is None or not self.save_best_only:
             return
         self.best = self._better(self.best, best.metric)
-        logger.info("the best %s so far is %s, in '%s'", self.monitor, best.metric, ledger.full(best.name))
-
-    def _raise_failure(self) -> None:
-        failure = self._take_failure()
-        if failure is not None:
-            raise failure
-
-    def _take_failure(self) -> Exception | None:
-        failure, self._failure = self._failure, None
-        writer.untold.pop(self, None)
-        return failure
+        logger.info("the best %s so far is %s, in '%s'", self.monitor, best.metric, account.full(best.name))
 
     # ---- signals and exceptions ----
 
@@ -479,18 +473,16 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def _settle(self) -> Exception | None:
         """Waits for pending saves; what went wrong with them keeps nobody from saving once more."""
-        failed: Exception | None = None
-        if self.asynchronous:
-            try:
+        try:
+            if self.asynchronous:
                 writer.wait()
-            except Exception as error:
-                failed = error
-        failure = self._take_failure()
-        return failed if failed is not None else failure
+        except Exception as error:
+            return error
+        return None
 
     def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
         """Saves out of turn: as usual where that harms nothing, else beside the others."""
-        ledger = self._account()
+        account = self._account()
         if reason == "signal" and not self.save_best_only:
             try:
                 path = self._get_file_path(epoch, batch, logs or {})
@@ -501,27 +493,20 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
                     self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason)
                 return path
         if not processes.is_chief():
-            return ledger.rescue
+            return account.rescue
+        record = self._record(account.rescue, epoch, batch, None, reason)
         since = time.perf_counter()
-        model = self.model
-        with durability.directories(ledger.rescue, durable=self.durable):
-            os.makedirs(ledger.directory or ".", exist_ok=True)
-        with entry.scope(), options(durable=self.durable):
-            if self.save_weights_only:
-                model.save_weights(ledger.rescue, overwrite=True)
-            else:
-                model.save(ledger.rescue, overwrite=True)
-        step = epoch + 1 if batch is None else self._steps(batch)
-        name = os.path.basename(ledger.rescue)
+        accounts.make_directory(account.rescue, durable=self.durable)
+        with self._saving(account.rescue) as (save, _):
+            save(account.rescue, overwrite=True)
         with self._lock:
-            ledger.interrupted = retention.Entry(name, step, None, time.time())
-            ledger.write(durable=self.durable)
-        record = {"path": ledger.rescue, "epoch": epoch, "batch": batch, "step": step, "metric": None, "reason": reason}
-        record |= {"stalled": time.perf_counter() - since, "bytes": os.path.getsize(ledger.rescue)}
+            account.interrupted = retention.Entry(os.path.basename(account.rescue), record["step"], None, time.time())
+            account.write(durable=self.durable)
+        record |= {"stalled": time.perf_counter() - since, "bytes": os.path.getsize(account.rescue)}
         self.history.append(record)
         cause = "an exception" if reason == "exception" else "a signal"
-        logger.warning("saved '%s' after %s", ledger.rescue, cause, extra={"hornbeam": record})
-        return ledger.rescue
+        logger.warning("saved '%s' after %s", account.rescue, cause, extra={"hornbeam": record})
+        return account.rescue
 
     def fit_failed(self, error: BaseException) -> None:
         """Saves after an exception, never over the best or an ordinary checkpoint; says so if it cannot."""

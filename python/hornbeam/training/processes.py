@@ -119,16 +119,6 @@ class Group:
             self._wait(self._join, "lead")
         self._tell()
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Ends when every process is here; what one of them raises fails all."""
-        try:
-            yield
-        except BaseException as error:
-            self.meet(failed=f"{type(error).__name__}: {error}")
-            raise
-        self.meet()
-
     def meet(self, *, failed: str | None = None) -> None:
         """Says that this process is here, and waits until all are.
 
@@ -191,6 +181,19 @@ class Group:
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
+
+
+@contextlib.contextmanager
+def together(group: Group | None) -> Iterator[None]:
+    """A block that ends when every process of the training is there; what one of them raises in it fails all."""
+    try:
+        yield
+    except BaseException as error:
+        if group is not None:
+            group.meet(failed=f"{type(error).__name__}: {error}")
+        raise
+    if group is not None:
+        group.meet()
 
 
 def assemble(directory: Path, timeout: float | None) -> Group | None:
