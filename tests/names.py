@@ -30,7 +30,7 @@ FOREIGN = {
     *("_tracked", "_unique_id", "_variable_creator_stack", "_variant_tensor"),
 }
 
-#: Of adapters and epoch iterators: `training.fit` recognises their whole code and all their attributes.
+#: Of adapters and epoch iterators: `keras_names` recognises their whole code and all their attributes.
 RECOGNISED = {
     *("_current_iterator", "_distribute_strategy", "_distributed_dataset", "_enumerate_iterator", "_epoch"),
     *("_get_iterator", "_num_batches", "_steps_seen"),

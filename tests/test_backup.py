@@ -28,7 +28,7 @@ from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
 from hornbeam.errors import CheckpointError
-from hornbeam.training import fit
+from hornbeam.seam import keras_names
 
 BACKEND = keras.backend.backend()
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
@@ -594,7 +594,7 @@ def test_what_is_not_recognised_is_told_to_be_inexact(
         monkeypatch.setattr(
             epoch_iterator.EpochIterator, "reset", lambda self: (setattr(self, "_seed", 1), reset(self))
         )
-    fit._fingerprint.cache_clear()
+    keras_names._fingerprint.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "hornbeam"):
             plain().fit(X, Y, verbose=0, shuffle=False, callbacks=[BackupAndRestore(tmp_path / "b", seed=1)])
@@ -602,7 +602,7 @@ def test_what_is_not_recognised_is_told_to_be_inexact(
                 again = BackupAndRestore(tmp_path / "c", save_freq=2)
                 plain().fit(resumable((X, Y)), verbose=0, callbacks=[again])
     finally:
-        fit._fingerprint.cache_clear()
+        keras_names._fingerprint.cache_clear()
     told = [
         r.getMessage() for r in caplog.records if "a restart is not exact: hornbeam does not know" in r.getMessage()
     ]
@@ -615,8 +615,8 @@ def test_a_subclass_of_an_epoch_iterator_is_not_recognised() -> None:
     class EpochIteratorOfOnes(EpochIterator):
         pass
 
-    assert fit._is_recognised(EpochIterator(X))
-    assert not fit._is_recognised(EpochIteratorOfOnes(X))
-    assert not fit._is_recognised(type("EpochIterator", (EpochIterator,), {})(X))
-    assert fit._is_recognised(ArrayDataAdapter(X))
-    assert not fit._is_recognised(type("ArrayDataAdapter", (ArrayDataAdapter,), {})(X))
+    assert keras_names.is_recognised(EpochIterator(X))
+    assert not keras_names.is_recognised(EpochIteratorOfOnes(X))
+    assert not keras_names.is_recognised(type("EpochIterator", (EpochIterator,), {})(X))
+    assert keras_names.is_recognised(ArrayDataAdapter(X))
+    assert not keras_names.is_recognised(type("ArrayDataAdapter", (ArrayDataAdapter,), {})(X))

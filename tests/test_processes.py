@@ -18,11 +18,12 @@ import keras
 import pytest
 
 import hornbeam
+from hornbeam.base import barrier
+from hornbeam.base.barrier import Group, Place
 from hornbeam.callbacks import ModelCheckpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.training import processes as processes_
-from hornbeam.training.processes import Group, Place
 from zoo import TRAINABLE_BACKEND
 
 BACKEND = keras.backend.backend()
@@ -161,7 +162,7 @@ def test_nobody_saves_before_all_have_restored(tmp_path: Path, monkeypatch: pyte
         local.rank = rank
         with CheckpointManager(tmp_path / "c", timeout=30) as ckpt:
             end = time.monotonic() + 30
-            while rank == 1 and processes_._read(ckpt._group._file(0)).get("met", 0) < 1:  # the chief is in `save`
+            while rank == 1 and barrier._read(ckpt._group._file(0)).get("met", 0) < 1:  # the chief is in `save`
                 assert time.monotonic() < end
             start = ckpt.restore(models[rank])
             ckpt.save(start, models[rank])
@@ -251,6 +252,7 @@ def test_two_workers_of_tf_config(tmp_path: Path) -> None:
 TRAINING = r"""
 import json, os, sys, time
 import keras, numpy as np
+from hornbeam.base import barrier
 from hornbeam.training import processes
 from hornbeam.callbacks import ModelCheckpoint
 from hornbeam.errors import CheckpointError
@@ -270,7 +272,7 @@ class Late(ModelCheckpoint):
 
     def _write(self, path, *rest):
         end = time.monotonic() + 60
-        while processes._read(self._group._file(1)).get("met", 0) <= self._group._met:
+        while barrier._read(self._group._file(1)).get("met", 0) <= self._group._met:
             assert time.monotonic() < end, "nobody waits"
             time.sleep(0.002)
         assert not os.path.exists(path)

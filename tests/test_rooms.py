@@ -20,12 +20,12 @@ from zoo import chain
 #: Lines of code of each room at most; who raises a row says in the commit what for.
 SIZES = {
     "errors": 70,
-    "base": 1700,
+    "base": 1785,
     "values": 500,
     "seam": 2000,
     "flows": 1620,
     "formats": 2000,
-    "training": 2170,
+    "training": 2000,
     "faces": 420,
 }
 BACKENDS = ("tensorflow", "jax", "torch")

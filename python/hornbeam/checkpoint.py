@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from hornbeam.training.manager import Checkpoint, CheckpointManager
+from hornbeam.training.accounts import Checkpoint
+from hornbeam.training.manager import CheckpointManager
 
 __all__ = ["Checkpoint", "CheckpointManager"]

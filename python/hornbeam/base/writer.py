@@ -264,9 +264,9 @@ class _Queue:
     def raise_failed(self, path: str | None = None) -> None:
         """Raises what nobody was told of yet: of any save, or of those to one path."""
         with self.changed:
-            untold = [h for h in self.failed if not h._seen]
-            chosen = [h for h in untold if path is None or h._real == path]
-            self.failed = [h for h in untold if h not in chosen]
+            unseen = [h for h in self.failed if not h._seen]
+            chosen = [h for h in unseen if path is None or h._real == path]
+            self.failed = [h for h in unseen if h not in chosen]
         if not chosen:
             return
         for handle in chosen:

@@ -10,6 +10,7 @@ class that writes archives of endpoints, which every Keras calls something else.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -35,7 +36,7 @@ def table() -> dict[str, Any]:
         `operations`: operation → the modules of hornbeam that do it, and the functions of Keras that they replace;
         `uses`: module of hornbeam → the names that it uses; `known`: name → what it may be: its parameters, nothing for
         what is no function, `-` where it may be missing; `recognised`: what the digests of the code of adapters and
-        epoch iterators may be (`training.fit`), Keras 3.12 to 3.16, and which attributes these have.
+        epoch iterators may be, in Keras 3.12 to 3.16, and which attributes these have.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     return found
@@ -83,6 +84,37 @@ def needed(operation: str) -> list[str]:
     found = table()["operations"][operation]
     uses = table()["uses"]
     return sorted({*found["replaces"], *(name for module in found["modules"] for name in uses.get(module, ()))})
+
+
+def is_recognised(item: Any) -> bool:
+    """Whether an adapter or epoch iterator is one whose state is known, by its class, its code and its attributes."""
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+    known = table()["recognised"]
+    cls: Any = type(item)
+    while cls is not object and cls is not DataAdapter:
+        if _fingerprint(cls) not in known["code"].get(cls.__name__, ()):
+            return False
+        (cls,) = cls.__bases__[:1]
+    return vars(item).keys() <= set(known["attributes"])
+
+
+@functools.cache
+def _fingerprint(cls: type) -> str:
+    """A digest of all names that each method of a class uses: other sources of state or order have other names."""
+    uses = []
+    for name, member in vars(cls).items():
+        function = inspect.unwrap(member) if callable(member) else getattr(member, "fget", None)
+        todo = [getattr(function, "__code__", None)]
+        found: set[str] = set()
+        while todo:
+            code = todo.pop()
+            if code is not None:
+                found.update(used for used in code.co_names if not used.startswith("__"))
+                todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        if function is not None and (not name.startswith("__") or name == "__init__"):
+            uses.append(f"{name}: {' '.join(sorted(found))}")
+    return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
 
 
 def _compare(operation: str) -> str | None:

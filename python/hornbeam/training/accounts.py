@@ -134,7 +134,7 @@ class PatternAccount(Account):
         for pending in found["pending"]:
             if pending["entry"][0] not in adopted and self._adopt(pending):
                 adopted.add(pending["entry"][0])  # the next of this name would not have begun before this was confirmed
-        self.entries = _last_of_each(e for e in self.entries if self._identity(e.name) is not None)
+        self.entries = [e for e in self.entries if self._identity(e.name) is not None]
         kept = {e.name for e in self.entries}
         self._deleting = [name for name in found["deleting"] if name not in kept]
         interrupted = found["interrupted"]
@@ -176,8 +176,7 @@ class PatternAccount(Account):
     def abandon(self, pending: dict[str, Any]) -> None:
         """The save failed. Its file may be in its place all the same: what failed came after that."""
         self._end(pending)
-        if self._adopt(pending):
-            self.entries = _last_of_each(self.entries)
+        self._adopt(pending)
 
     def confirm(self, pending: dict[str, Any], rules: Rules, *, durable: bool) -> list[str]:
         """The file is in its place: notes that, then deletes those that are not kept.
@@ -229,7 +228,7 @@ class PatternAccount(Account):
         if written_over or not pending.get("atomic", True):  # nobody knows how much of it was written
             self.entries = [e for e in self.entries if e.name != entry.name]
             return False
-        self.entries.append(entry)
+        self.entries = _last_of_each([*self.entries, entry])
         return True
 
     def _identity(self, name: str) -> list[int] | None:
@@ -298,12 +297,15 @@ class Manifest(Account):
         directory: Where they are, each a directory of its own.
         monitor: Which of their metrics is the score.
         mode: As of any account.
+
+    Attributes:
+        checkpoints: What `entries` are of.
     """
 
     def __init__(self, directory: Path, monitor: str | None, mode: str) -> None:
         super().__init__(os.fspath(directory / "checkpoints.json"), mode)
         self.directory, self.monitor = directory, monitor
-        self._known: dict[str, Checkpoint] = {}
+        self.checkpoints: list[Checkpoint] = []
 
     def read(self) -> Manifest:
         """Takes over what the file says.
@@ -321,30 +323,23 @@ class Manifest(Account):
             if found is not None and found["format"] != 1:
                 raise CheckpointError(f"'{self.path}' is of a newer format: expected 1, found {found['format']}")
             self.checkpoints = [_from_row(self.directory, row) for row in found["checkpoints"]] if found else []
+            self.entries = [self._entry(c) for c in self.checkpoints]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"'{self.path}' is malformed: {type(error).__name__}: {error}") from error
         return self
 
-    @property
-    def checkpoints(self) -> list[Checkpoint]:
-        """The complete ones, in the order they were committed."""
-        return [self._known[entry.name] for entry in self.entries]
-
-    @checkpoints.setter
-    def checkpoints(self, checkpoints: list[Checkpoint]) -> None:
-        self._known = {c.path.name: c for c in checkpoints}
-        self.entries = [self._entry(c) for c in checkpoints]
-
     def best_checkpoint(self) -> Checkpoint | None:
         """The one with the best score."""
         best = self.best()
-        return None if best is None else self._known[best.name]
+        return next((c for c in self.checkpoints if best is not None and c.path.name == best.name), None)
 
     def commit(self, saved: Checkpoint, rules: Rules, *, durable: bool) -> None:
         """Names a checkpoint, instead of one of the same step, and no longer those that no rule keeps."""
-        self._known[saved.path.name] = saved
         self.entries = [e for e in self.entries if e.step != saved.step]
         self.add(self._entry(saved), rules)
+        kept = {entry.name for entry in self.entries}
+        others = [c for c in self.checkpoints if c.step != saved.step]
+        self.checkpoints = [c for c in [*others, saved] if c.path.name in kept]
         self.write(durable=durable)
 
     def write(self, *, durable: bool) -> None:
@@ -365,7 +360,8 @@ class Manifest(Account):
 
     def unnamed(self) -> list[Path]:
         """Directories of checkpoints that the file does not name."""
-        return [path for path in self.directories() if path.name not in self._known]
+        named = {entry.name for entry in self.entries}
+        return [path for path in self.directories() if path.name not in named]
 
     def unused_path(self, step: int) -> Path:
         """A checkpoint never takes the place of another: the file alone says which of two is meant."""

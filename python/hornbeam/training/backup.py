@@ -16,8 +16,9 @@ from hornbeam.base.counters import logger
 from hornbeam.errors import HornbeamError
 from hornbeam.seam.entry import scope
 from hornbeam.training import fit, processes, training_state
+from hornbeam.training.accounts import Checkpoint
 from hornbeam.training.copies import BeginsAnew
-from hornbeam.training.manager import Checkpoint, CheckpointManager
+from hornbeam.training.manager import CheckpointManager
 from hornbeam.training.model_checkpoint import ModelCheckpoint
 from hornbeam.values import randomness
 
@@ -150,15 +151,14 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         self._manager.__enter__()
 
     def _restore(self, backups: list[Checkpoint]) -> None:
-        latest = backups[-1]
-        try:
-            self._manager.restore(self.model, step=latest.step, random_state=False)
-        except (HornbeamError, OSError, zipfile.BadZipFile) as error:
-            if len(backups) < 2:
-                raise
-            logger.warning("the last backup cannot be restored, the one before it is: %s", error)
-            latest = backups[-2]
-            self._manager.restore(self.model, step=latest.step, random_state=False)
+        for backup in reversed(backups):
+            try:
+                self._manager.restore(self.model, step=backup.step, random_state=False)
+                break
+            except (HornbeamError, OSError, zipfile.BadZipFile) as error:
+                if backup is backups[0]:
+                    raise
+                logger.warning("the last backup cannot be restored, the one before it is: %s", error)
         self._note_paths()
         state = self._manager.extra["fit"]
         self._resumed = {**state, "random": self._manager.random}
@@ -170,12 +170,12 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         self.model._initial_epoch = max(state["epoch"], epochs) if state["stopped"] else state["epoch"]
 
     def _give_callbacks(self, states: list[tuple[str, Any]]) -> None:
-        if [name for name, _ in states] != [type(c).__name__ for c in self._others]:
-            logger.warning(
-                "BackupAndRestore: the callbacks are others than in the backup, and begin anew. Expected %s, found %s",
-                [name for name, _ in states],
-                [type(c).__name__ for c in self._others],
+        expected, found = [name for name, _ in states], [type(c).__name__ for c in self._others]
+        if expected != found:
+            text = (
+                "BackupAndRestore: the callbacks are others than in the backup, and begin anew. Expected %s, found %s"
             )
+            logger.warning(text, expected, found)
             return
         for callback, (_, state) in zip(self._others, states, strict=True):
             if hasattr(callback, "set_state"):

@@ -7,19 +7,13 @@ made by `hornbeam.data.resumable`, and, with a `seed`, the shuffling of arrays o
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
 from typing import Any
 
 import keras
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
@@ -27,7 +21,7 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 from hornbeam.seam import keras_names
 from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
-from hornbeam.training.resumable import Resumable
+from hornbeam.training.resumable import Resumable, frames
 from hornbeam.values import randomness, tf_data
 
 #: In the state of data: the adapter's count of epochs; beside it, what the data themselves gave.
@@ -36,7 +30,7 @@ _EPOCH = "epoch of the adapter"
 
 def callback_list() -> keras.callbacks.CallbackList | None:
     """The list whose `set_model` is calling."""
-    for frame in _frames():
+    for frame in frames():
         if isinstance(found := frame.f_locals.get("self"), keras.callbacks.CallbackList):
             return found
     return None
@@ -62,24 +56,25 @@ class Input:
         if self.resumable is not None:
             epochs, data = self._epochs, self.resumable
             epochs._enumerate_iterator = lambda: _enumerate(epochs, data)
-        elif seed is not None and _shuffles_in_tensorflow(self._adapter) and _is_recognised(self._adapter):
+        elif seed is not None and _shuffles_in_tensorflow(self._adapter) and keras_names.is_recognised(self._adapter):
             self._shuffle = _seed_shuffle(self._epochs, self._adapter)
 
     def _why_inexact(self, seed: int | None) -> str | None:
         epochs, adapter = self._epochs, self._adapter
         if epochs is None:
             return "the data of a `fit` that is not Keras' own are unknown"
-        if not _is_recognised(epochs):
+        if not keras_names.is_recognised(epochs):
             return f"hornbeam does not know how this Keras' {type(epochs).__name__} goes through the data"
+        has_iterators = isinstance(adapter, TFDatasetAdapter) or (isinstance(adapter, Resumable) and not adapter.counts)
+        if has_iterators and _is_distributed(epochs):
+            return "a distributed tf.data.Dataset does not give away its iterators"
         if isinstance(adapter, Resumable):
-            if _is_distributed(epochs) and not hasattr(adapter, "_length"):
-                return "a distributed tf.data.Dataset does not give away its iterators"
             return None
-        if isinstance(adapter, TFDatasetAdapter | ArrayDataAdapter | PyDatasetAdapter) and not _is_recognised(adapter):
+        if isinstance(
+            adapter, TFDatasetAdapter | ArrayDataAdapter | PyDatasetAdapter
+        ) and not keras_names.is_recognised(adapter):
             return f"hornbeam does not know this Keras' {type(adapter).__name__}"
         if isinstance(adapter, TFDatasetAdapter):
-            if _is_distributed(epochs):
-                return "a distributed tf.data.Dataset does not give away its iterators"
             whole = epochs.steps_per_epoch in (None, adapter.num_batches)
             if not whole and (adapter.num_batches is not None or keras.backend.backend() != "tensorflow"):
                 return "with `steps_per_epoch` one pass over the data lasts for several epochs"
@@ -111,7 +106,7 @@ class Input:
         if seed is not None:
             if self._shuffle is not None:
                 self._shuffle.assign(randomness.derive(seed, epoch))
-            elif _counts_epochs(self._adapter) and _is_recognised(self._adapter):
+            elif _counts_epochs(self._adapter) and keras_names.is_recognised(self._adapter):
                 self._adapter._epoch = randomness.derive(seed, epoch)
         if self.inexact is None and isinstance(self._adapter, ArrayDataAdapter | PyDatasetAdapter):
             # With `steps_per_epoch` Keras makes an epoch's iterator when the one before ends, which a restart cannot.
@@ -161,15 +156,8 @@ class Input:
         return None if self.resumable is None else self.resumable.example()
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _epoch_iterator(model: Any) -> Any:
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
             found = frame.f_locals.get("epoch_iterator")
             if isinstance(found, EpochIterator):
@@ -212,13 +200,9 @@ def _begin(epochs: Any, data: Resumable) -> Any:
     reads_ahead = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
     if not reads_ahead or data.counts:
         return epochs._get_iterator()
-    together = _takes_steps_together(epochs)
-    return data.get_jax_iterator(epochs.steps_per_execution) if together else data.get_jax_iterator()
-
-
-def _takes_steps_together(epochs: Any) -> bool:
-    """Whether `fit` wants the batches of several steps as one, as on JAX from Keras 3.16 on."""
-    return epochs.steps_per_execution > 1 and hasattr(data_adapter_utils, "super_batch_iterator")
+    # From Keras 3.16 on, JAX takes the batches of several steps as one.
+    together = epochs.steps_per_execution > 1 and hasattr(data_adapter_utils, "super_batch_iterator")
+    return data.get_jax_iterator(epochs.steps_per_execution if together else None)
 
 
 def _is_distributed(epochs: Any) -> bool:
@@ -228,43 +212,12 @@ def _is_distributed(epochs: Any) -> bool:
 
 
 def _shuffles_in_tensorflow(adapter: Any) -> bool:
-    if not isinstance(adapter, ArrayDataAdapter) or keras.backend.backend() != "tensorflow":
-        return False
-    return bool(adapter._shuffle)
+    return keras.backend.backend() == "tensorflow" and isinstance(adapter, ArrayDataAdapter) and bool(adapter._shuffle)
 
 
 def _counts_epochs(adapter: Any) -> bool:
     """Whether the order of an epoch is a function of the adapter's own count of epochs, as from Keras 3.16 on."""
     return isinstance(adapter, ArrayDataAdapter | PyDatasetAdapter) and "_epoch" in vars(adapter)
-
-
-def _is_recognised(item: Any) -> bool:
-    """Whether an adapter or epoch iterator is one whose state is known, by its class, its code and its attributes."""
-    known = keras_names.table()["recognised"]
-    cls: Any = type(item)
-    while cls is not object and cls is not DataAdapter:
-        if _fingerprint(cls) not in known["code"].get(cls.__name__, ()):
-            return False
-        (cls,) = cls.__bases__[:1]
-    return vars(item).keys() <= set(known["attributes"])
-
-
-@functools.cache
-def _fingerprint(cls: type) -> str:
-    """A digest of all names that each method of a class uses: other sources of state or order have other names."""
-    uses = []
-    for name, member in vars(cls).items():
-        function = inspect.unwrap(member) if callable(member) else getattr(member, "fget", None)
-        todo = [getattr(function, "__code__", None)]
-        found: set[str] = set()
-        while todo:
-            code = todo.pop()
-            if code is not None:
-                found.update(used for used in code.co_names if not used.startswith("__"))
-                todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        if function is not None and (not name.startswith("__") or name == "__init__"):
-            uses.append(f"{name}: {' '.join(sorted(found))}")
-    return hashlib.sha256("\n".join(sorted(uses)).encode()).hexdigest()[:12]
 
 
 def _shuffle(original: Callable[..., Any]) -> Callable[..., Any]:

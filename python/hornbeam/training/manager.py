@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from hornbeam import _core
-from hornbeam.base import locations, retention, writer
+from hornbeam.base import barrier, locations, retention, writer
 from hornbeam.base.counters import logger
 from hornbeam.base.locks import FileLock
 from hornbeam.base.model_file import File
@@ -28,8 +28,6 @@ from hornbeam.training import accounts, processes, statefile, training_state
 from hornbeam.training.accounts import Checkpoint
 from hornbeam.training.copies import BeginsAnew
 from hornbeam.values import randomness
-
-__all__ = ["Checkpoint", "CheckpointManager"]
 
 
 class CheckpointManager(BeginsAnew):
@@ -98,8 +96,8 @@ class CheckpointManager(BeginsAnew):
         self._lock: FileLock | None = None
         self._cleaner: threading.Thread | None = None
         self._pending: Handle | None = None
-        self._place = processes.Place(0, 1)
-        self._group: processes.Group | None = None
+        self._place = barrier.Place(0, 1)
+        self._group: barrier.Group | None = None
         self._opened = False
 
     def __enter__(self) -> CheckpointManager:
@@ -257,9 +255,9 @@ class CheckpointManager(BeginsAnew):
             raise CheckpointError(f"'{where}' has nothing for {sorted(missing)}. Found: {sorted(state['extra'])}")
         if not model.built:
             raise ValueError(f"The model must be built before it takes a checkpoint. Received: {model}")
-        training_state.check(model, state["model"], where)
+        prepared = [training_state.prepare(model, state["model"], where)]
         for name, item in extra.items():
-            training_state.check_given(item, state["extra"][name], f"{where}: {name}", model)
+            prepared.append(training_state.prepare_given(item, state["extra"][name], f"{where}: {name}", model))
         with File(chosen.model) as file:
             groups = {tensor.rpartition("/")[0] for tensor in file}
             named = {group: file.attributes(group).get("name") for group in groups.intersection(file.groups)}
@@ -268,9 +266,8 @@ class CheckpointManager(BeginsAnew):
         if optimizer is not None and not optimizer.built and state["optimizer"]:
             optimizer.build(model.trainable_variables)
         operations.load_weights(LoadRequest(str(chosen.model), model, strict=True))
-        training_state.apply(model, state["model"], where)
-        for name, item in extra.items():
-            training_state.give_state(item, state["extra"][name], f"{where}: {name}", model)
+        for give in prepared:
+            give()
         self.random = state["model"]["random"]
         if random_state and processes.is_chief():  # last: what was called above may have drawn numbers
             randomness.restore(state["model"]["random"])
@@ -326,7 +323,7 @@ class CheckpointManager(BeginsAnew):
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """A block that ends when every process of the training is there; what one of them raises in it fails all."""
-        return processes.together(self._group)
+        return barrier.together(self._group)
 
     def _save(
         self, step: int, model: Any, metrics: dict[str, float], extra: Mapping[str, Any], asynchronous: bool
@@ -388,16 +385,9 @@ class CheckpointManager(BeginsAnew):
         rules = {"keep_last": self.keep_last, "keep_best": self.keep_best, "keep_every": self.keep_every}
         manifest.commit(saved, rules, durable=self.durable)
         kept = [entry.step for entry in manifest.entries]
-        logger.info(
-            "saved step %d to '%s': %.1f MB in %.2f s, %d kept, %d to be deleted",
-            saved.step,
-            saved.path,
-            saved.bytes / 1e6,
-            seconds,
-            len(kept),
-            before + 1 - len(kept),
-            extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": kept},
-        )
+        text = f"saved step {saved.step} to '{saved.path}': {saved.bytes / 1e6:.1f} MB in {seconds:.2f} s, "
+        text += f"{len(kept)} kept, {before + 1 - len(kept)} to be deleted"
+        logger.info(text, extra={"step": saved.step, "bytes": saved.bytes, "seconds": seconds, "kept": kept})
 
     def _discard(self, target: Path) -> None:
         """Deletes a checkpoint whose commit failed, unless the manifest names it all the same, or cannot be read."""
@@ -421,13 +411,13 @@ class CheckpointManager(BeginsAnew):
             self._take()
         if self._place.count > 1:
             try:
-                self._group = processes.assemble(self._meeting(), self.timeout)
+                self._group = processes.assemble(self._processes_folder(), self.timeout)
             except BaseException:
                 self.close()
                 raise
         self._opened = True
 
-    def _meeting(self) -> Path:
+    def _processes_folder(self) -> Path:
         """Where several processes meet: beside the directory, which may be deleted meanwhile, if they share that."""
         real = Path(os.path.realpath(self.directory))
         return real / ".processes" if os.path.ismount(real) else real.with_name(f".{real.name}.processes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import threading
@@ -17,7 +16,7 @@ import keras
 import keras.callbacks as _stock
 from keras.src.utils.io_utils import print_msg
 
-from hornbeam.base import durability, retention, writer
+from hornbeam.base import barrier, durability, retention, writer
 from hornbeam.base.counters import logger
 from hornbeam.base.locks import FileLock
 from hornbeam.base.reports import SaveReport
@@ -98,14 +97,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         timeout: float | None = 600.0,
     ) -> None:
         super().__init__(
-            filepath,
-            monitor=monitor,
-            verbose=verbose,
-            save_best_only=save_best_only,
-            save_weights_only=save_weights_only,
-            mode=mode,
-            save_freq=save_freq,
-            initial_value_threshold=initial_value_threshold,
+            filepath, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold
         )
         retention.check(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         if every_seconds is not None and not every_seconds > 0:
@@ -132,11 +124,11 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         """Makes it a callback that no training has begun with yet."""
         self._model = self.params = None
         self.history: list[dict[str, Any]] = []
-        self._group: processes.Group | None = None
+        self._group: barrier.Group | None = None
         self._known: PatternAccount | None = None
         self._lock = threading.RLock()  # the writer's thread confirms
         self._watched = False  # `fit` tells how it ends
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._signals: list[int] = []  # not answered yet
         self._answering = False  # its handler may end training
         self._handlers: dict[int, Any] = {}
@@ -163,7 +155,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if watchers is None and (self.save_on_exception or self.save_on_signal):
             logger.warning("this is not Keras' `fit`: an exception is not noticed, signal handlers stay")
         self._group = processes.assemble(Path(self._account().processes), self.timeout)
-        with processes.together(self._group):  # before the chief can save anything
+        with barrier.together(self._group):  # before the chief can save anything
             self._claim()
             self._watched = watchers is not None
             if watchers is not None:
@@ -198,7 +190,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if self._signals:
             self._answer(getattr(self, "_current_epoch", 0), None, logs)
         if self.asynchronous:
-            with processes.together(self._group):
+            with barrier.together(self._group):
                 writer.wait()
         if not self._watched:
             self.fit_ended()
@@ -209,7 +201,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
     def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         if self._extended:
             # Also if this is no better than the best: scores may differ.
-            with processes.together(None if self.asynchronous else self._group):
+            with barrier.together(None if self.asynchronous else self._group):
                 self._save(epoch, batch, logs, "epoch" if batch is None else "batch")
             return
         path = self._get_file_path(epoch, batch, logs)
@@ -226,7 +218,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
                 if self.best is not None and self.best != self.best:
                     self.best = None  # everything is better than NaN
             elif best is not None:
-                self._tell_once(f"without '{self.monitor}' nothing is saved over the best model")
+                self._warn_once(f"without '{self.monitor}' nothing is saved over the best model")
                 return False
         return bool(super()._should_save_model(epoch, batch, logs, filepath))
 
@@ -240,7 +232,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         except KeyError as error:
             if reason != "seconds":
                 raise
-            self._tell_once(f"no save every {self.every_seconds:g} s, but at the end of the epoch: {error.args[0]}")
+            self._warn_once(f"no save every {self.every_seconds:g} s, but at the end of the epoch: {error.args[0]}")
             return
         if not self._should_save_model(epoch, batch, logs, filepath):
             return
@@ -270,7 +262,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             since = time.perf_counter()
             # A save after a signal has to be complete before the signal goes its way.
             asynchronous = self.asynchronous and reason != "signal"
-            around = functools.partial(self._in_the_background, record, pending) if asynchronous else None
+            around = self._in_the_background(record, pending) if asynchronous else None
             with self._saving(path, around) as (save, request):
                 save(path, overwrite=True)
         except BaseException:
@@ -283,23 +275,21 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if handle is None:
             self._confirm(record, pending, os.path.getsize(path), record["stalled"])
 
-    def _in_the_background(
-        self,
-        record: dict[str, Any],
-        pending: dict[str, Any],
-        handle: writer.Handle,
-        write: Callable[[], SaveReport],
-    ) -> SaveReport:
-        """Called by the writer's thread."""
-        since = time.perf_counter()
-        try:
-            report = write()
-        except BaseException:
-            self._abandon(pending)
-            raise
-        record["stalled"] = handle.stalled
-        self._confirm(record, pending, report.bytes, time.perf_counter() - since)
-        return report
+    def _in_the_background(self, record: dict[str, Any], pending: dict[str, Any]) -> writer.Around:
+        """What the writer's thread does with a save."""
+
+        def around(handle: writer.Handle, write: Callable[[], SaveReport]) -> SaveReport:
+            since = time.perf_counter()
+            try:
+                report = write()
+            except BaseException:
+                self._abandon(pending)
+                raise
+            record["stalled"] = handle.stalled
+            self._confirm(record, pending, report.bytes, time.perf_counter() - since)
+            return report
+
+        return around
 
     def _record(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str) -> dict[str, Any]:
         """What `history` has of a save, to begin with."""
@@ -354,22 +344,16 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], account.path, error)
             raise
         record.update(bytes=size, written=written, kept=kept, deleted=deleted)
-        logger.info(
-            "saved '%s': %.1f MB, training stood still for %.3f s, written in %.2f s; %d kept%s",
-            record["path"],
-            size / 1e6,
-            record["stalled"],
-            written,
-            len(kept),
-            f", deleted {', '.join(deleted)}" if deleted else "",
-            extra={"hornbeam": record},
-        )
+        text = f"saved '{record['path']}': {size / 1e6:.1f} MB, training stood still for {record['stalled']:.3f} s, "
+        text += f"written in {written:.2f} s; {len(kept)} kept"
+        text += f", deleted {', '.join(deleted)}" if deleted else ""
+        logger.info(text, extra={"hornbeam": record})
         if self.verbose > 0:
             print_msg(f"\nEpoch {record['epoch'] + 1}: finished saving model to {record['path']}")
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             logger.warning("ModelCheckpoint('%s'): %s", self.filepath, text)
 
     def _iterations(self) -> int | None:
@@ -483,17 +467,16 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
     def _rescue(self, epoch: int, batch: int | None, logs: dict[str, Any] | None, reason: str) -> str:
         """Saves out of turn: as usual where that harms nothing, else beside the others."""
         account = self._account()
+        if not processes.is_chief():
+            return account.rescue
         if reason == "signal" and not self.save_best_only:
             try:
                 path = self._get_file_path(epoch, batch, logs or {})
             except KeyError:  # a metric that there is not after a batch
                 pass
             else:
-                if processes.is_chief():
-                    self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason)
+                self._write(path, epoch, batch, _number((logs or {}).get(self.monitor)), reason)
                 return path
-        if not processes.is_chief():
-            return account.rescue
         record = self._record(account.rescue, epoch, batch, None, reason)
         since = time.perf_counter()
         accounts.make_directory(account.rescue, durable=self.durable)

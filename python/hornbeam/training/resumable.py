@@ -316,15 +316,20 @@ class _Dataset(Resumable):
         self._pending, self._live = state, None
 
 
-def _refuse_arguments(data: Resumable) -> None:
+def frames() -> Iterator[FrameType]:
+    """The frames that are running in this thread, the caller's first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "fit" and frame.f_locals.get("x") is data:
-            given = [name for name in ("y", "sample_weight", "class_weight") if frame.f_locals.get(name) is not None]
-            if given:
-                raise ValueError(
-                    f"`fit` does not apply {', '.join(given)} to data made by `hornbeam.data.resumable`. Make them "
-                    "part of it: `resumable((x, y, sample_weight), …)`, or a dataset that gives three values."
-                )
-            return
+        yield frame
         frame = frame.f_back
+
+
+def _refuse_arguments(data: Resumable) -> None:
+    calls = (frame.f_locals for frame in frames() if frame.f_code.co_name == "fit")
+    call = next((arguments for arguments in calls if arguments.get("x") is data), {})
+    given = [name for name in ("y", "sample_weight", "class_weight") if call.get(name) is not None]
+    if given:
+        raise ValueError(
+            f"`fit` does not apply {', '.join(given)} to data made by `hornbeam.data.resumable`. Make them part of it: "
+            "`resumable((x, y, sample_weight), …)`, or a dataset that gives three values."
+        )

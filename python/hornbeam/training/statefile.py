@@ -112,8 +112,7 @@ def _to_array(item: Any, where: str) -> np.ndarray:
 
     if not (keras.ops.is_tensor(item) or isinstance(item, keras.Variable)):
         raise InvalidError(f"A checkpoint cannot hold {type(item).__name__!r} objects. Received: {where}={item!r}")
-    found = tensors.view(item)
-    return found if isinstance(found, np.ndarray) else found.array()
+    return tensors.on_host(item)
 
 
 def _note(array: np.ndarray, arrays: list[np.ndarray], where: str) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -33,22 +34,27 @@ def _trained(model: Any) -> list[Any]:
 
 def values(variables: Iterable[Any], names: Sequence[str] | None = None) -> Values:
     """Name, or path, and value of each variable; nothing that happens later changes them."""
-    found, variables = [], list(variables)
-    for name, variable in zip(names or [v.path for v in variables], variables, strict=True):
-        value = tensors.view(variable)
-        found.append((name, value if isinstance(value, np.ndarray) else value.array()))
-    return found
+    variables = list(variables)
+    names = names or [v.path for v in variables]
+    return [(name, tensors.on_host(variable)) for name, variable in zip(names, variables, strict=True)]
 
 
-def check(model: Any, state: dict[str, Any], where: str) -> None:
-    """Refuses a state that is not of this model, before anything is changed."""
-    _match(_outside_files(model), state["variables"], where, model)
+def prepare(model: Any, state: dict[str, Any], where: str) -> Callable[[], None]:
+    """Compares what `capture` took with a model, before anything is changed; what is returned gives it to the model.
+
+    Random state comes last of all, by `randomness.restore(state["random"])`.
+
+    Raises:
+        CheckpointError: The state is not of this model.
+    """
+    pairs = _match(_outside_files(model), state["variables"], where, model)
     ours, theirs = matching.names_of(model, _trained(model)), state.get("trained")  # slots are stored in this order
     if ours and theirs and _moved(ours, theirs, matching.automatic_names(model)):
         raise CheckpointError(
             f"The optimizer's state in '{where}' is that of other variables, or of the same in another order: "
             f"{matching.differences(ours, theirs)}. Build the model as when it was saved."
         )
+    return functools.partial(_assign, pairs)
 
 
 def _moved(ours: Sequence[str], theirs: Sequence[str], automatic: Iterable[str]) -> bool:
@@ -95,11 +101,6 @@ def _container(group: str) -> str:
     return group.removesuffix("/vars").rpartition("/")[0]
 
 
-def apply(model: Any, state: dict[str, Any], where: str) -> None:
-    """Gives the model what `capture` took; random state comes last of all, by `_random.restore(state["random"])`."""
-    assign(_outside_files(model), state["variables"], where, model)
-
-
 def assign(variables: Iterable[Any], state: Values, where: str, *roots: Any) -> None:
     """Gives the variables their values, by name where names say which is which.
 
@@ -112,7 +113,11 @@ def assign(variables: Iterable[Any], state: Values, where: str, *roots: Any) -> 
     Raises:
         CheckpointError: For other names, shapes or numbers of variables; none is changed then.
     """
-    for variable, value in _match(list(variables), state, where, *roots):
+    _assign(_match(list(variables), state, where, *roots))
+
+
+def _assign(pairs: Iterable[tuple[Any, np.ndarray]]) -> None:
+    for variable, value in pairs:
         variable.assign(value)
 
 
@@ -163,8 +168,8 @@ def state_of(item: Any) -> Any:
     return item
 
 
-def check_given(item: Any, state: Any, where: str, model: Any) -> None:
-    """Refuses a state that `give_state` cannot give to the object, before anything is changed.
+def prepare_given(item: Any, state: Any, where: str, model: Any) -> Callable[[], None]:
+    """Compares a state that `state_of` took with an object, before anything is changed; what is returned gives it.
 
     An object with `set_state` is asked if it has `check_state`, too; otherwise what it thinks of it shows only then.
 
@@ -174,27 +179,16 @@ def check_given(item: Any, state: Any, where: str, model: Any) -> None:
     if callable(getattr(item, "set_state", None)):
         if callable(getattr(item, "check_state", None)):
             item.check_state(state)
-        return
-    variables = _variables_of(item)
-    if variables is None:
+        return functools.partial(item.set_state, state)
+    if isinstance(item, keras.random.SeedGenerator):
+        variables = [item.state]
+    elif hasattr(item, "variables") and not isinstance(item, Mapping):
+        variables = list(item.variables)
+    else:
         raise CheckpointError(
             f"Nothing can take the state of '{where}': expected an object with `set_state` or `variables`, "
             f"found {type(item).__name__!r}. Without an object it is in `extra` of the manager afterwards."
         )
     if not (isinstance(state, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in state)):
         raise CheckpointError(f"'{where}' is of another object. Expected variables, found {type(state).__name__!r}.")
-    _match(variables, state, where, item, model)
-
-
-def _variables_of(item: Any) -> list[Any] | None:
-    if isinstance(item, keras.random.SeedGenerator):
-        return [item.state]
-    return list(item.variables) if hasattr(item, "variables") and not isinstance(item, Mapping) else None
-
-
-def give_state(item: Any, state: Any, where: str, model: Any) -> None:
-    """Gives an object of the user's the state that was taken of it, and that `check_given` let pass."""
-    if callable(getattr(item, "set_state", None)):
-        item.set_state(state)
-    else:
-        assign(_variables_of(item) or [], state, where, item, model)
+    return functools.partial(_assign, _match(variables, state, where, item, model))

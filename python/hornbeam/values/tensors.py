@@ -34,6 +34,12 @@ def view(value: Any) -> np.ndarray | Deferred:
     return found
 
 
+def on_host(tensor: Any) -> np.ndarray:
+    """The value of a variable, tensor or array, in host memory that nobody else can change."""
+    found = view(tensor)
+    return found if isinstance(found, np.ndarray) else found.array()
+
+
 def is_addressable(value: Any) -> bool:
     """Whether this process can read all of a value: with several of JAX's, an array may be spread over them."""
     array = value._value if hasattr(value, "_value") else value
