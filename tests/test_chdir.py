@@ -16,7 +16,7 @@ from hornbeam.base import locations, writer
 from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.checkpoint import CheckpointManager
 from hornbeam.data import resumable
-from hornbeam.export import export
+from hornbeam.export import ExportArchive, export
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from test_async import held, small
 from training import fit
@@ -235,7 +235,8 @@ def test_resumable_data(places: Places) -> None:
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports are TensorFlow's")
-def test_an_export(places: Places) -> None:
+@pytest.mark.parametrize("archive", [False, True])
+def test_an_export(places: Places, archive: bool) -> None:
     """Whatever runs while it is traced may change the directory."""
     here, leave = places
 
@@ -247,7 +248,13 @@ def test_an_export(places: Places) -> None:
     inputs = keras.Input((4,))
     model = keras.Model(inputs, Leaves()(inputs))
     os.chdir(here)
-    export(model, "artifact", verbose=False)
+    if archive:
+        endpoints = ExportArchive()
+        endpoints.track(model)
+        endpoints.add_endpoint("serve", model.call, [keras.InputSpec(shape=(None, 4), dtype="float32")])
+        endpoints.write_out("artifact", verbose=False)
+    else:
+        export(model, "artifact", verbose=False)
     assert written(here)["here"] == ["artifact"]
 
 

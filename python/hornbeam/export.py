@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import keras.export as _stock
 
-from hornbeam.base import locations
 from hornbeam.errors import UnsupportedError
 from hornbeam.formats import exports
 from hornbeam.formats.exports import ExportReport, last_report
@@ -60,7 +59,6 @@ def export(
             raise UnsupportedError(f"Only SavedModels can be verified. Received: format={format!r}")
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
-    filepath = locations.absolute(filepath)  # what is traced may change the directory
     compared = {"verify": verify, "tolerance": tolerance} if verify else {}
     exports.remember(None)
     with entry.scope():
