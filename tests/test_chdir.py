@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,26 @@ def test_an_export(places: Places, archive: bool) -> None:
     else:
         export(model, "artifact", verbose=False)
     assert written(here)["here"] == ["artifact"]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="SavedModels are TensorFlow's")
+def test_a_savedmodel(places: Places) -> None:
+    """Its report says where it is from the root."""
+    here, leave = places
+    save_model(small(), "artifact")
+    leave()
+    assert hornbeam.last_save_report().path == str(here / "artifact")
+    assert written(here)["here"] == ["artifact"]
+
+
+def test_a_save_that_the_user_refuses(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, leave = places
+    save_weights(small(), "m.weights.h5")
+    monkeypatch.setattr("keras.src.utils.io_utils.ask_to_proceed_with_overwrite", lambda _: False)
+    handle = save_weights(small(), "m.weights.h5", overwrite=False, asynchronous=True)
+    leave()
+    assert handle.path == str(here / "m.weights.h5")
+    assert isinstance(handle.exception(), CancelledError)
 
 
 def test_remote_paths_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
