@@ -24,6 +24,8 @@ from hornbeam.errors import HornbeamError, LimitError
 from support.helpers import member, saved, state
 from support.zoo import ZOO, chain, floats, train
 
+pytestmark = pytest.mark.keras_versions
+
 
 @pytest.fixture(autouse=True)
 def _strict() -> Any:
@@ -100,7 +102,7 @@ def test_h5py_and_keras_read_it(compression: Any, shuffle: bool, tmp_path: Path)
         assert saved(other) == saved(model)
 
 
-@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+@pytest.mark.trains
 def test_training_goes_on_as_it_would(tmp_path: Path) -> None:
     model = compressible()
     saving.save_model(model, tmp_path / "m.keras", compression="gzip")

@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
-import keras
 import pytest
 
 from support.helpers import script
-from support.zoo import TRAINABLE_BACKEND
 
 ROUNDS = 2000 if os.environ.get("HORNBEAM_SOAK") else 50
 #: Bytes that a round may grow by. A tensor of a round has 360 KB: one of them kept every third time shows.
@@ -83,10 +81,8 @@ trained.fit(x, y, verbose=0, callbacks=[copy.deepcopy(c), BackupAndRestore(root 
 }
 #: Rounds of what takes long, and what of memory is not ours: TensorFlow keeps the functions that it traces.
 SLOW = {"savedmodel": (6, 8 << 20), "callbacks": (20, 1 << 20)}
-if not TRAINABLE_BACKEND:
-    KINDS.pop("callbacks")
-if keras.backend.backend() != "tensorflow":
-    KINDS.pop("savedmodel")
+#: Kinds that some backends do not have.
+MARKS = {"callbacks": pytest.mark.trains, "savedmodel": pytest.mark.backend("tensorflow")}
 
 CODE = """
 import copy, ctypes, gc, io, os, pickle, sys, tempfile, threading, warnings
@@ -140,7 +136,7 @@ print("found", found)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in KINDS])
 def test_nothing_grows(kind: str, tmp_path: object) -> None:
     rounds, slack = SLOW.get(kind, (ROUNDS, SLACK))
     if ROUNDS > 50:

@@ -409,10 +409,8 @@ def test_other_formats_are_keras(
     assert seen == [stock, ours]
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow" or not hasattr(keras.src.export, "export_litert"),
-    reason="Keras writes LiteRT from the TensorFlow backend",
-)
+@pytest.mark.backend("tensorflow", reason="Keras writes LiteRT from that backend")
+@pytest.mark.skipif(not hasattr(keras.src.export, "export_litert"), reason="this Keras does not write LiteRT")
 def test_a_format_of_keras_own_is_written_as_without_us(tmp_path: Path) -> None:
     """Keras makes it from an archive, whose class is patched."""
     model = model_of(keras.layers.Dense(2))

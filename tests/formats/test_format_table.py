@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import keras
 import pytest
 
 from support.format_tables import TABLES, between
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the tables are those of the TensorFlow backend")
+@pytest.mark.backend("tensorflow", reason="the tables are those of the TensorFlow backend")
 @pytest.mark.parametrize("marks", TABLES)
 def test_the_documents_have_these_tables(marks: str) -> None:
     path, make = TABLES[marks]

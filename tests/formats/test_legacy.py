@@ -109,10 +109,8 @@ def test_zoo(name: str, tmp_path: Path) -> None:
         assert step(twin, loaded, x, y) == expected
 
 
-@pytest.mark.parametrize("name", ["not_compiled", "custom_assets", "int8"])
+@pytest.mark.parametrize("name", sorted({"not_compiled", "custom_assets", "int8"} & ZOO.keys()))
 def test_stock_loads_what_it_can(name: str, tmp_path: Path) -> None:
-    if name not in ZOO:
-        pytest.skip("this backend has no such model")
     model, _, _ = ZOO[name]()
     save(model, tmp_path / "m.h5")
     assert saved(keras.models.load_model(tmp_path / "m.h5")) == saved(model)

@@ -21,7 +21,7 @@ import hornbeam
 from hornbeam import models, saving
 from hornbeam.seam import shortcuts
 from support.helpers import member, saved
-from support.zoo import TRAINABLE_BACKEND, ZOO, chain, floats, train
+from support.zoo import ZOO, chain, floats, train
 
 #: Optimizers differ only in their own config, which one entry shows as well as all.
 MODELS = [name for name in ZOO if not name.startswith("optimizer_") or name == "optimizer_Adafactor"]
@@ -329,7 +329,7 @@ def test_freezing_layers_changes_no_order_that_files_depend_on(form: str, tmp_pa
         assert equal(arrays(loaded.weights), list(wanted.values()))
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 def test_layers_of_a_loaded_model_are_the_start_of_another(tmp_path: Path) -> None:
     model = train(functional(dropout=True), floats(8, 6), floats(8, 3))[0]
     saving.save_model(model, tmp_path / "m.keras")

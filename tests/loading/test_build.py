@@ -27,6 +27,8 @@ from hornbeam.seam import shortcuts as shortcuts_
 from support.helpers import saved, state, value, values
 from support.zoo import AWKWARD, ZOO, chain, floats
 
+pytestmark = pytest.mark.keras_versions
+
 BACKEND = keras.backend.backend()
 PATHS = {"PYTHONPATH": str(Path(hornbeam.__file__).parent.parent)}
 
@@ -37,7 +39,7 @@ def _all_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts_, "WORTH_TRYING", 0)
 
 
-lazy = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="other backends build the stock way")
+lazy = pytest.mark.backend("tensorflow", "jax", reason="other backends build the stock way")
 
 
 def both(path: Path) -> tuple[Any, Any]:

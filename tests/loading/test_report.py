@@ -319,7 +319,7 @@ def test_what_custom_code_changes_in_place_is_undone(tmp_path: Path) -> None:
         assert layer.raw.numpy().tolist() == [1, 2]
 
 
-@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+@pytest.mark.trains
 def test_optimizer_state_is_part_of_a_complete_load(tmp_path: Path) -> None:
     model, *_ = train(chain(layers.Dense(2)), floats(16, 6), floats(16, 2))
     path = tmp_path / "m.keras"
@@ -447,7 +447,7 @@ def test_names_that_repeat_inside_of_layers_are_told_apart(tmp_path: Path) -> No
     assert len(saving.load_weights(both, tmp_path / "t.weights.h5", by_name=True).loaded) == 2
 
 
-@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="NumPy cannot train")
+@pytest.mark.trains
 def test_slots_of_other_variables_are_not_taken(tmp_path: Path) -> None:
     model, *_ = train(chain(layers.Dense(6, name="a"), layers.Dense(6, name="b")), floats(16, 6), floats(16, 6))
     saving.save_model(model, tmp_path / "m.keras")

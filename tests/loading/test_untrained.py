@@ -18,11 +18,9 @@ import hornbeam
 from hornbeam.errors import IncompleteLoadError
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from support.helpers import saved
-from support.zoo import TRAINABLE_BACKEND, ZOO, chain, floats
+from support.zoo import ZOO, chain, floats
 
 FORMATS = {"archive": "m.keras", "directory": "m", "h5": "m.h5", "savedmodel": "saved"}
-if keras.backend.backend() not in ("tensorflow", "jax"):
-    FORMATS.pop("savedmodel")
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "sgd": lambda: "sgd",
     "momentum": lambda: optimizers.SGD(0.3, momentum=0.9),
@@ -53,7 +51,9 @@ def untrained(optimizer: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "kind", ["archive", "directory", "h5", pytest.param("savedmodel", marks=pytest.mark.backend("tensorflow", "jax"))]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_was_never_trained_loads_strictly(name: str, kind: str, tmp_path: Path) -> None:
     model = untrained(OPTIMIZERS[name]())
@@ -83,7 +83,7 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     assert type(loaded.optimizer) is type(model.optimizer)
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 def test_it_is_in_order_for_training(tmp_path: Path) -> None:
     keras.utils.set_random_seed(1)
     model = untrained("adam")

@@ -33,11 +33,10 @@ from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from hornbeam.values import tensors
 from support.helpers import archive_tree, saved, script, tree
 from support.writing import held, small
-from support.zoo import TRAINABLE_BACKEND, ZOO, chain, floats
+from support.zoo import ZOO, chain, floats
 
 BACKEND = keras.backend.backend()
 SHARED = BACKEND in ("tensorflow", "jax")
-trains = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +99,7 @@ elif BACKEND == "jax":  # it always compiles
     CASES.pop("ema")  # stock Keras donates one buffer twice: such a model cannot go on training
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("case", CASES)
 def test_training_after_the_call_changes_nothing_in_the_file(case: str, tmp_path: Path) -> None:
     make, arguments = CASES[case]
@@ -129,7 +128,7 @@ def test_training_after_the_call_changes_nothing_in_the_file(case: str, tmp_path
             loaded.fit(x, y, batch_size=16, verbose=0)  # its memory is in order
 
 
-@trains
+@pytest.mark.trains
 def test_many_saves_between_steps(tmp_path: Path) -> None:
     model, x, y = dense()
     model.compile("adam", "mse")
@@ -146,7 +145,7 @@ def test_many_saves_between_steps(tmp_path: Path) -> None:
         assert saved(model) == wanted
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="only JAX donates")
+@pytest.mark.backend("jax", reason="only JAX donates")
 def test_a_donated_array_stays_in_the_file(tmp_path: Path) -> None:
     import jax
 
@@ -229,7 +228,7 @@ def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: 
     assert not np.shares_memory(one, two)
 
 
-@pytest.mark.skipif(not SHARED, reason="copies everything")
+@pytest.mark.backend("tensorflow", "jax", reason="the others copy everything")
 def test_shared_values_take_no_memory(tmp_path: Path) -> None:
     model = chain(layers.Dense(1000), layers.Dense(1000))
     with held():
@@ -533,7 +532,7 @@ class SavesElsewhere(keras.Model):
         super().save(f"{filepath}.other.keras", **kwargs)
 
 
-@trains
+@pytest.mark.trains
 def test_a_save_that_nobody_made_asynchronous_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs = keras.Input((4,))
     model = SavesElsewhere(inputs, layers.Dense(3)(inputs))
@@ -552,7 +551,7 @@ class SavesItsEncoder(keras.Model):
         super().save(filepath, **kwargs)
 
 
-@trains
+@pytest.mark.trains
 def test_a_model_that_saves_its_encoder_first_is_itself_saved_asynchronously(tmp_path: Path) -> None:
     inputs = keras.Input((4,))
     model = SavesItsEncoder(inputs, layers.Dense(64)(inputs))

@@ -14,6 +14,8 @@ from hornbeam.values import on_tensorflow, tensors
 from support.helpers import saved
 from support.zoo import ZOO, chain, floats
 
+pytestmark = pytest.mark.keras_versions
+
 BACKEND = keras.backend.backend()
 SHARED = BACKEND in ("tensorflow", "jax")
 
@@ -111,7 +113,7 @@ def test_values_lent_to_super_are_what_is_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.variables[0]), np.ones((3, 2)))
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has this mode")
+@pytest.mark.backend("tensorflow", reason="only TensorFlow has this mode")
 @pytest.mark.parametrize("rows", [100, 5000])
 def test_sparse_updates_do_not_make_saves_copy(rows: int) -> None:
     model = chain(keras.layers.Embedding(rows, 16), keras.layers.Flatten(), keras.layers.Dense(1), shape=(8,))
@@ -127,7 +129,7 @@ def test_sparse_updates_do_not_make_saves_copy(rows: int) -> None:
     assert not np.array_equal(tensors.view(embeddings), before)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow compiles slots into being")
+@pytest.mark.backend("tensorflow", reason="only TensorFlow compiles slots into being")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_slots_that_fit_made_are_shared_and_survive_further_training(dtype: str) -> None:
     model = chain(keras.layers.Dense(64, dtype=dtype), keras.layers.Dense(3))

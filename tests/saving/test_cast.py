@@ -282,7 +282,7 @@ def test_a_model_without_its_optimizers_state_loads_compiled_with_a_fresh_one(ou
 LEAVING_OUT = {**SAVES, "savedmodel": saving.save_model}
 
 
-@pytest.mark.skipif(keras.backend.backend() not in ("tensorflow", "jax"), reason="SavedModels need TensorFlow or JAX")
+@pytest.mark.backend("tensorflow", "jax", reason="SavedModels need TensorFlow or JAX")
 @pytest.mark.parametrize("name", LEAVING_OUT)
 def test_every_format_leaves_the_optimizers_state_out(name: str, tmp_path: Path) -> None:
     model, *_ = ZOO["functional"]()

@@ -21,9 +21,6 @@ from hornbeam.saving import load_model, load_weights, save_model, save_weights
 from support.training import fit
 from support.training import model as trained
 from support.writing import held, small
-from support.zoo import TRAINABLE_BACKEND
-
-trains = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
 
 
 @pytest.fixture
@@ -101,7 +98,7 @@ def test_two_dots_behind_a_link_are_where_the_system_says(places: Places, tmp_pa
         assert file.tensors[next(iter(file))].read().size
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("pattern", ["m-{epoch}.keras", "d/{epoch}/m.weights.h5", "best.keras"])
 def test_model_checkpoint(asynchronous: bool, pattern: str, places: Places) -> None:
@@ -124,7 +121,7 @@ def test_model_checkpoint(asynchronous: bool, pattern: str, places: Places) -> N
         assert best_checkpoint(here / pattern) == str(here / pattern)
 
 
-@trains
+@pytest.mark.trains
 def test_model_checkpoint_saves_what_was_interrupted_beside_the_others(places: Places) -> None:
     here, leave = places
     callback = ModelCheckpoint("m.keras", save_on_exception=True)
@@ -138,7 +135,7 @@ def test_model_checkpoint_saves_what_was_interrupted_beside_the_others(places: P
     assert "m-interrupted.keras" in written(here)["here"]
 
 
-@trains
+@pytest.mark.trains
 def test_model_checkpoint_in_a_directory_with_braces(places: Places) -> None:
     """The directory is no pattern."""
     here, leave = places
@@ -150,7 +147,7 @@ def test_model_checkpoint_in_a_directory_with_braces(places: Places) -> None:
     assert [name for name in os.listdir(here / "{epoch}") if name[0] != "."] == ["m-2.keras"]
 
 
-@trains
+@pytest.mark.trains
 def test_as_keras_has_it_the_directory_is_that_of_the_save(places: Places) -> None:
     here, leave = places
     callback = ModelCheckpoint("m.keras")
@@ -178,7 +175,7 @@ def test_checkpoint_manager(asynchronous: bool, places: Places) -> None:
     assert written(here)["here"] == []
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_backup_and_restore(asynchronous: bool, places: Places) -> None:
     here, leave = places
@@ -221,7 +218,7 @@ def test_an_open_file(name: str, mmap: bool, places: Places) -> None:
             assert {key: array.tobytes() for key, array in again.items()} == {k: a.tobytes() for k, a in read.items()}
 
 
-@trains
+@pytest.mark.trains
 def test_resumable_data(places: Places) -> None:
     """It holds no path."""
     here, leave = places
@@ -234,7 +231,7 @@ def test_resumable_data(places: Places) -> None:
     written(here)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports are TensorFlow's")
+@pytest.mark.backend("tensorflow", reason="exports are TensorFlow's")
 def test_an_export(places: Places) -> None:
     """Whatever runs while it is traced may change the directory."""
     here, leave = places

@@ -17,7 +17,10 @@ import pytest
 import hornbeam
 from support.helpers import script
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here"),
+    pytest.mark.backend("tensorflow", reason="the parent uses it"),
+]
 
 #: When the child is forked.
 MOMENTS = {

@@ -20,7 +20,7 @@ from keras import layers
 
 import hornbeam
 from support.helpers import saved
-from support.zoo import TRAINABLE_BACKEND, ZOO, chain
+from support.zoo import ZOO, chain
 
 MB = 1 << 20
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -78,7 +78,7 @@ def save(model: Any, path: Path) -> None:
         model.save(path)
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="assigns TensorFlow variables")
+@pytest.mark.backend("tensorflow", reason="assigns TensorFlow variables")
 @pytest.mark.parametrize("how", ["assign", "assign_add", "swap"])
 def test_every_tensor_is_one_that_existed(how: str, tmp_path: Path) -> None:
     model = chain(layers.Dense(1500), layers.Dense(1000), layers.Dense(30), shape=(800,))
@@ -110,7 +110,7 @@ def test_every_tensor_is_one_that_existed(how: str, tmp_path: Path) -> None:
     assert len(seen) > 3  # it did change meanwhile
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="makes sparse updates of TensorFlow variables")
+@pytest.mark.backend("tensorflow", reason="makes sparse updates of TensorFlow variables")
 def test_sparse_updates_while_saving(tmp_path: Path) -> None:
     """Rows are updated in place, one after another: a tensor may be between two steps, but is never changed once it
     has passed the checksum, and holds no value that was not there."""
@@ -135,7 +135,7 @@ def test_sparse_updates_while_saving(tmp_path: Path) -> None:
     assert float(embeddings.value[0, 0]) == busy.steps  # no update was lost
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="trains")
+@pytest.mark.trains
 def test_saves_during_training_hold_whole_tensors(tmp_path: Path) -> None:
     model = chain(layers.Dense(300), layers.Dense(1), shape=(200,))
     model.compile("adam", "mse")
@@ -292,8 +292,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not TENSORFLOW, reason="measures TensorFlow models")
+@pytest.mark.backend("tensorflow", reason="measures TensorFlow models")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the highest point")
 def test_peak_memory(tmp_path: Path) -> None:
     found = {name: nbytes / MB for name, nbytes in run(PEAK, str(tmp_path), backend="tensorflow").items()}
@@ -349,8 +348,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not TENSORFLOW, reason="measures TensorFlow models")
+@pytest.mark.backend("tensorflow", reason="measures TensorFlow models")
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the highest point")
 def test_six_gigabytes(tmp_path: Path) -> None:
     """More than 32 bits count, in both directions, in little memory; and other tools find their way."""

@@ -15,6 +15,8 @@ import hornbeam
 from support.helpers import archive_tree, config, saved, state, tree, value, values
 from support.zoo import AWKWARD, ZOO, chain
 
+pytestmark = pytest.mark.keras_versions
+
 #: What is asked for, and what runs then.
 RAN = {"auto": "direct", "libhdf5": "libhdf5"}
 
@@ -144,7 +146,7 @@ class Complex(keras.layers.Layer):
         return x
 
 
-@pytest.mark.skipif(keras.backend.backend() not in ("tensorflow", "numpy"), reason="JAX computes complex64 instead")
+@pytest.mark.backend("tensorflow", "numpy", reason="JAX computes complex64 instead")
 @pytest.mark.parametrize("engine", RAN)
 def test_wide_complex_numbers(engine: str, tmp_path: Path) -> None:
     model = chain(Complex())

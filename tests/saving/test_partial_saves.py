@@ -274,7 +274,7 @@ def _whole(model: Any) -> bytes:
     return memory.getvalue()
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend cannot train, so there is no state")
+@pytest.mark.trains
 def test_the_optimizers_state_is_there_if_it_is_named(tmp_path: Path) -> None:
     model = build(trained=True)
     slots = {v.path for v in model.optimizer.variables}

@@ -20,8 +20,7 @@ import pytest
 import hornbeam
 
 pytest.importorskip("tensorflow", reason="the guide's code uses TensorFlow")
-if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
-    pytest.skip("the guide's code needs the TensorFlow backend", allow_module_level=True)
+pytestmark = pytest.mark.backend("tensorflow", reason="the guide's code is written for it")
 
 pytest.register_assert_rewrite("support.guide_checks")
 TESTS = Path(__file__).parents[1]

@@ -23,6 +23,8 @@ from hornbeam import UnsupportedError
 from hornbeam.seam import entry, hook, patches
 from support.zoo import ZOO, chain
 
+pytestmark = pytest.mark.keras_versions
+
 _PACKAGE = str(Path(hornbeam.__file__).parent.parent)
 
 
@@ -416,10 +418,9 @@ def test_the_command_reports_a_missing_script_and_passes_on_exit_codes(tmp_path:
     assert "no such script: 'nowhere.py'" in missing.stderr
 
 
+@pytest.mark.trains
 def test_callbacks_go_through_the_core(tmp_path: Path) -> None:
     model, x, y = ZOO["functional"]()
-    if y is None:
-        pytest.skip("this backend does not train")
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
     with hornbeam.installed(), hornbeam.options(fallback=False):
         model.fit(x, y, epochs=2, callbacks=[checkpoint], verbose=0)

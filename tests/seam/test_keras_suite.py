@@ -11,24 +11,16 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import keras
 import pytest
 
-import hornbeam
+from support.keras_suite import failures, pytest_on
 
 KERAS = "3.15.1"
-BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
-SOURCE = Path(importlib.util.find_spec("keras").submodule_search_locations[0]) / "src"
-TESTS = Path(__file__).parents[1]
+BACKEND = keras.backend.backend()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +124,7 @@ HANDOVERS = {
 FILES = [(group, file) for group in GROUPS for file in GROUPS[group].files]
 
 pytestmark = pytest.mark.skipif(importlib.metadata.version("keras") != KERAS, reason=f"the lists are for Keras {KERAS}")
-listed = pytest.mark.skipif(BACKEND not in ("tensorflow", "jax"), reason="the lists are for TensorFlow and JAX")
+listed = pytest.mark.backend("tensorflow", "jax", reason="the lists are for TensorFlow and JAX")
 
 
 @functools.cache
@@ -145,42 +137,8 @@ def run(group: str) -> dict[str, dict[str, Any]]:
     return pytest_on(GROUPS[group].files, select=GROUPS[group].select)
 
 
-def pytest_on(
-    tests: Iterable[str], *, select: str = "", stock: bool = False, callbacks: str = ""
-) -> dict[str, dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as tmp:
-        report, config = Path(tmp) / "report.json", Path(tmp) / "pytest.ini"
-        config.write_text("[pytest]\n")  # else pytest takes our own, if the environment is below it
-        command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(SOURCE)]
-        command += ["-p", "support.keras_plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-k", select]
-        process = subprocess.run(
-            command + [str(SOURCE / test) for test in tests],
-            env={
-                **os.environ,
-                "KERAS_BACKEND": BACKEND,
-                "HORNBEAM_SUITE": "stock" if stock else "hornbeam",
-                "HORNBEAM_SUITE_REPORT": str(report),
-                "HORNBEAM_SUITE_CALLBACKS": callbacks,
-                "PYTEST_ADDOPTS": "",
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-                "PYTHONPATH": os.pathsep.join([str(Path(hornbeam.__file__).parents[1]), str(TESTS)]),
-            },
-            cwd=tmp,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert process.returncode in (0, 1), process.stdout[-8000:] + process.stderr[-2000:]
-        return json.loads(report.read_text())
-
-
 def of_file(tests: dict[str, dict[str, Any]], file: str) -> dict[str, dict[str, Any]]:
     return {test: result for test, result in tests.items() if test.split("::")[0] == file}
-
-
-def failures(tests: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return {test: r["message"] for test, r in tests.items() if r["outcome"] in ("failed", "error")}
 
 
 @listed
@@ -208,16 +166,6 @@ def test_file(group: str, file: str) -> None:
         assert passed >= expected.passed > 0
         assert saves >= expected.saves
         assert loads >= expected.loads
-
-
-@pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this backend cannot train")
-@pytest.mark.parametrize("arguments", [{}, {"asynchronous": True, "keep_every": 1, "remember": False}])
-def test_our_model_checkpoint(arguments: dict[str, Any]) -> None:
-    """Keras' tests of its callback pass with ours, as it is by default, and with everything else behind it."""
-    tests = pytest_on(["callbacks/model_checkpoint_test.py"], callbacks=json.dumps(arguments))
-    assert failures(tests) == {}
-    assert sum(r["outcome"] == "passed" for r in tests.values()) >= 2
-    assert sum(r["stats"]["saves"] for r in tests.values()) >= 35
 
 
 @listed

@@ -25,6 +25,8 @@ from hornbeam.seam import keras_names
 from support import names
 from support.zoo import chain
 
+pytestmark = pytest.mark.keras_versions
+
 BACKEND = keras.backend.backend()
 TABLE = keras_names.table()
 

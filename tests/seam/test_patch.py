@@ -26,6 +26,8 @@ from hornbeam.training import fit
 from support.helpers import script
 from support.zoo import chain
 
+pytestmark = pytest.mark.keras_versions
+
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 

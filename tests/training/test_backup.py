@@ -32,7 +32,7 @@ from support.helpers import TESTS, values
 
 BACKEND = keras.backend.backend()
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
-pytestmark = pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="this backend cannot train")
+pytestmark = [pytest.mark.trains, pytest.mark.keras_versions]
 
 #: Trainings of `support/resumes.py`; those of the first list run for every change, all of them in `make soak`.
 SHORT = {
@@ -494,7 +494,7 @@ TOGETHER = {
 }
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="there `steps_per_execution` must be 1")
+@pytest.mark.backend("tensorflow", "jax", reason="on torch `steps_per_execution` must be 1")
 @pytest.mark.parametrize("size", [4, *([2, 3] if SOAK else [])])
 @pytest.mark.parametrize("source", TOGETHER)
 def test_several_steps_at_once_go_on(source: str, size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

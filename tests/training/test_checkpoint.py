@@ -25,6 +25,8 @@ from hornbeam.training import statefile
 from hornbeam.values import randomness
 from support.helpers import script, values
 
+pytestmark = pytest.mark.keras_versions
+
 SOAK = bool(os.environ.get("HORNBEAM_SOAK"))
 TRAINS = keras.backend.backend() != "numpy"
 

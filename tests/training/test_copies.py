@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 
@@ -29,9 +28,7 @@ from hornbeam.saving import load_weights, save_weights
 from support.helpers import script
 from support.training import At, fit, model
 from support.writing import held, small
-from support.zoo import TRAINABLE_BACKEND
 
-trains = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -169,7 +166,7 @@ def test_what_refuses(name: str, how: str, tmp_path: Path) -> None:
         COPIES[how](REFUSED[name](tmp_path))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data")
+@pytest.mark.backend("tensorflow", reason="tf.data")
 @pytest.mark.parametrize("how", COPIES)
 def test_datasets_refuse(how: str) -> None:
     import tensorflow as tf
@@ -223,7 +220,7 @@ print(isinstance(error, FileNotFoundError), error.filename)
 # ---- copies of what is at work begin anew ----
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("how", COPIES)
 def test_a_callback_copied_while_it_trains(how: str, tmp_path: Path) -> None:
     """The copy has nothing of the training, and trains for itself."""
@@ -244,7 +241,7 @@ def test_a_callback_copied_while_it_trains(how: str, tmp_path: Path) -> None:
     assert len(callback.history) == 2
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("how", COPIES)
 def test_the_best_score_is_not_forgotten(how: str, tmp_path: Path) -> None:
     """As a copy of Keras' own: a worse model must not take the place of the best."""
@@ -254,7 +251,7 @@ def test_the_best_score_is_not_forgotten(how: str, tmp_path: Path) -> None:
     assert COPIES[how](callback).best == callback.best
 
 
-@trains
+@pytest.mark.trains
 @pytest.mark.parametrize("how", COPIES)
 def test_a_backup_copied_while_it_trains(how: str, tmp_path: Path) -> None:
     copies: list[Any] = []
@@ -325,7 +322,7 @@ print("done")
 """
 
 
-@trains
+@pytest.mark.trains
 def test_as_a_tuner_does(tmp_path: Path) -> None:
     done = script(TUNER, tmp_path)
     assert done.stdout.endswith("done\n"), done.stderr

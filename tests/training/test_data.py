@@ -12,7 +12,8 @@ import pytest
 
 from hornbeam.data import Resumable, resumable
 from hornbeam.errors import CheckpointError, UnsupportedError
-from support.zoo import TRAINABLE_BACKEND
+
+pytestmark = pytest.mark.keras_versions
 
 X = np.arange(10.0)[:, None]
 has_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="tf.data needs TensorFlow")
@@ -95,7 +96,7 @@ def test_arguments() -> None:
         resumable(X, batch_size=2).set_state(state)
 
 
-@pytest.mark.skipif(keras.backend.backend() in ("numpy", "openvino"), reason="this backend cannot train")
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["shuffled", "PyDataset", pytest.param("tf.data", marks=has_tensorflow)])
 def test_fit_takes_it(kind: str) -> None:
     seen: list[float] = []
@@ -136,7 +137,7 @@ def test_a_loop_that_was_left_goes_on(kind: str) -> None:
     assert (data.epoch, data.step) == (1, 0)
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 @pytest.mark.parametrize("given", [{"y": X}, {"class_weight": {0: 2.0}}, {"sample_weight": X[:, 0]}])
 def test_what_fit_would_ignore_is_refused(given: dict[str, Any]) -> None:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])

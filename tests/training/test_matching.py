@@ -16,7 +16,7 @@ from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model, save_model
 from hornbeam.training.matching import automatic_names, match, names_of
-from support.zoo import TRAINABLE_BACKEND, chain
+from support.zoo import chain
 
 KERAS = ("dense", "dropout", "sequential", "seed_generator", "adam", "lstm_cell", "lstm")
 
@@ -295,7 +295,7 @@ def test_names_in_states_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seeds(into) == seeds(saved)
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 def test_metrics_of_a_backup_find_their_names(tmp_path: Path) -> None:
     def made(metrics: list[str]) -> Any:
         model = keras.Sequential([keras.Input((4,)), layers.Dense(1, kernel_initializer="ones")])

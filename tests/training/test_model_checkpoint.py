@@ -30,12 +30,13 @@ from hornbeam.saving import load_model
 from hornbeam.training import model_checkpoint
 from hornbeam.training.ledger import Ledger
 from support.helpers import saved, script
+from support.keras_suite import KERAS, failures, pytest_on
 from support.training import At, Scores, fit, hidden, model, names
 from support.writing import held
-from support.zoo import TRAINABLE_BACKEND, floats
+from support.zoo import floats
 
 BACKEND = keras.backend.backend()
-pytestmark = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+pytestmark = pytest.mark.trains
 
 
 def test_without_our_arguments_nothing_but_the_files_is_there(tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_an_error_of_the_writer_ends_training(epochs: int, tmp_path: Path) -> No
     writer.wait()
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="there is room for one copy: the second save waits for the first")
+@pytest.mark.backend("tensorflow", "jax", reason="there is room for one copy: the second save waits for the first")
 def test_the_best_is_what_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     callback = ModelCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, asynchronous=True)
     callback.set_model(model())
@@ -428,7 +429,7 @@ def test_arguments_that_mean_nothing(tmp_path: Path) -> None:
         ModelCheckpoint(tmp_path / "m.keras", unknown=True)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others say themselves how many processes there are")
+@pytest.mark.backend("tensorflow", reason="the others say themselves how many processes there are")
 def test_only_the_chief_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, index, writes in (("worker", 1, False), ("worker", 0, True), ("evaluator", 0, False)):
         config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": kind, "index": index}}
@@ -465,7 +466,7 @@ for epoch in (3, 4):
 """
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
+@pytest.mark.backend("tensorflow", reason="TensorFlow's strategy")
 def test_under_a_distribution_strategy(tmp_path: Path) -> None:
     done = script(DISTRIBUTED, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -534,3 +535,16 @@ class Account(RuleBasedStateMachine):
 
 TestAccount = Account.TestCase
 TestAccount.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+OWN = "callbacks/model_checkpoint_test.py"
+
+
+@pytest.mark.skipif(not (KERAS / OWN).exists(), reason="this wheel of Keras has no tests")
+@pytest.mark.parametrize("arguments", [{}, {"asynchronous": True, "keep_every": 1, "remember": False}])
+def test_our_model_checkpoint(arguments: dict[str, Any]) -> None:
+    """Keras' tests of its callback pass with ours, as it is by default, and with everything else behind it."""
+    tests = pytest_on([OWN], callbacks=json.dumps(arguments))
+    assert failures(tests) == {}
+    assert sum(r["outcome"] == "passed" for r in tests.values()) >= 2
+    assert sum(r["stats"]["saves"] for r in tests.values()) >= 35

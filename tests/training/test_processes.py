@@ -23,7 +23,6 @@ from hornbeam.checkpoint import CheckpointManager
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.training import processes as processes_
 from hornbeam.training.processes import Group, Place
-from support.zoo import TRAINABLE_BACKEND
 
 BACKEND = keras.backend.backend()
 
@@ -239,7 +238,7 @@ model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, verbose=0, callbacks=[save
 """
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TF_CONFIG is TensorFlow's")
+@pytest.mark.backend("tensorflow", reason="TF_CONFIG is TensorFlow's")
 def test_two_workers_of_tf_config(tmp_path: Path) -> None:
     cluster = {"worker": ["localhost:1", "localhost:2"]}
     configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}}) for rank in range(2)]
@@ -305,7 +304,7 @@ print(os.path.exists("a-1.keras"), os.path.exists("a-2.keras"), len(later.histor
 """
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 def test_all_wait_for_the_chief_of_a_training(tmp_path: Path) -> None:
     cluster = {"worker": ["localhost:1", "localhost:2"]}
     configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}}) for rank in range(2)]
@@ -317,7 +316,7 @@ def test_all_wait_for_the_chief_of_a_training(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["a-1.keras", "a-2.keras", *names]
 
 
-@pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+@pytest.mark.trains
 def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     monkeypatch.setattr(processes_, "current", lambda: Place(1, 2))
@@ -361,7 +360,7 @@ with CheckpointManager(sys.argv[1], timeout=60) as ckpt:
 """
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX's own processes")
+@pytest.mark.backend("jax", reason="JAX's own processes")
 def test_two_processes_of_jax(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -427,7 +426,7 @@ print(values(resumed) == values(whole))
 """
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX's own processes")
+@pytest.mark.backend("jax", reason="JAX's own processes")
 def test_data_parallel_processes_of_jax(tmp_path: Path) -> None:
     """Their variables are on the devices of both processes: each has a copy, and only the chief saves."""
     with socket.socket() as free:

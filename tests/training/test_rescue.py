@@ -22,10 +22,9 @@ from hornbeam.training.ledger import Ledger
 from support.helpers import saved, script
 from support.training import At, Scores, fit, model, names
 from support.writing import held
-from support.zoo import TRAINABLE_BACKEND
 
 BACKEND = keras.backend.backend()
-pytestmark = pytest.mark.skipif(not TRAINABLE_BACKEND, reason="this backend does not train")
+pytestmark = pytest.mark.trains
 
 
 class Stopped(BaseException):
@@ -447,7 +446,7 @@ def test_an_account_that_cannot_be_written_is_told_with_an_exception(
     fit(model(), callback)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others say themselves how many processes there are")
+@pytest.mark.backend("tensorflow", reason="the others say themselves how many processes there are")
 def test_only_the_chief_says_that_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("as if")
