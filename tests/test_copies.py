@@ -64,7 +64,7 @@ def report(root: Path) -> Any:
 
 def save_report(root: Path) -> Any:
     save_weights(small(), root / "m.weights.h5", dtype="float16")
-    return hornbeam.last_save_report()
+    return hornbeam.last_report("save")
 
 
 def opened(root: Path) -> Any:
@@ -125,7 +125,7 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: resumable(np.arange(10), batch_size=2, shuffle=True, seed=1),
         same_batches,
     ),
-    "hornbeam.formats.exports.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
+    "hornbeam.base.reports.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
 }
 
 

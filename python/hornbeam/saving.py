@@ -50,7 +50,7 @@ def save_model(
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_report("save")` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
@@ -61,7 +61,7 @@ def save_model(
         **kwargs: As `keras.saving.save_model`.
 
     Returns:
-        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        `None`, as Keras; `hornbeam.last_report("save")` says what was saved and what a cast cost. Of an asynchronous
         save, its handle.
 
     Raises:
@@ -103,7 +103,7 @@ def load_model(
         compile: Compile the model as it was when saved.
         safe_mode: Refuse to run code that the file holds.
         strict: Raise unless every variable, optimizer state included, gets its value from the file, and everything in
-            the file is used. `hornbeam.last_report()` says what a load did.
+            the file is used. `hornbeam.last_report("load")` says what a load did.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
 
     Returns:
@@ -154,7 +154,7 @@ def save_weights(
         skip: Patterns of the variables to leave out.
         replace_complete: Let a part take the place of a file that is not known to hold one.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_report("save")` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
@@ -165,7 +165,7 @@ def save_weights(
         **kwargs: As `keras.saving.save_weights`.
 
     Returns:
-        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        `None`, as Keras; `hornbeam.last_report("save")` says what was saved and what a cast cost. Of an asynchronous
         save, its handle.
 
     Raises:
