@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from os import PathLike
-from typing import IO, Any
+from typing import Any, Literal, Unpack, overload
 
 import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
 from hornbeam.base.file_objects import plain
-from hornbeam.base.progress import Progress
 from hornbeam.base.reports import LoadReport, remember
 from hornbeam.base.writer import Handle
 from hornbeam.flows.requests import LoadRequest, NameMap
 from hornbeam.formats import operations
+from hornbeam.formats.operations import Progressed, SaveModelArguments, SaveWeightsArguments, Target
 from hornbeam.seam import entry
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
-Progressed = Callable[[Progress], Any] | bool | None
 
 
+@overload
 def save_model(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: Literal[True],
+    **kwargs: Unpack[SaveModelArguments],
+) -> Handle: ...
+@overload
+def save_model(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: Literal[False] = False,
+    **kwargs: Unpack[SaveModelArguments],
+) -> None: ...
+@overload
+def save_model(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: bool,
+    **kwargs: Unpack[SaveModelArguments],
+) -> Handle | None: ...
+def save_model(
+    model: keras.Model,
+    filepath: Target,
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
@@ -87,7 +115,7 @@ def save_model(
 
 
 def load_model(
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
@@ -123,9 +151,39 @@ def load_model(
     return model
 
 
+@overload
 def save_weights(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: Literal[True],
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> Handle: ...
+@overload
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: Literal[False] = False,
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> None: ...
+@overload
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: bool,
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> Handle | None: ...
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
@@ -196,7 +254,7 @@ def save_weights(
 
 def load_weights(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
     skip_mismatch: bool = False,
     *,
     strict: bool = False,

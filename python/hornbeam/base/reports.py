@@ -1,4 +1,4 @@
-"""What a load did: every tensor of the file and every variable of the model is in one list. What saves and exports did."""
+"""What a load did, with every tensor of the file and every variable of the model; what a save and an export did."""
 
 from __future__ import annotations
 
