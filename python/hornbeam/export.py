@@ -10,12 +10,12 @@ from typing import Any
 import keras
 import keras.export as _stock
 
+from hornbeam.base.reports import ExportReport, last_report, remember
 from hornbeam.errors import UnsupportedError
 from hornbeam.formats import exports
-from hornbeam.formats.exports import ExportReport, last_report
 from hornbeam.seam import entry, keras_names
 
-__all__ = ["ExportArchive", "ExportReport", "export", "last_report"]
+__all__ = ["ExportArchive", "ExportReport", "export"]
 _EXPORTS = "hornbeam.formats.exports"
 _Archive: Any = keras_names.backend_archive_class()
 
@@ -60,10 +60,11 @@ def export(
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
     compared = {"verify": verify, "tolerance": tolerance} if verify else {}
-    exports.remember(None)
+    before = last_report("export")
     with entry.scope():
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **compared, **kwargs)
-    return last_report()
+    report = last_report("export")
+    return None if report is before else report  # stock Keras makes none
 
 
 class ExportArchive(_Archive):
@@ -172,7 +173,8 @@ class ExportArchive(_Archive):
         report: ExportReport | None = entry.run(
             "export", f"{_EXPORTS}:write", stock, self, filepath, request, options, verbose=verbose
         )
-        exports.remember(report)
+        if report is not None:  # stock Keras makes none
+            remember(report)
         return report
 
 

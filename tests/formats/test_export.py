@@ -92,7 +92,7 @@ def test_several_endpoints_nested_inputs_any_batch_without_keras(tmp_path: Path)
     archive.add_variable_collection("kernels", kernels)
     assert [described(v) for v in archive.kernels] == [described(v) for v in kernels]
     report = archive.write_out(tmp_path / "m", verbose=False, verify=True)
-    assert report == hornbeam.export.last_report()
+    assert report == hornbeam.last_report("export")
     assert report.endpoints == ["serve", "half"]
     assert set(report.differences) == {"serve/sum", "serve/first", "serve/second", "half"}
     assert 0 <= report.largest < 1e-5
@@ -381,7 +381,7 @@ def test_other_formats_are_keras(
     model = model_of(keras.layers.Dense(2))
     signature = [spec(None, 4)]
     seen: list[Any] = []
-    before = hornbeam.export.last_report()
+    before = hornbeam.last_report("export")
     if not hasattr(sys.modules["keras.src.export"], f"export_{form}"):
         with pytest.raises(ValueError, match="Unrecognized format"):
             export(model, path, format=form)
@@ -402,7 +402,7 @@ def test_other_formats_are_keras(
     assert ours == stock
     assert ours[0][:2] == (model, path)
     assert ours[1] == {**stock[1], **more, "input_signature": signature}
-    assert hornbeam.export.last_report() is before
+    assert hornbeam.last_report("export") is before
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnsupportedError, match="Only SavedModels can be verified"):
         export(model, path, format=form, verify=True)

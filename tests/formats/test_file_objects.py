@@ -227,7 +227,7 @@ def test_reports_and_requests(given: tuple[Path, Any], form: str) -> None:
     assert report.path is None
     assert _weights(model) == _weights(expected)[:2] + before[2:]
     hornbeam.saving.load_model(content)
-    assert hornbeam.last_report().path is None  # type: ignore[union-attr]
+    assert hornbeam.last_report("load").path is None  # type: ignore[union-attr]
 
 
 #: Kind → a file object to write to, and what it holds afterwards.
@@ -299,7 +299,7 @@ def test_save_format_and_compression(given: tuple[Path, Any]) -> None:
     assert saved(hornbeam.saving.load_model(file)) == saved(model)
     file = io.BytesIO()
     hornbeam.saving.save_model(model, file, include_optimizer=False, dtype="float16")
-    assert hornbeam.last_save_report().path is None  # type: ignore[union-attr]
+    assert hornbeam.last_report("save").path is None  # type: ignore[union-attr]
     assert len(hornbeam.saving.load_model(file).weights) == 4
     file = io.BytesIO()
     hornbeam.saving.save_weights(model, file, compression=9)

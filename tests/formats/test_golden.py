@@ -60,7 +60,7 @@ def test_a_file_of_every_era_loads(files: Path, name: str, make: Any) -> None:
     x, y, weights, slots = recorded(files / f"{name}.npz")
     with hornbeam.options(fallback=False):
         model = saving.load_model(files / f"{name}.keras")
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (report.crc, report.missing, report.mismatched) == ("verified", [], [])
     assert same(model.weights, weights)

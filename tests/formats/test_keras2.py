@@ -125,7 +125,7 @@ def test_models(era: str, name: str, form: str, golden: Path, caplog: pytest.Log
         return
     with caplog.at_level(logging.INFO, logger="hornbeam"):
         model = keras.models.load_model(golden / era / f"{name}.{form}")
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (report.engine, report.mismatched) == ("direct", [])
     assert [path for path in report.unexpected if not path.startswith("metrics/")] == []  # Keras 3 starts those anew

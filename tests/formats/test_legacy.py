@@ -91,7 +91,7 @@ def test_zoo(name: str, tmp_path: Path) -> None:
         assert tree(ours) == tree(stock)
 
     loaded = load(ours)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert report.complete, report
     assert report.engine == "direct"
@@ -134,7 +134,7 @@ def test_compile_settings_come_back(tmp_path: Path) -> None:
     ours, theirs = (dict(m._compile_config.config) for m in (loaded, model))
     assert (ours.pop("optimizer").get_config(), ours) == (theirs.pop("optimizer").get_config(), theirs)
     assert not load(tmp_path / "m.h5", compile=False).compiled
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert all(name.startswith("optimizer_weights/") for name in report.skipped)
 
@@ -182,7 +182,7 @@ def test_dense_attributes_and_chunks(tmp_path: Path) -> None:
         for i in range(20):
             new.attrs[f"more {i}"] = ["x" * 100] * 10
     assert saved(load(tmp_path / "n.h5")) == saved(model)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert report.engine == "libhdf5"
     saving.save_model(model, tmp_path / "c.h5", compression=9)
@@ -224,7 +224,7 @@ def test_weights_of_keras_1_and_2(root: str, by_name: bool | None, tmp_path: Pat
     with hornbeam.installed(), hornbeam.options(fallback=False):
         other.load_weights(tmp_path / "w.h5", by_name=by_name)
     assert saved(other) == saved(model)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (report.complete, len(report.loaded)) == (True, 8)
     _, third = pair()
@@ -256,7 +256,7 @@ def test_weights_of_applications(top: bool, pretrained: tuple[dict[bool, Any], d
     wanted = saved(models[top])
     with hornbeam.installed(), hornbeam.options(fallback=False):
         assert saved(mobilenet(top, weights=paths[top])) == wanted
-        report = hornbeam.last_report()
+        report = hornbeam.last_report("load")
         assert report is not None
         assert (report.complete, report.engine, len(report.loaded)) == (True, "direct", len(wanted))
         other = mobilenet(top)
@@ -282,7 +282,7 @@ def test_the_top_of_an_application_is_left_out_by_name(
     whole = models[True]
     top = {id(v) for v in whole.get_layer("conv_preds").weights}
     assert saved(other) == [s for s, v in zip(saved(whole), whole.weights, strict=True) if id(v) not in top] != before
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert sorted(report.skipped) == ["conv_preds/conv_preds/bias", "conv_preds/conv_preds/kernel"]
 

@@ -83,7 +83,7 @@ def test_a_standard_savedmodel_and_the_whole_model_beside_it(tmp_path: Path) -> 
     assert answers["n"] == len(model.variables)
 
     loaded = load_model(tmp_path / "m", strict=True)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report.complete
     assert report.crc == "verified"
     assert report.path == str(tmp_path / "m" / "assets.extra" / "model.keras")
@@ -412,7 +412,7 @@ with hornbeam.installed():
     archive.add_variable_collection("mine", layer.weights)
     assert len(archive.mine) == 8
     archive.write_out(root / "layer", verbose=False)
-assert list(hornbeam.export.last_report().differences) == ["attend"]
+assert list(hornbeam.last_report("export").differences) == ["attend"]
 try:
     load_model(root / "e", safe_mode=False)
 except ValueError as error:

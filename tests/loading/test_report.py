@@ -59,7 +59,7 @@ def test_every_tensor_of_every_model_is_accounted_for(name: str, tmp_path: Path)
     saving.save_model(model, tmp_path / "m.keras")
     names = datasets(tmp_path / "m.keras")
     loaded = saving.load_model(tmp_path / "m.keras", strict=True)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (set(report.loaded), report.missing, report.unexpected, report.mismatched) == (names, [], [], [])
     assert (report.initialised, report.crc, report.engine) == ([], "verified", "direct")
@@ -67,7 +67,7 @@ def test_every_tensor_of_every_model_is_accounted_for(name: str, tmp_path: Path)
     assert bool(report.cast) == narrow
     assert report.path == str(tmp_path / "m.keras")
     again = saving.load_weights(loaded, tmp_path / "m.keras", strict=True)
-    assert again is hornbeam.last_report()
+    assert again is hornbeam.last_report("load")
     assert (set(again.loaded), again.complete, again.bytes) == (names, True, report.bytes)
 
 
@@ -346,14 +346,14 @@ def test_without_an_optimizer_its_bytes_are_not_read(tmp_path: Path) -> None:
     saving.save_model(model, path)
     hornbeam.stats(reset=True)
     loaded = saving.load_model(path, compile=False, strict=True)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (report.crc, report.bytes) == ("partial", 8 * 4 * 4 + 4 * 4)
     assert (len(report.loaded), len(report.skipped)) == (2, len(model.optimizer.variables))
     assert values(loaded).keys() == values(model).keys()
     with hornbeam.options(verify=True):
         saving.load_model(path, compile=False)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert report.crc == "verified"
 
@@ -376,7 +376,7 @@ def test_what_the_file_lacks_is_reported_as_initialised(tmp_path: Path) -> None:
     model = chain(Odd(name="odd"))
     saving.save_model(model, tmp_path / "m.keras")
     saving.load_model(tmp_path / "m.keras", custom_objects={"Odd": Odd})
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert (report.initialised, report.missing) == (["odd/lost"], ["odd/lost"])
     with pytest.raises(IncompleteLoadError, match="odd/lost: not in the file"):

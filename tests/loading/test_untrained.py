@@ -60,7 +60,7 @@ def test_what_was_never_trained_loads_strictly(name: str, kind: str, tmp_path: P
     model.optimizer.learning_rate = 0.25 if name != "schedule" else model.optimizer._learning_rate
     path = save(model, tmp_path / FORMATS[kind])
     loaded = load_model(path, strict=True)
-    report = hornbeam.last_report()
+    report = hornbeam.last_report("load")
     assert report is not None
     assert report.complete
     assert report.missing == report.unexpected == []
@@ -79,7 +79,7 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     model, *_ = ZOO[name]()
     model.compile("adam", "mse")
     loaded = load_model(save(model, tmp_path / "m.keras"), strict=True)
-    assert hornbeam.last_report().complete  # type: ignore[union-attr]
+    assert hornbeam.last_report("load").complete  # type: ignore[union-attr]
     assert type(loaded.optimizer) is type(model.optimizer)
 
 
@@ -162,7 +162,7 @@ def test_the_state_of_a_trained_optimizer_is_missed(how: str, kind: str, tmp_pat
         load_model(path, strict=True)
     assert len(raised.value.report.missing) == len(built().optimizer.variables)
     load_model(path)
-    assert not hornbeam.last_report().complete  # type: ignore[union-attr]
+    assert not hornbeam.last_report("load").complete  # type: ignore[union-attr]
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")

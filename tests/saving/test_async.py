@@ -340,7 +340,7 @@ def test_the_handle_tells(tmp_path: Path) -> None:
     calls: list[Any] = []
     with held():
         handle = save_weights(model, tmp_path / "m.weights.h5", asynchronous=True)
-        assert (handle.done(), handle.bytes, handle.written) == (False, None, None)
+        assert (handle.done(), handle.bytes, handle.write_seconds) == (False, None, None)
         assert "pending" in repr(handle)
         with pytest.raises(TimeoutError, match=r"m\.weights\.h5"):
             handle.result(timeout=0)
@@ -353,8 +353,8 @@ def test_the_handle_tells(tmp_path: Path) -> None:
     assert calls == [(handle, (tmp_path / "m.weights.h5").stat().st_size, "hornbeam-writer")]
     handle.add_done_callback(lambda h: calls.append(threading.current_thread()))
     assert calls[1:] == [threading.current_thread()]
-    assert handle.stalled > 0
-    assert handle.written > 0
+    assert handle.stall_seconds > 0
+    assert handle.write_seconds > 0
     assert "done" in repr(handle)
 
 

@@ -100,7 +100,7 @@ def test_every_format_stores_and_every_reader_gets_the_cast_weights(name: str, d
         assert [v.dtype for v in loaded.weights] == [v.dtype for v in model.weights]
         assert [a.tobytes() for a in arrays(loaded.weights).values()] == wanted
         if ours:
-            cast = hornbeam.last_report().cast
+            cast = hornbeam.last_report("load").cast
             assert {tuple(c[1:]) for c in cast} == {(dtype, "float32")}
             assert len(cast) == len(before)
 
@@ -318,7 +318,7 @@ def test_installed_keras_takes_the_arguments(tmp_path: Path) -> None:
     model, *_ = ZOO["functional"]()
     with hornbeam.installed():
         model.save(tmp_path / "m.keras", include_optimizer=False, dtype="bfloat16")
-        report = hornbeam.last_save_report()
+        report = hornbeam.last_report("save")
         assert len(report.cast) == 4
         assert len(report.left_out) == 10
         keras.saving.save_weights(model, tmp_path / "m.weights.h5", include_optimizer=False)
@@ -358,7 +358,7 @@ def test_file_objects_too() -> None:
     model, *_ = ZOO["functional"]()
     file = io.BytesIO()
     saving.save_model(model, file, dtype="float16", include_optimizer=False)
-    assert len(hornbeam.last_save_report().cast) == 4
+    assert len(hornbeam.last_report("save").cast) == 4
     with zipfile.ZipFile(file) as archive, h5py.File(archive.open("model.weights.h5")) as weights:
         assert weights["layers/dense/vars/0"].dtype == "float16"
         assert "optimizer" not in weights

@@ -97,7 +97,7 @@ def save(model: Any, way: str, tmp_path: Path, **how: Any) -> tuple[Any, hornbea
     if handle is not None:
         handle.result(timeout=60)
         return place, handle.report
-    report = hornbeam.last_save_report()
+    report = hornbeam.last_report("save")
     assert report is not None
     return place, report
 

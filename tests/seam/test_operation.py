@@ -31,7 +31,7 @@ def test_tasks_keep_their_options_and_reports_apart(tmp_path: Path) -> None:
             await asyncio.sleep(0)  # the other task comes in between
             saving.save_weights(model, tmp_path / name)
             await asyncio.sleep(0)
-        return hornbeam.last_save_report()
+        return hornbeam.last_report("save")
 
     async def both() -> list[hornbeam.SaveReport]:
         return await asyncio.gather(save("a.weights.h5", 9), save("b.weights.h5", None))
@@ -55,15 +55,35 @@ def test_threads_keep_their_reports_apart(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def work() -> None:
-        seen.append(hornbeam.last_save_report())
+        seen.append(hornbeam.last_report("save"))
         saving.save_model(_model(), tmp_path / "there.keras")
-        seen.append(hornbeam.last_save_report().path)
+        seen.append(hornbeam.last_report("save").path)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen == [None, str(tmp_path / "there.keras")]
-    assert hornbeam.last_save_report().path == str(tmp_path / "here.keras")
+    assert hornbeam.last_report("save").path == str(tmp_path / "here.keras")
+
+
+def test_the_last_report_is_of_what_succeeded(tmp_path: Path) -> None:
+    model = _model()
+    for kind in ("load", "save", "export"):  # nothing yet in a new context
+        assert contextvars.Context().run(hornbeam.last_report, kind) is None
+    saving.save_weights(model, tmp_path / "m.weights.h5")
+    loaded, saved = saving.load_weights(model, tmp_path / "m.weights.h5"), hornbeam.last_report("save")
+    assert (saved.kind, saved.path) == ("save", str(tmp_path / "m.weights.h5"))
+    with pytest.raises(OSError, match=r"n\.weights"):
+        saving.load_weights(model, tmp_path / "n.weights.h5")
+    with pytest.raises(OSError, match=r"nowhere"):
+        saving.save_weights(model, "/dev/null/nowhere/m.weights.h5")
+    handle = saving.save_weights(model, tmp_path / "later.weights.h5", asynchronous=True)
+    handle.result()
+    assert handle.report.path == str(tmp_path / "later.weights.h5")
+    assert hornbeam.last_report("load") is loaded
+    assert hornbeam.last_report("save") is saved
+    with pytest.raises(ValueError, match="kind must be 'load', 'save' or 'export'"):
+        hornbeam.last_report("saves")
 
 
 class LoadsAnother(keras.layers.Layer):
@@ -107,7 +127,7 @@ def test_methods_take_all_arguments_under_install(tmp_path: Path) -> None:
         handle = model.save(tmp_path / "m.keras", asynchronous=True, compression=1, progress=False)
         assert handle.result() == str(tmp_path / "m.keras")
         model.save_weights(tmp_path / "half.weights.h5", dtype="float16", compression="gzip")
-        assert hornbeam.last_save_report().dtype == "float16"
+        assert hornbeam.last_report("save").dtype == "float16"
         handle = model.save_weights(tmp_path / "m.weights.h5", asynchronous=True, include_optimizer=False)
         assert handle.result() == str(tmp_path / "m.weights.h5")
         assert handle.report.tensors == len(model.weights)
@@ -116,7 +136,7 @@ def test_methods_take_all_arguments_under_install(tmp_path: Path) -> None:
         other = _model()
         before = other.get_weights()
         other.load_weights(tmp_path / "m.weights.h5", only="*kernel", strict=True)
-        report = hornbeam.last_report()
+        report = hornbeam.last_report("load")
         assert report.complete
         assert len(report.loaded) == 2
         after = other.get_weights()

@@ -26,7 +26,7 @@ SIZES = {
     "flows": 1620,
     "formats": 2000,
     "training": 2260,
-    "faces": 420,
+    "faces": 480,
 }
 BACKENDS = ("tensorflow", "jax", "torch")
 

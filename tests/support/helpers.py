@@ -104,7 +104,7 @@ def without_ids(item: Any) -> Any:
 def reported(save: Any, *args: Any, **kwargs: Any) -> hornbeam.SaveReport:
     """The report of a save that returns nothing, as Keras' do."""
     assert save(*args, **kwargs) is None
-    report = hornbeam.last_save_report()
+    report = hornbeam.last_report("save")
     assert report is not None
     return report
 

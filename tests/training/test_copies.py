@@ -1,6 +1,7 @@
 """Everything public is copied and pickled as one would expect, or refuses in words; `import *` hides nothing.
 
-KerasTuner deep-copies callbacks for each trial; `multiprocessing`, joblib and Ray pickle whatever they are given.
+KerasTuner deep-copies callbacks for each trial (`test_tuner.py`); `multiprocessing`, joblib and Ray pickle whatever
+they are given.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def report(root: Path) -> Any:
 
 def save_report(root: Path) -> Any:
     save_weights(small(), root / "m.weights.h5", dtype="float16")
-    return hornbeam.last_save_report()
+    return hornbeam.last_report("save")
 
 
 def opened(root: Path) -> Any:
@@ -122,7 +123,7 @@ COPIED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], bool]]] = {
         lambda root: resumable(np.arange(10), batch_size=2, shuffle=True, seed=1),
         same_batches,
     ),
-    "hornbeam.formats.exports.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
+    "hornbeam.base.reports.ExportReport": (lambda root: export.ExportReport(str(root), ["serve"]), same),
 }
 
 
@@ -157,6 +158,74 @@ def test_what_is_copied(name: str, how: str, tmp_path: Path) -> None:
     for attribute in ("_lock", "_pending", "_cleaner", "_manager"):
         mine, other = (getattr(item, attribute, None) for item in (original, copied))
         assert mine is None or mine is not other, attribute
+
+
+#: Every argument, with a value that is not its default.
+ARGUMENTS: dict[type, dict[str, Any]] = {
+    ModelCheckpoint: {
+        "filepath": "{epoch}.weights.h5",
+        "monitor": "loss",
+        "verbose": 1,
+        "save_best_only": True,
+        "save_weights_only": True,
+        "mode": "max",
+        "save_freq": 7,
+        "initial_value_threshold": 0.5,
+        "asynchronous": True,
+        "keep_last": 2,
+        "keep_best": 3,
+        "keep_every": 4,
+        "every_seconds": 5.0,
+        "durable": False,
+        "save_on_exception": True,
+        "save_on_signal": (signal.SIGTERM, signal.SIGINT),
+        "remember": False,
+        "timeout": None,
+    },
+    BackupAndRestore: {
+        "backup_dir": "b",
+        "save_freq": 7,
+        "double_checkpoint": True,
+        "delete_checkpoint": False,
+        "seed": 3,
+        "asynchronous": True,
+        "durable": False,
+        "timeout": 9.0,
+    },
+    CheckpointManager: {
+        "directory": "c",
+        "keep_last": 2,
+        "keep_best": 3,
+        "keep_every": 4,
+        "monitor": "loss",
+        "mode": "max",
+        "save_weights_only": False,
+        "asynchronous": True,
+        "durable": False,
+        "timeout": 9.0,
+    },
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_copies_have_every_argument(kind: type, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parameters = inspect.signature(kind).parameters
+    assert ARGUMENTS[kind].keys() == parameters.keys()
+    assert [name for name, value in ARGUMENTS[kind].items() if value == parameters[name].default] == []
+    original, plain = kind(**ARGUMENTS[kind]), kind(**dict(list(ARGUMENTS[kind].items())[:1]))
+    copied = COPIES[how](original)
+    work = {"_lock", "_manager", "_saved_at"}  # locks are anew, the manager is a copy, the time is that of the making
+    assert vars(copied).keys() == vars(original).keys()
+    assert {n: v for n, v in vars(copied).items() if n not in work} == {
+        n: v for n, v in vars(original).items() if n not in work
+    }
+    if kind is BackupAndRestore:
+        assert same_arguments(copied._manager, original._manager)
+        assert not same_arguments(copied._manager, plain._manager)
+    else:
+        assert not same_arguments(copied, plain)
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -290,42 +359,6 @@ def test_data_copied_in_the_middle_go_on_by_themselves(how: str) -> None:
     copied = COPIES[how](rows)
     assert [batch[0].tolist() for batch in copied] == [[2, 3], [4, 5], [6, 7]]
     assert [batch[0].tolist() for batch in batches] == [[2, 3], [4, 5], [6, 7]]
-
-
-TUNER = """
-import copy, sys
-import keras, numpy as np
-import hornbeam
-from hornbeam.callbacks import BackupAndRestore, ModelCheckpoint
-
-root = sys.argv[1]
-callbacks = [
-    ModelCheckpoint(root + "/m.keras", "loss", save_best_only=True, asynchronous=True, save_on_exception=True),
-    BackupAndRestore(root + "/b"),
-]
-
-
-def trial(number):
-    # As KerasTuner's `MultiExecutionTuner` and `HyperModel.fit` do: deep copies of every callback for each execution.
-    copied = [copy.deepcopy(callback) for callback in callbacks]
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(number), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    model.fit(np.ones((8, 4)), np.ones((8, 1)), epochs=2, verbose=0, callbacks=copied)
-    return copied[0]
-
-
-scores = [trial(number).best for number in (1, 2, 3)]
-assert scores == sorted(scores, reverse=True), scores
-assert callbacks[0].history == []
-best = hornbeam.saving.load_model(root + "/m.keras")
-print("done")
-"""
-
-
-@pytest.mark.trains
-def test_as_a_tuner_does(tmp_path: Path) -> None:
-    done = script(TUNER, tmp_path)
-    assert done.stdout.endswith("done\n"), done.stderr
 
 
 # ---- `import *` ----

@@ -88,7 +88,7 @@ def test_retention_and_what_is_told(
     assert [r.hornbeam for r in records] == callback.history
     for record, entry in zip(records, callback.history, strict=True):
         assert entry["path"] in record.getMessage()
-        assert {"bytes", "stalled", "written", "kept", "reason", "batch", "epoch"} <= entry.keys()
+        assert {"bytes", "stall_seconds", "write_seconds", "kept", "reason", "batch", "epoch"} <= entry.keys()
         assert entry["bytes"] > 0
 
 

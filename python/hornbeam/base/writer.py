@@ -41,8 +41,8 @@ class Handle(Future[str]):
     Attributes:
         path: The file, from the root: the process may change its directory before it is written.
         bytes: Its size, once it is written.
-        stalled: Seconds that the call took.
-        written: Seconds from the first byte until the file was in its place, once it is.
+        stall_seconds: How long the call took.
+        write_seconds: From the first byte until the file was in its place, once it is.
         report: What was saved, once it is.
     """
 
@@ -51,8 +51,8 @@ class Handle(Future[str]):
         self.path = locations.absolute(path)
         self._real = os.path.realpath(self.path)  # now: links may change, too
         self.bytes: int | None = None
-        self.stalled = 0.0
-        self.written: float | None = None
+        self.stall_seconds = 0.0
+        self.write_seconds: float | None = None
         self.report: SaveReport | None = None
         self.error: BaseException | None = None  # for those who tell nobody of it
         self._seen = False  # whether somebody was given the error
@@ -160,7 +160,7 @@ class _Job:
             error = e
             counters.logger.error("the asynchronous save of '%s' failed: %s", handle.path, e, exc_info=e)
             error.__traceback__ = None  # its frames hold the values
-        handle.written = time.perf_counter() - since
+        handle.write_seconds = time.perf_counter() - since
         return error
 
 
@@ -457,7 +457,7 @@ def asked(asynchronous: bool) -> Iterator[Request | None]:
     with Request() as request:
         yield request
     if request.handle is not None:
-        request.handle.stalled = time.perf_counter() - since
+        request.handle.stall_seconds = time.perf_counter() - since
 
 
 def cancelled(path: str) -> Handle:

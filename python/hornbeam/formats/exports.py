@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from keras.src.utils.module_utils import tensorflow as tf
 
 from hornbeam import _core
 from hornbeam.base import counters, durability, locations, settings
+from hornbeam.base.reports import ExportReport, remember
 from hornbeam.base.savedmodel_parts import _DEBUG_INFO, FINGERPRINT, GRAPHS, PARTS, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 from hornbeam.seam import entry, keras_names, targets
@@ -35,27 +35,6 @@ from hornbeam.seam.operation import NotOurs
 _TOLERANCE_16, _TOLERANCE = 2e-2, 1e-4
 #: Sizes that stand for an unknown dimension other than the batch: the second where a model needs more than the first.
 _SIZES = (4, 64)
-
-
-@dataclasses.dataclass
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        path: The directory.
-        endpoints: The endpoints, in the order they were added.
-        differences: Endpoint and output (`serve`, `serve/logits`) → the largest difference between what the reloaded
-            artifact and the model answered; empty unless they were compared.
-    """
-
-    path: str
-    endpoints: list[str]
-    differences: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def largest(self) -> float | None:
-        """The largest difference of all, or `None` if nothing was compared."""
-        return max(self.differences.values(), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +52,6 @@ class ExportRequest:
     tolerance: float | None = None
     extra: Callable[[Path], None] | None = None
     foreign: bool = True
-
-
-_last: ContextVar[ExportReport | None] = ContextVar("hornbeam_last_export", default=None)
-
-
-def last_report() -> ExportReport | None:
-    """The report of this thread's or task's last export, or `None`."""
-    return _last.get()
-
-
-def remember(report: ExportReport | None) -> None:
-    """Makes a report the last one."""
-    _last.set(report)
 
 
 @dataclasses.dataclass
@@ -163,7 +129,6 @@ def add_variable_collection(self: Any, name: str, variables: Any) -> Any:
 
 def write_out(self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> None:
     """`ExportArchive.write_out`: the directory appears, or is replaced, when it is complete."""
-    remember(None)
     remember(write(self, filepath, ExportRequest(), options, verbose=verbose))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from os import PathLike
+from typing import IO, Any, TypedDict
 
 from keras.src.saving import saving_api
 
 from hornbeam.base.file_objects import plain
+from hornbeam.base.progress import Progress
 from hornbeam.base.reports import LoadReport, SaveReport, remember
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle, Request, cancelled
@@ -21,6 +23,33 @@ from hornbeam.seam import entry
 
 _SAVES = "hornbeam.formats.save_formats"
 LOADS = "hornbeam.formats.load_formats"
+Target = str | bytes | PathLike[str] | IO[bytes]
+Progressed = Callable[[Progress], Any] | bool | None
+
+
+class SaveArguments(TypedDict, total=False):
+    """What hornbeam's saves take beside Keras' arguments and `asynchronous`; `hornbeam.saving` says what it means."""
+
+    include_optimizer: bool
+    dtype: str | None
+    allow_overflow: bool
+    compression: str | int | None
+    progress: Progressed
+
+
+class SaveModelArguments(SaveArguments, total=False):
+    """Those of whole models, with what Keras has in its `**kwargs`."""
+
+    save_format: str | None
+
+
+class SaveWeightsArguments(SaveArguments, total=False):
+    """Those of weights, with what Keras has in its `**kwargs`."""
+
+    only: str | Sequence[str] | None
+    skip: str | Sequence[str]
+    replace_complete: bool
+    objects_to_skip: Sequence[Any] | None
 
 
 @contextlib.contextmanager

@@ -42,18 +42,14 @@ def api_save_weights(
         return operations.told(save_formats.save_weights(request, overwrite=overwrite), request)
 
 
-#: Hornbeam's arguments, beside Keras'.
-_OURS = ("include_optimizer", "dtype", "allow_overflow", "compression", "progress", "asynchronous")
-_OF_WEIGHTS = ("only", "skip", "replace_complete")  # those of saves of weights
-
-
 def _requested(
     model: Any, filepath: Any, kwargs: dict[str, Any], **asked: Any
 ) -> contextlib.AbstractContextManager[SaveRequest]:
     weights = "max_shard_size" in asked
     if not weights:
         operations.refuse_part(filepath, kwargs)
-    unknown = {n: value for n, value in kwargs.items() if n not in (*_OURS, *(_OF_WEIGHTS if weights else ()))}
+    known = (operations.SaveWeightsArguments if weights else operations.SaveArguments).__optional_keys__
+    unknown = {name: value for name, value in kwargs.items() if name not in known and name != "asynchronous"}
     if unknown:  # Keras says so, and of nothing else
         name = "save_weights" if weights else "save_model"
         entry.original(targets.SAVING_API, name)(model, filepath, **unknown)

@@ -61,8 +61,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             on is given; `None`: they do not wait.
 
     Attributes:
-        history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stalled`, and when it is complete
-            `bytes`, `written`, `kept` and `deleted`.
+        history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stall_seconds`, and when it is
+            complete `bytes`, `write_seconds`, `kept` and `deleted`.
         remembers: Whether the best score is that of the files, also those of earlier processes.
 
     Raises:
@@ -294,18 +294,18 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         except BaseException:
             self._abandon(pending)
             raise
-        record["stalled"] = time.perf_counter() - since
+        record["stall_seconds"] = time.perf_counter() - since
         self._saved_at = time.monotonic()
         self.history.append(record)
         handle = request.handle if request is not None else None
         if handle is None:
-            self._confirm(record, pending, os.path.getsize(path), record["stalled"])
+            self._confirm(record, pending, os.path.getsize(path), record["stall_seconds"])
             self._raise_failure()
             return
 
         def ended(handle: writer.Handle) -> None:
             if handle.error is None:
-                self._confirm(record, pending, handle.bytes, handle.written)
+                self._confirm(record, pending, handle.bytes, handle.write_seconds)
             else:
                 self._abandon(pending)
 
@@ -348,12 +348,12 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             self._failure = error
             writer.untold[self] = record["path"], error
             return
-        record.update(bytes=size, written=written, kept=kept, deleted=deleted)
+        record.update(bytes=size, write_seconds=written, kept=kept, deleted=deleted)
         logger.info(
             "saved '%s': %.1f MB, training stood still for %.3f s, written in %.2f s; %d kept%s",
             record["path"],
             size / 1e6,
-            record["stalled"],
+            record["stall_seconds"],
             written,
             len(kept),
             f", deleted {', '.join(deleted)}" if deleted else "",
@@ -517,7 +517,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             ledger.interrupted = retention.Entry(name, step, None, time.time())
             ledger.write(durable=self.durable)
         record = {"path": ledger.rescue, "epoch": epoch, "batch": batch, "step": step, "metric": None, "reason": reason}
-        record |= {"stalled": time.perf_counter() - since, "bytes": os.path.getsize(ledger.rescue)}
+        record |= {"stall_seconds": time.perf_counter() - since, "bytes": os.path.getsize(ledger.rescue)}
         self.history.append(record)
         cause = "an exception" if reason == "exception" else "a signal"
         logger.warning("saved '%s' after %s", ledger.rescue, cause, extra={"hornbeam": record})

@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import script
+from support.helpers import script
 
-OLD = Path(__file__).parent / "old_runs"
+OLD = Path(__file__).parents[1] / "old_runs"
 BACKEND = keras.backend.backend()
 
-pytestmark = pytest.mark.skipif(BACKEND == "numpy", reason="Keras does not train on NumPy")
+pytestmark = pytest.mark.trains
 
 
 def make() -> Any:
