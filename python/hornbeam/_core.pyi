@@ -14,6 +14,7 @@ __all__ = [
     "Block",
     "Directory",
     "File",
+    "FileLock",
     "Plan",
     "Reading",
     "Save",
@@ -24,8 +25,11 @@ __all__ = [
     "decode_json",
     "encode_json",
     "keeps_inode",
+    "make_directories",
     "open",
     "plan",
+    "sync",
+    "sync_name",
     "write_file",
 ]
 
@@ -175,6 +179,34 @@ def keeps_inode(path: _Path) -> bool:
 
 def clear_leftovers(path: _Path) -> None:
     """Removes what crashed saves of this path left beside it."""
+
+def make_directories(path: _Path, *, durable: bool = False) -> None:
+    """Makes a directory and those above it, where they are missing; `durable` waits until their names are stored."""
+
+def sync(path: _Path) -> None:
+    """Brings a file, or a directory with everything in it, to stable storage; not its name."""
+
+def sync_name(path: _Path) -> None:
+    """Brings the name of a file in its directory to stable storage."""
+
+@final
+class FileLock:
+    """An exclusive lock on a file of its own. It belongs to this object: another one, in this process too, is refused.
+
+    It ends with the process, however that ends. The file stays: removing it would let two hold "the" lock. A forked
+    child does not hold it. Where the file system has no locks, a warning is logged.
+
+    Raises:
+        BlockingIOError: Somebody holds it.
+        OSError: The file cannot be made, or something stands there that is no file: a link, a pipe.
+    """
+
+    def __new__(cls, path: _Path) -> FileLock: ...
+    @property
+    def held(self) -> bool:
+        """Whether this process holds it."""
+    def release(self) -> None:
+        """Gives it back."""
 
 @final
 class Directory:

@@ -14,8 +14,9 @@ use pyo3::types::{PyBytes, PyDict};
 use super::buffer::{Buffer, Memory, Stream};
 use super::detached::{caller, detached, interrupt};
 use super::errors::to_py;
+use super::files::{Outcome, outcome};
 use crate::archive::write::Content;
-use crate::commit::{self, Committed, Options, Pending};
+use crate::commit::{Options, Pending};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::image::Compression;
@@ -386,76 +387,5 @@ impl From<MemberContent> for Content {
             MemberContent::Bytes(b) => Self::Bytes(b),
             MemberContent::File(p) => Self::File(p),
         }
-    }
-}
-
-/// Why a file was written over instead of being replaced, and what it lost of the old one's attributes.
-type Outcome = (Option<&'static str>, Option<&'static str>);
-
-fn outcome(committed: Committed) -> Outcome {
-    (committed.in_place, committed.lost)
-}
-
-/// Whether a save writes over the file at this path, so that what has it open sees the new content.
-#[pyfunction]
-pub(super) fn keeps_inode(py: Python<'_>, path: PathBuf) -> bool {
-    py.detach(|| commit::keeps_inode(&path).is_some())
-}
-
-/// Removes what crashed saves of this path left beside it.
-#[pyfunction]
-pub(super) fn clear_leftovers(py: Python<'_>, path: PathBuf) {
-    py.detach(|| commit::clear_leftovers(&path));
-}
-
-/// Replaces a small file atomically.
-#[pyfunction]
-#[pyo3(signature = (path, data, *, atomic = true, durable = false))]
-pub(super) fn write_file(
-    py: Python<'_>,
-    path: PathBuf,
-    data: Vec<u8>,
-    atomic: bool,
-    durable: bool,
-) -> PyResult<Outcome> {
-    detached(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
-}
-
-/// A directory that replaces another when it is complete; a context manager.
-#[pyclass(frozen, module = "hornbeam._core")]
-pub(super) struct Directory(Mutex<Option<commit::Directory>>, PathBuf);
-
-#[pymethods]
-impl Directory {
-    #[new]
-    #[pyo3(signature = (target, names, *, atomic = true, durable = false))]
-    #[allow(clippy::needless_pass_by_value)] // extracted
-    fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let made =
-            detached(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
-        let path = made.path().to_owned();
-        Ok(Self(Mutex::new(Some(made)), path))
-    }
-
-    #[getter]
-    fn path(&self) -> &std::path::Path {
-        &self.1
-    }
-
-    /// Puts the directory in its place; what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.map_or(Ok(None), |d| detached(py, || d.commit()))
-    }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-
-    #[pyo3(signature = (*_raised))]
-    fn __exit__(&self, py: Python<'_>, _raised: &Bound<'_, PyAny>) {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(made));
     }
 }
