@@ -22,6 +22,7 @@ __all__ = [
     "build_info",
     "check_expansion",
     "clear_leftovers",
+    "commit_indexed",
     "decode_json",
     "encode_json",
     "keeps_inode",
@@ -154,22 +155,31 @@ class Save:
         Args:
             members: `(name, content or path of the content)`, in order.
             pull: Gives the memory of a dataset whose buffer was `None`; it must not change until the next call.
-            commit: Replace the old file now.
+            commit: Replace the old file now; `commit_indexed` does it otherwise.
 
         Returns:
             `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
             being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), and
             `tail`: what followed the end of target memory.
         """
-    def commit(self) -> tuple[str | None, str | None]:
-        """Replaces the old file, after `finish(commit=False)`; returns `in_place` and `lost`, as `finish` does."""
     def cancel(self) -> None:
         """Stops the writer and removes what it wrote."""
+
+def commit_indexed(
+    saves: Sequence[Save], index: _Path, content: bytes, *, atomic: bool = True, durable: bool = False
+) -> list[tuple[str | None, str | None]]:
+    """Replaces the old files of saves after `finish(commit=False)`, and then the index that names them.
+
+    With `atomic` the old index goes first, so that what is interrupted is refused instead of mixing two saves.
+
+    Returns:
+        `in_place` and `lost` of each, as `Save.finish` has them, and then of the index.
+    """
 
 def write_file(
     path: _Path, data: bytes, *, atomic: bool = True, durable: bool = False
 ) -> tuple[str | None, str | None]:
-    """Writes a small file, replacing the old one when it is complete; returns what `Save.commit` does."""
+    """Writes a small file, replacing the old one when it is complete; returns its `in_place` and `lost`."""
 
 def keeps_inode(path: _Path) -> bool:
     """Whether a save writes over this file, so that what has it open sees the new content.

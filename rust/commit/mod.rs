@@ -249,6 +249,23 @@ pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<Committed>
     pending.commit(bytes.len() as u64)
 }
 
+/// Takes a file away; where it has to stay, its content.
+///
+/// # Errors
+/// `Io`.
+pub fn withdraw(path: &Path, durable: bool) -> Result<()> {
+    if keeps_inode(path).is_none() {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => {} // the directory gives no file away
+            Err(e) => return Err(Error::new(Kind::Io(e), "cannot remove this file").with_path(path)),
+            Ok(()) if durable => return sync_directory(path),
+            Ok(()) => return Ok(()),
+        }
+    }
+    write(path, b"", Options { atomic: false, durable, queued: false }).map(drop)
+}
+
 /// The file that `path` stands for, if it is a symbolic link; the link itself stays.
 fn follow_links(path: &Path) -> Result<PathBuf> {
     let mut path = path.to_owned();

@@ -33,7 +33,7 @@ mod _core {
     #[pymodule_export]
     use super::load::{File, Reading, Weights, check_expansion, open};
     #[pymodule_export]
-    use super::save::{Plan, Save, plan};
+    use super::save::{Plan, Save, commit_indexed, plan};
 
     /// Before any thread of ours can run.
     #[pymodule_init]

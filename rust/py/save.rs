@@ -262,6 +262,10 @@ impl Save {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    fn take_prepared(&self) -> Option<Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Starts the writer thread, if that was put off.
     fn begin(&self) -> PyResult<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -281,7 +285,7 @@ impl Save {
     }
 
     /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor that was not given to `start`. Without
-    /// `commit`, the old file stays until [`Save::commit`].
+    /// `commit`, the old file stays until [`commit_indexed`].
     #[pyo3(signature = (members, pull = None, *, commit = true))]
     fn finish<'py>(
         &self,
@@ -334,14 +338,6 @@ impl Save {
         Ok(info)
     }
 
-    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead, and
-    /// what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
-        self.check_process()?;
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok((None, None)), |p| detached(py, || p.commit().map(|written| outcome(written.committed))))
-    }
-
     /// Stops the writer and removes what it wrote.
     fn cancel(&self, py: Python<'_>) {
         let state = self.take();
@@ -355,6 +351,25 @@ impl Save {
         drop((events, tensors, members)); // wakes a waiting thread
         drop(py.detach(|| thread.join()));
     }
+}
+
+/// Puts what was saved with `finish(commit=False)` in its places, and then the index that names it; what `Save.commit`
+/// returns, for each of them and for the index.
+#[pyfunction]
+#[pyo3(signature = (saves, index, content, *, atomic = true, durable = false))]
+pub(super) fn commit_indexed(
+    py: Python<'_>,
+    saves: Vec<PyRef<'_, Save>>,
+    index: PathBuf,
+    content: Vec<u8>,
+    atomic: bool,
+    durable: bool,
+) -> PyResult<Vec<Outcome>> {
+    saves.iter().try_for_each(|save| save.check_process())?;
+    let files = saves.iter().filter_map(|save| save.take_prepared()).collect();
+    let options = Options { atomic, durable, queued: false };
+    let placed = detached(py, || save::commit_indexed(files, &index, &content, options))?;
+    Ok(placed.into_iter().map(outcome).collect())
 }
 
 /// The writer's next event; `None` after a while without one.
