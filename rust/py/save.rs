@@ -14,8 +14,9 @@ use pyo3::types::{PyBytes, PyDict};
 use super::buffer::{Buffer, Memory, Stream};
 use super::detached::{caller, detached, interrupt};
 use super::errors::to_py;
+use super::files::{Outcome, outcome};
 use crate::archive::write::Content;
-use crate::commit::{self, Committed, Options, Pending};
+use crate::commit::{Options, Pending};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::image::Compression;
@@ -261,6 +262,10 @@ impl Save {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    fn take_prepared(&self) -> Option<Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Starts the writer thread, if that was put off.
     fn begin(&self) -> PyResult<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -280,7 +285,7 @@ impl Save {
     }
 
     /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor that was not given to `start`. Without
-    /// `commit`, the old file stays until [`Save::commit`].
+    /// `commit`, the old file stays until [`commit_indexed`].
     #[pyo3(signature = (members, pull = None, *, commit = true))]
     fn finish<'py>(
         &self,
@@ -333,14 +338,6 @@ impl Save {
         Ok(info)
     }
 
-    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead, and
-    /// what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
-        self.check_process()?;
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok((None, None)), |p| detached(py, || p.commit().map(|written| outcome(written.committed))))
-    }
-
     /// Stops the writer and removes what it wrote.
     fn cancel(&self, py: Python<'_>) {
         let state = self.take();
@@ -354,6 +351,25 @@ impl Save {
         drop((events, tensors, members)); // wakes a waiting thread
         drop(py.detach(|| thread.join()));
     }
+}
+
+/// Puts what was saved with `finish(commit=False)` in its places, and then the index that names it; what `Save.commit`
+/// returns, for each of them and for the index.
+#[pyfunction]
+#[pyo3(signature = (saves, index, content, *, atomic = true, durable = false))]
+pub(super) fn commit_indexed(
+    py: Python<'_>,
+    saves: Vec<PyRef<'_, Save>>,
+    index: PathBuf,
+    content: Vec<u8>,
+    atomic: bool,
+    durable: bool,
+) -> PyResult<Vec<Outcome>> {
+    saves.iter().try_for_each(|save| save.check_process())?;
+    let files = saves.iter().filter_map(|save| save.take_prepared()).collect();
+    let options = Options { atomic, durable, queued: false };
+    let placed = detached(py, || save::commit_indexed(files, &index, &content, options))?;
+    Ok(placed.into_iter().map(outcome).collect())
 }
 
 /// The writer's next event; `None` after a while without one.
@@ -386,76 +402,5 @@ impl From<MemberContent> for Content {
             MemberContent::Bytes(b) => Self::Bytes(b),
             MemberContent::File(p) => Self::File(p),
         }
-    }
-}
-
-/// Why a file was written over instead of being replaced, and what it lost of the old one's attributes.
-type Outcome = (Option<&'static str>, Option<&'static str>);
-
-fn outcome(committed: Committed) -> Outcome {
-    (committed.in_place, committed.lost)
-}
-
-/// Whether a save writes over the file at this path, so that what has it open sees the new content.
-#[pyfunction]
-pub(super) fn keeps_inode(py: Python<'_>, path: PathBuf) -> bool {
-    py.detach(|| commit::keeps_inode(&path).is_some())
-}
-
-/// Removes what crashed saves of this path left beside it.
-#[pyfunction]
-pub(super) fn clear_leftovers(py: Python<'_>, path: PathBuf) {
-    py.detach(|| commit::clear_leftovers(&path));
-}
-
-/// Replaces a small file atomically.
-#[pyfunction]
-#[pyo3(signature = (path, data, *, atomic = true, durable = false))]
-pub(super) fn write_file(
-    py: Python<'_>,
-    path: PathBuf,
-    data: Vec<u8>,
-    atomic: bool,
-    durable: bool,
-) -> PyResult<Outcome> {
-    detached(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
-}
-
-/// A directory that replaces another when it is complete; a context manager.
-#[pyclass(frozen, module = "hornbeam._core")]
-pub(super) struct Directory(Mutex<Option<commit::Directory>>, PathBuf);
-
-#[pymethods]
-impl Directory {
-    #[new]
-    #[pyo3(signature = (target, names, *, atomic = true, durable = false))]
-    #[allow(clippy::needless_pass_by_value)] // extracted
-    fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let made =
-            detached(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
-        let path = made.path().to_owned();
-        Ok(Self(Mutex::new(Some(made)), path))
-    }
-
-    #[getter]
-    fn path(&self) -> &std::path::Path {
-        &self.1
-    }
-
-    /// Puts the directory in its place; what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.map_or(Ok(None), |d| detached(py, || d.commit()))
-    }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-
-    #[pyo3(signature = (*_raised))]
-    fn __exit__(&self, py: Python<'_>, _raised: &Bound<'_, PyAny>) {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(made));
     }
 }

@@ -94,7 +94,7 @@ import os, signal, sys
 import keras, pytest
 from keras import layers
 import hornbeam
-from hornbeam.base import locks
+from hornbeam import _core
 from hornbeam.saving import load_model, load_weights, save_model, save_weights
 
 root = sys.argv[1]
@@ -123,7 +123,7 @@ os.symlink("elsewhere", os.path.join(root, "link"))
 os.mkfifo(os.path.join(root, "pipe"))
 for name in ("link", "pipe"):
     with pytest.raises(OSError):
-        locks.FileLock(os.path.join(root, name))
+        _core.FileLock(os.path.join(root, name))
 assert not os.path.exists(os.path.join(root, "elsewhere"))
 # A leftover's name in the directory of a save.
 for number in range(3):
@@ -133,5 +133,41 @@ print("all of it")
 """,
         tmp_path,
         timeout=120,
+    )
+    assert "all of it" in done.stdout, done.stderr[-3000:]
+
+
+@posix
+def test_a_forked_child_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
+    done = script(
+        """
+import os, sys
+from hornbeam import _core
+
+lock = _core.FileLock(sys.argv[1] + "/lock")
+told, answer = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    ok = not lock.held
+    os.write(answer[1], b"?")
+    os.read(told[0], 1)  # while this process lives, the parent gives the lock back, and takes it again
+    del lock
+    try:
+        _core.FileLock(sys.argv[1] + "/lock")
+        ok = False
+    except BlockingIOError:
+        pass
+    os._exit(0 if ok else 1)
+os.read(answer[0], 1)
+assert lock.held
+lock.release()
+again = _core.FileLock(sys.argv[1] + "/lock")
+os.write(told[1], b"!")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert again.held and not lock.held
+print("all of it")
+""",
+        tmp_path,
+        timeout=60,
     )
     assert "all of it" in done.stdout, done.stderr[-3000:]

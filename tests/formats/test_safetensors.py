@@ -358,13 +358,25 @@ def test_an_interrupted_replacement_leaves_no_index(tmp_path: Path, monkeypatch:
     path = tmp_path / "m.safetensors"
     saving.save_weights(big, path, max_shard_size=64 * 65 * 4 / 1024**3)
 
-    def fails(*_: Any, **__: Any) -> None:
-        raise OSError("no")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    before = [shard.read_bytes() for shard in shards]
+    disturb(big)
+    commit = _core.commit_indexed
+
+    def fails(*args: Any, **how: Any) -> Any:
+        """The third shard cannot take its place."""
+        shards[2].unlink()
+        shards[2].mkdir()
+        return commit(*args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_core, "write_file", fails)
-        with pytest.raises(OSError, match="no"):
+        patch.setattr(_core, "commit_indexed", fails)
+        with pytest.raises(IsADirectoryError):
             saving.save_weights(big, path, max_shard_size=64 * 65 * 4 / 1024**3)
+    shards[2].rmdir()
+    untouched = [s.exists() and s.read_bytes() == old for s, old in zip(shards, before, strict=True)]
+    assert untouched == [False] * 3 + [True] * (len(shards) - 3)
+    assert sorted(tmp_path.iterdir()) == [shard for shard in shards if shard != shards[2]]
     assert not (tmp_path / "m.safetensors.index.json").exists()
     with pytest.raises(FileNotFoundError):
         saving.load_weights(big, path)

@@ -358,7 +358,7 @@ def test_what_crashes_leave(tmp_path: Path) -> None:
         (tmp_path / f".step-00000003.{name}.hornbeam-tmp").touch()
         (tmp_path / f".step-00000003.{name}.hornbeam-dir").mkdir()
     (tmp_path / "mine.txt").touch()
-    held = hornbeam.base.locks.FileLock(tmp_path / f".step-00000003.{'2' * 16}.hornbeam-tmp")
+    held = hornbeam._core.FileLock(tmp_path / f".step-00000003.{'2' * 16}.hornbeam-tmp")
     assert [c.step for c in CheckpointManager(tmp_path).all()] == [1]
     with CheckpointManager(tmp_path) as ckpt:
         assert ckpt.restore(model) == 2

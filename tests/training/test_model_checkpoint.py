@@ -21,8 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import hornbeam
 from hornbeam import _core
+from hornbeam._core import FileLock
 from hornbeam.base import writer
-from hornbeam.base.locks import FileLock
 from hornbeam.base.retention import Entry, plan_retention
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError, UnsupportedError
@@ -281,7 +281,7 @@ def test_the_best_is_what_is_there_after_a_save_that_did_not_begin(
             patch.setattr(Ledger, "write", fail)
         else:
             patch.setattr(callback, "_claim", lambda: None)  # it makes the directory, too
-            patch.setattr(model_checkpoint.durability, "directories", fail)
+            patch.setattr(_core, "make_directories", fail)
         with pytest.raises(OSError, match="No space left"):
             fit(model(), Scores([0.1]), callback)
     assert callback.best == 0.9

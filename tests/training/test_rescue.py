@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import pytest
 
+from hornbeam._core import FileLock
 from hornbeam.base import writer
-from hornbeam.base.locks import FileLock
 from hornbeam.callbacks import ModelCheckpoint, best_checkpoint, latest_checkpoint
 from hornbeam.errors import CheckpointError
 from hornbeam.saving import load_model
@@ -213,7 +213,7 @@ FIRST = r"""
 import multiprocessing, signal, sys, time
 from pathlib import Path
 import keras, numpy as np
-from hornbeam.base.locks import FileLock
+from hornbeam._core import FileLock
 from hornbeam.callbacks import ModelCheckpoint
 
 path = Path(sys.argv[1])

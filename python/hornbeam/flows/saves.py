@@ -18,7 +18,7 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _core
-from hornbeam.base import counters, deferred, durability, file_objects, locations, progress, settings, writer
+from hornbeam.base import counters, deferred, file_objects, locations, progress, settings, writer
 from hornbeam.base.file_objects import Stream, path_of
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.writer import Handle
@@ -120,7 +120,7 @@ def save_directory(request: SaveRequest) -> Saved:
                 shutil.copyfile(path, root / name)
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
             if options.durable:
-                durability.sync(root / saving_lib._ASSETS_DIRNAME)
+                _core.sync(root / saving_lib._ASSETS_DIRNAME)
             log_placed(None, directory.commit(), target)
     return reported(plan, store, info, target)
 

@@ -182,7 +182,7 @@ def write(
                     tolerance = known[name].tolerance
                 _compare(archive, name, artifact, tolerance, report)
         if current.durable:
-            durability.sync(root)
+            _core.sync(root)
         lost = directory.commit()
     if lost is not None:
         counters.logger.warning("'%s' was replaced, but %s could not be kept", target, lost)

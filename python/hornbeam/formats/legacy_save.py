@@ -23,7 +23,7 @@ from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
 from hornbeam import _core
-from hornbeam.base import durability, settings, writer
+from hornbeam.base import settings, writer
 from hornbeam.base.file_objects import Stream, path_of
 from hornbeam.base.reports import SaveReport
 from hornbeam.errors import UnsupportedError
@@ -87,8 +87,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
             chunk_bytes=options.chunk_bytes,
         )
         if not isinstance(filepath, Stream):
-            with durability.directories(text, durable=options.durable):
-                os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
+            _core.make_directories(os.path.dirname(text) or ".", durable=options.durable)
         info = saves.write_image(plan, file.store, filepath)
     return saves.reported(plan, file.store, info, path_of(filepath))
 

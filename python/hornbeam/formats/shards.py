@@ -77,28 +77,15 @@ def write(
             )
             running.append((save, 0))
             running[-1] = save, save.finish([], saves.puller(shard), commit=False)["bytes"]
-    if options.atomic:
-        _withdraw(path)
-    for (name, *_), (save, _) in zip(planned, running, strict=True):
-        saves.log_placed(*save.commit(), name)
-    placed = _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
-    saves.log_placed(*placed, str(path))
+    saved = [save for save, _ in running]
+    placed = _core.commit_indexed(saved, path, index, atomic=options.atomic, durable=options.durable)
+    for name, how in zip([*(name for name, *_ in planned), str(path)], placed, strict=True):
+        saves.log_placed(*how, name)
     total, tensors = sum(nbytes for _, nbytes in running), sum(len(shard.datasets) for _, shard, _ in planned)
     report.path, report.engine, report.tensors, report.bytes = str(path), planned[0][2].engine, tensors, total
     for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         counters.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
     return report
-
-
-def _withdraw(index: Path) -> None:
-    """Takes the old index away; an empty one is refused as well."""
-    if not _core.keeps_inode(index):
-        try:
-            index.unlink(missing_ok=True)
-            return
-        except PermissionError:  # the directory gives no file away
-            pass
-    _core.write_file(str(index), b"", atomic=False)
 
 
 def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:

@@ -20,9 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from hornbeam import _core
-from hornbeam.base import durability, locations, retention, writer
+from hornbeam.base import locations, retention, writer
 from hornbeam.base.counters import logger
-from hornbeam.base.locks import FileLock
 from hornbeam.base.model_file import File
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle
@@ -155,7 +154,7 @@ class CheckpointManager(BeginsAnew):
         """Makes it a manager that neither has the directory nor restored anything."""
         self.extra: dict[str, Any] = {}
         self.random: dict[str, Any] | None = None
-        self._lock: FileLock | None = None
+        self._lock: _core.FileLock | None = None
         self._cleaner: threading.Thread | None = None
         self._pending: _Pending | None = None
         self._place = processes.Place(0, 1)
@@ -528,11 +527,10 @@ class CheckpointManager(BeginsAnew):
         return real / ".processes" if os.path.ismount(real) else real.with_name(f".{real.name}.processes")
 
     def _take(self) -> None:
-        with durability.directories(self.directory / _LOCK, durable=self.durable):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        _core.make_directories(self.directory, durable=self.durable)
         listed = self.all()  # raises where there are checkpoints without a manifest
         try:
-            self._lock = FileLock(self.directory / _LOCK)
+            self._lock = _core.FileLock(self.directory / _LOCK)
         except BlockingIOError:
             raise CheckpointError(
                 f"'{self.directory}' is in use: another process, or another manager of this one, writes to it. "

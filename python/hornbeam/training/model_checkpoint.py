@@ -16,9 +16,9 @@ import keras
 import keras.callbacks as _stock
 from keras.src.utils.io_utils import print_msg
 
+from hornbeam import _core
 from hornbeam.base import durability, retention, writer
 from hornbeam.base.counters import logger
-from hornbeam.base.locks import FileLock
 from hornbeam.base.settings import options
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.seam import entry, fits, operation
@@ -141,7 +141,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         self._handlers: dict[int, Any] = {}
         self._process = 0  # whose handlers they are
         self._saved_at = time.monotonic()
-        self._held: FileLock | None = None
+        self._held: _core.FileLock | None = None
         self._trained = False  # a batch, so that there is something to save when training is interrupted
         self._begun_at: int | None = None
 
@@ -271,8 +271,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         record["step"] = epoch + 1 if batch is None else self._steps(batch)
         ledger, pending = self._account(), None
         try:
-            with durability.directories(path, durable=self.durable):
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            _core.make_directories(os.path.dirname(path) or ".", durable=self.durable)
             with self._lock:
                 ledger.mode = self._mode() or ledger.mode
                 pending = ledger.begin(path, record["step"], metric, durable=self.durable)
@@ -393,10 +392,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             if owner._account().busy:
                 writer.finish()
             owner._held.release()
-        with durability.directories(path, durable=self.durable):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        _core.make_directories(os.path.dirname(path), durable=self.durable)
         try:
-            self._held = FileLock(Path(path))
+            self._held = _core.FileLock(path)
         except BlockingIOError:
             self._refuse("another process trains with a ModelCheckpoint of it")
         _owners[path] = self
@@ -504,8 +502,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             return ledger.rescue
         since = time.perf_counter()
         model = self.model
-        with durability.directories(ledger.rescue, durable=self.durable):
-            os.makedirs(ledger.directory or ".", exist_ok=True)
+        _core.make_directories(ledger.directory or ".", durable=self.durable)
         with entry.scope(), options(durable=self.durable):
             if self.save_weights_only:
                 model.save_weights(ledger.rescue, overwrite=True)
