@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import keras
@@ -18,10 +17,6 @@ pytestmark = pytest.mark.keras_versions
 
 BACKEND = keras.backend.backend()
 SHARED = BACKEND in ("tensorflow", "jax")
-
-
-def test_the_backend_is_the_one_asked_for() -> None:
-    assert os.environ.get("KERAS_BACKEND", BACKEND) == BACKEND
 
 
 def test_variables_are_shared_where_they_cannot_change() -> None:

@@ -60,8 +60,6 @@ def test_uninstall_restores_every_attribute() -> None:
     hornbeam.install()
     hornbeam.install()
     names = patched()
-    assert len([name for name in names if ".saving_lib." in name]) == 7
-    assert len([name for name in names if ".saving_api." in name]) == 4
     assert {"keras.models.load_model", "keras.saving.save_weights", "keras.models.save_model"} <= {*names}
     hornbeam.uninstall()
     assert everything() == before

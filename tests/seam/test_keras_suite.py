@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 from collections import Counter
 from typing import Any
 
@@ -123,7 +121,7 @@ HANDOVERS = {
 
 FILES = [(group, file) for group in GROUPS for file in GROUPS[group].files]
 
-pytestmark = pytest.mark.skipif(importlib.metadata.version("keras") != KERAS, reason=f"the lists are for Keras {KERAS}")
+pytestmark = pytest.mark.skipif(keras.__version__ != KERAS, reason=f"the lists are for Keras {KERAS}")
 listed = pytest.mark.backend("tensorflow", "jax", reason="the lists are for TensorFlow and JAX")
 
 

@@ -339,9 +339,8 @@ def test_an_exception_saves_beside_the_others(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "m.keras", save_best_only=True, save_on_exception=True)
     with pytest.raises(RuntimeError, match="as if") as raised:
         fit(model(), at, scores, callback, epochs=2)
-    assert (
-        raised.value.__notes__[-1] == f"The state of the model at this point was saved to '{callback._ledger.rescue}'."
-    )
+    rescued = tmp_path / "m-interrupted.keras"
+    assert raised.value.__notes__[-1] == f"The state of the model at this point was saved to '{rescued}'."
     assert names(tmp_path) == ["m-interrupted.keras", "m.keras"]
     assert saved(load_model(tmp_path / "m.keras")) == scores.states[1]
     assert saved(load_model(tmp_path / "m-interrupted.keras")) == at.state
