@@ -52,7 +52,8 @@ def _requested(
     unknown = {name: value for name, value in kwargs.items() if name not in known and name != "asynchronous"}
     if unknown:  # Keras says so, and of nothing else
         name = "save_weights" if weights else "save_model"
-        entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
+        with operation.changed(stock=True):
+            entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
     return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **asked)
 
 
