@@ -60,7 +60,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
     """
     filepath, model = request.target, request.model
     request.refuse_writer("the legacy HDF5 format")
-    writer.settle(filepath)
+    writer.wait_for(filepath)
     if request.dtype == "bfloat16":
         raise UnsupportedError(
             f"Legacy HDF5 files have no bfloat16: save as float16, or to a `.keras` file. Received: {filepath}"
@@ -90,7 +90,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
             with durability.directories(text, durable=options.durable):
                 os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
         info = saves.write_image(plan, file.store, filepath)
-    return saves.reported(plan, file.store, info, path_of(filepath))
+    return saves.make_report(plan, file.store, info, path_of(filepath))
 
 
 class Recorded:
