@@ -10,7 +10,7 @@ import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
-from hornbeam.base.file_objects import plain
+from hornbeam.base.file_objects import path_to_str
 from hornbeam.base.reports import LoadReport, remember
 from hornbeam.base.writer import Handle
 from hornbeam.flows.requests import LoadRequest, NameMap
@@ -111,7 +111,7 @@ def save_model(
         allow_overflow=allow_overflow,
     ) as request:
         saved = operations.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
-        return operations.told(saved, request)
+        return operations.handle_or_none(saved, request)
 
 
 def load_model(
@@ -142,9 +142,9 @@ def load_model(
         zipfile.BadZipFile: For a damaged archive.
     """
     request = LoadRequest(
-        plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
+        path_to_str(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         stock, beyond = partial(operations.stock_load, request), request.beyond()
         model, report = entry.run("load", f"{operations.LOADS}:load_model", stock, request, beyond=beyond)
     remember(report)
@@ -249,7 +249,7 @@ def save_weights(
         skip=skip,
         replace_complete=replace_complete,
     ) as request:
-        return operations.told(operations.save_weights(request, overwrite=overwrite), request)
+        return operations.handle_or_none(operations.save_weights(request, overwrite=overwrite), request)
 
 
 def load_weights(
@@ -309,7 +309,7 @@ def load_weights(
         skip_mismatch=skip_mismatch,
         objects_to_skip=skipped,
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         report = operations.load_weights(request)
     remember(report)
     return report

@@ -216,7 +216,7 @@ def test_a_directory_and_a_pipe(model: Any, tmp_path: Path) -> None:
         hornbeam.saving.load_weights(model, weights)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.keras")  # nobody writes to it: opening it would wait for ever
-        assert contents.look(str(tmp_path / "pipe.keras")).what.startswith("no regular file")  # type: ignore[union-attr]
+        assert contents.identify(str(tmp_path / "pipe.keras")).what.startswith("no regular file")  # type: ignore[union-attr]
         with pytest.raises(ValueError, match="no regular file"):
             hornbeam.saving.load_model(tmp_path / "pipe.keras")
 
@@ -235,18 +235,18 @@ def test_good_files_are_left_alone(files: dict[str, bytes], tmp_path: Path) -> N
     kinds = {"m.keras": "keras", "m.h5": "h5", "m.weights.h5": "h5", "m.safetensors": "safetensors"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        assert contents.look(tmp_path / name).kind == kinds[name]  # type: ignore[union-attr]
+        assert contents.identify(tmp_path / name).kind == kinds[name]  # type: ignore[union-attr]
         file = io.BytesIO(content)
         file.seek(7)
-        assert contents.look(file).kind == kinds[name]  # type: ignore[union-attr]
+        assert contents.identify(file).kind == kinds[name]  # type: ignore[union-attr]
         assert file.tell() == 7
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     for name in files:
         with pytest.raises(ValueError, match="m") as caught:
             hornbeam.saving.load_weights(other, tmp_path / name)
         assert "It is a" not in str(caught.value)
-    assert contents.look(tmp_path / "nothing") is None
-    assert contents.look(3.5) is None
+    assert contents.identify(tmp_path / "nothing") is None
+    assert contents.identify(3.5) is None
 
 
 @pytest.mark.parametrize("name", ["x.weights.json", "x.safetensors.index.json", "directory"])

@@ -238,7 +238,7 @@ def test_every_class_that_keras_3_has_takes_its_configuration(era: str, golden: 
             with saving_options.keras_option_scope(use_legacy_config=True), legacy_load._classes_only():
                 made = saving_utils.model_from_config(keras2._migrated(old, {}, frozenset()))
         elif kind in ("losses", "metrics"):
-            made = legacy_load._one(getattr(keras, kind), old)
+            made = legacy_load._deserialize_one(getattr(keras, kind), old)
         else:
             made = getattr(keras, kind).deserialize(old)
         assert type(made) is cls, key

@@ -208,7 +208,7 @@ def test_what_is_fetched_from_a_device_is_there_once(pieces: bool, monkeypatch: 
     taken: list[Any] = []
 
     def second() -> None:
-        with writer.Request() as request:
+        with writer.Reservation() as request:
             taken.extend([*request.stage([value, value]), first.done()])
 
     with held([value]) as first:
@@ -658,7 +658,7 @@ def test_an_error_at_exit_is_told(tmp_path: Path) -> None:
 os.mkdir(root + "/d")
 release = threading.Event()
 write = lambda: release.wait(60) and hornbeam.SaveReport()
-with writer.Request() as request:
+with writer.Reservation() as request:
     request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 save_model(model, root + "/d/a.keras", asynchronous=True)
 for name in os.listdir(root + "/d"):
@@ -679,7 +679,7 @@ def test_a_forked_child_starts_anew(tmp_path: Path) -> None:
 import gc
 release = threading.Event()
 write = lambda: release.wait(60) and hornbeam.SaveReport()
-with writer.Request() as request:
+with writer.Reservation() as request:
     request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 handle = save_model(model, root + "/parent.keras", asynchronous=True)
 for how in ("exit", "_exit"):
@@ -881,7 +881,7 @@ from hornbeam.base import writer
 import threading
 release = threading.Event()
 write = lambda: release.wait(60) and hornbeam.SaveReport()
-with writer.Request() as request:
+with writer.Reservation() as request:
     request.stage([])
     request.submit("held", write, lambda: None, hornbeam.base.settings.current())
 

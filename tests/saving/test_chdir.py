@@ -64,7 +64,7 @@ def test_who_reads_the_file_by_another_name_waits(places: Places) -> None:
     with held() as first:
         handle = save_model(model, "m.keras", asynchronous=True)
         leave()
-        writer.settle(str(here / "other.keras"), loads=True)
+        writer.wait_for(str(here / "other.keras"), loads=True)
         assert not first.done()
     load_model(here / "m.keras")
     assert handle.done()

@@ -23,7 +23,7 @@ def held(values: Sequence[Any] = ()) -> Iterator[writer.Handle]:
         assert release.wait(60)
         return hornbeam.SaveReport()
 
-    with writer.Request() as request:
+    with writer.Reservation() as request:
         request.stage(values)
         request.submit("held", write, lambda: None, hornbeam.base.settings.current())
     try:

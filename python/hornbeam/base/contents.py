@@ -78,7 +78,7 @@ _PICKLE = (
 )
 
 
-def look(source: Any) -> Content | None:
+def identify(source: Any) -> Content | None:
     """What is there; `None` if nothing is, or it cannot be read.
 
     Args:
@@ -137,9 +137,9 @@ def explained(source: Any, *kinds: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        found = look(source)
+        found = identify(source)
         if found is not None and found.kind not in kinds:
-            _add(error, found, file_objects.plain(source))
+            _add(error, found, file_objects.path_to_str(source))
         raise
 
 

@@ -62,8 +62,8 @@ def open(path: str | bytes | os.PathLike[str] | IO[bytes], *, mmap: bool = False
             limit allows (`LimitError`), points outside itself (`UnsafeFileError`) or is of no kind known here
             (`UnsupportedError`).
     """
-    path = file_objects.plain(path)
-    writer.settle(path, loads=True)
+    path = file_objects.path_to_str(path)
+    writer.wait_for(path, loads=True)
     return File(path, mmap=mmap)
 
 

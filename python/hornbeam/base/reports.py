@@ -65,7 +65,7 @@ class LoadReport:
         """
         return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched or self.unmatched)
 
-    def warn_of_nothing(self) -> None:
+    def warn_if_nothing_fits(self) -> None:
         """Warns where what was asked for is not in the file: names that fit nothing are mostly misspelt."""
         what = f"'{self.path or 'a file object'}'"
         if self.missing and not self.loaded:

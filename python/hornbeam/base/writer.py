@@ -54,8 +54,8 @@ class Handle(Future[str]):
         self.stall_seconds = 0.0
         self.write_seconds: float | None = None
         self.report: SaveReport | None = None
-        self.error: BaseException | None = None  # for those who tell nobody of it
-        self._seen = False  # whether somebody was given the error
+        self.error: BaseException | None = None  # to look at, without having it reported
+        self._reported = False  # whether somebody was given the error
         self.set_running_or_notify_cancel()
 
     def __reduce__(self) -> Any:
@@ -87,7 +87,7 @@ class Handle(Future[str]):
             error = super().exception(timeout)
         except TimeoutError:
             raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.") from None
-        self._seen = True
+        self._reported = True
         return error
 
     def result(self, timeout: float | None = None) -> str:
@@ -148,7 +148,7 @@ class _Job:
     stages: bool  # its values are in the staging memory
 
     def run(self) -> BaseException | None:
-        """Writes the file and tells the log."""
+        """Writes the file; logs what went wrong."""
         handle = self.handle
         since = time.perf_counter()
         error: BaseException | None = None
@@ -217,7 +217,7 @@ class _Queue:
                 self.changed.notify_all()
 
     def _end(self, job: _Job, error: BaseException | None) -> None:
-        """Gives back what the save held, and tells its handle."""
+        """Gives back what the save held, and ends its handle."""
         try:
             job.drop()
         except BaseException as e:
@@ -226,7 +226,7 @@ class _Queue:
         with self.changed:
             if job.stages:
                 self.staged = False
-            job.handle.error = error  # before anybody is told of it
+            job.handle.error = error  # before anybody hears of it
             if error is not None:
                 self.failed.append(job.handle)
             self.changed.notify_all()
@@ -255,15 +255,15 @@ class _Queue:
             )
 
     def raise_failed(self, path: str | None = None) -> None:
-        """Raises what nobody was told of yet: of any save, or of those to one path."""
+        """Raises what was not reported yet: of any save, or of those to one path."""
         with self.changed:
-            untold = [h for h in self.failed if not h._seen]
-            chosen = [h for h in untold if path is None or h._real == path]
-            self.failed = [h for h in untold if h not in chosen]
+            unreported = [h for h in self.failed if not h._reported]
+            chosen = [h for h in unreported if path is None or h._real == path]
+            self.failed = [h for h in unreported if h not in chosen]
         if not chosen:
             return
         for handle in chosen:
-            handle._seen = True
+            handle._reported = True
         error = chosen[0].error
         assert error is not None
         error.add_note(f"This happened while '{chosen[0].path}' was saved asynchronously.")
@@ -313,7 +313,7 @@ def _start_anew() -> None:
         if job is not None:
             job.handle.start_anew()
     _queue = _Queue()
-    untold.clear()
+    unreported.clear()
     counters.renew_lock()  # the writer may have held it
 
 
@@ -321,8 +321,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
 
 
-#: Failed saves that are somebody's to tell of, not the next save's: who → (path, error). Whoever tells takes it out.
-untold: dict[object, tuple[str, BaseException]] = {}
+#: Failed saves that their owner reports, not the next save: owner → (path, error). The owner takes them out then.
+unreported: dict[object, tuple[str, BaseException]] = {}
 
 
 class _FailedStream:
@@ -351,8 +351,8 @@ class _FailedStream:
 
 
 def _lost() -> list[tuple[str, BaseException | None]]:
-    """The failed saves that nobody was told of."""
-    return [*((h.path, h.error) for h in _queue.failed if not h._seen), *untold.values()]
+    """The failed saves that were not reported."""
+    return [*((h.path, h.error) for h in _queue.failed if not h._reported), *unreported.values()]
 
 
 def _fail_exit() -> None:
@@ -361,8 +361,8 @@ def _fail_exit() -> None:
     if not lost or isinstance(sys.stderr, _FailedStream):
         return
     for path, error in lost:
-        told = f"hornbeam: nothing asked how the asynchronous save of '{path}' went; it failed: "
-        print(f"{told}{type(error).__name__}: {error}", file=sys.stderr)
+        text = f"hornbeam: nothing asked how the asynchronous save of '{path}' went; it failed: "
+        print(f"{text}{type(error).__name__}: {error}", file=sys.stderr)
     if not hasattr(sys, "last_type"):  # else it ends with 1 anyway
         print("hornbeam: the program ends with status 120 for that.", file=sys.stderr)
         sys.stderr = _FailedStream(sys.stderr)
@@ -371,8 +371,8 @@ def _fail_exit() -> None:
 atexit.register(_fail_exit)
 
 
-class Request:
-    """One asynchronous save that is being asked for.
+class Reservation:
+    """A place in the queue, for one asynchronous save.
 
     Attributes:
         handle: The save, once it was handed to the writer.
@@ -420,7 +420,7 @@ class Request:
         self.handle = handle
         return handle
 
-    def __enter__(self) -> Request:
+    def __enter__(self) -> Reservation:
         queue = self._queue
         queue.raise_failed()
         with queue.changed:
@@ -448,13 +448,13 @@ def _aligned(size: int) -> int:
 
 
 @contextlib.contextmanager
-def asked(asynchronous: bool) -> Iterator[Request | None]:
+def reserve(asynchronous: bool) -> Iterator[Reservation | None]:
     """A place in the queue for the save inside, if it is to be asynchronous."""
     if not asynchronous:
         yield None
         return
     since = time.perf_counter()
-    with Request() as request:
+    with Reservation() as request:
         yield request
     if request.handle is not None:
         request.handle.stall_seconds = time.perf_counter() - since
@@ -467,7 +467,7 @@ def cancelled(path: str) -> Handle:
     return handle
 
 
-def settle(path: Any, *, loads: bool = False) -> None:
+def wait_for(path: Any, *, loads: bool = False) -> None:
     """Waits for asynchronous saves of `path`, so that what follows comes after them.
 
     Args:

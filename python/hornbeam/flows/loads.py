@@ -38,7 +38,7 @@ ALL = 1 << 62
 _NPZ: str | None = getattr(saving_lib, "_VARS_FNAME_NPZ", None)
 
 
-def leave(request: LoadRequest, reason: str | None, path: str | None = None) -> NotOurs:
+def not_ours(request: LoadRequest, reason: str | None, path: str | None = None) -> NotOurs:
     """What to raise where stock Keras has to do a load."""
     return NotOurs(reason, request.beyond(), path, saves=False)
 
@@ -58,7 +58,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
     path = place if isinstance(place, str) else None
     reason = keras_names.unsupported()
     if reason is not None:
-        raise leave(request, reason, path)
+        raise not_ours(request, reason, path)
     report = LoadReport(path)
     with contents.explained(path or request.source, "keras"):
         file = _core.open(place, archive=True)
@@ -70,7 +70,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
         if _NPZ is not None and _NPZ in sizes:
-            raise leave(request, "npz weights", path)
+            raise not_ours(request, "npz weights", path)
         raise ValueError(f"Expected a {weights_name}{'' if _NPZ is None else f' or {_NPZ}'} file.")
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
@@ -100,7 +100,7 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
     if reason is None and _NPZ is not None and (root / _NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
     if reason is not None or not root.is_dir() or not weights_path.exists():
-        raise leave(request, reason, str(root))
+        raise not_ours(request, reason, str(root))
     report = LoadReport(str(root))
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
 
@@ -156,7 +156,7 @@ def _load_model(
         untrained = _untrained(model, journal, store)
         report.stage("assign")
     report.initialised = [v.path for v in variables(model) if id(v) not in journal.assigned]
-    _settle(report, request, journal, store, model, errors, untrained=untrained)
+    _fill_report(report, request, journal, store, model, errors, untrained=untrained)
     return model, report
 
 
@@ -216,7 +216,7 @@ def load_weights(
     if reason is not None:
         if isinstance(request.source, Stream):
             raise UnsupportedError(f"Stock Keras must do this load ({reason}), and reads weights from paths only.")
-        raise leave(request, reason, text)
+        raise not_ours(request, reason, text)
     report = LoadReport(path_of(request.source))
     opened = open_weights(request.source)
     visited = {id(o) for o in request.objects_to_skip or ()}
@@ -263,7 +263,7 @@ def load_weights(
             errors |= _assign_directly(store, selection, journal)
         store.complete(drop_rest=True)
         report.stage("assign")
-        _settle(report, request, journal, store, model, errors, selection)
+        _fill_report(report, request, journal, store, model, errors, selection)
     return report
 
 
@@ -344,7 +344,7 @@ def variables(model: Any) -> list[Any]:
     return [*own, *(optimizer.variables if optimizer is not None else ())]
 
 
-def _settle(
+def _fill_report(
     report: LoadReport,
     request: LoadRequest,
     journal: assignments.Journal,
@@ -394,7 +394,7 @@ def _settle(
     if errors:
         saving_lib._raise_loading_failure(errors, warn_only=True)
     if request.partial or report.partial:
-        report.warn_of_nothing()
+        report.warn_if_nothing_fits()
     for image in store.images:
         counters.count(engine=image.weights.engine)
     counters.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))

@@ -46,7 +46,7 @@ def save_archive(request: SaveRequest) -> Saved:
     target = request.target
     path = request.path
     if path is not None:
-        writer.settle(path)
+        writer.wait_for(path)
     else:
         request.refuse_writer("a file object")
     _check(request, path)
@@ -58,7 +58,7 @@ def save_archive(request: SaveRequest) -> Saved:
     with recorded(request, assets=True) as (store, assets):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, target, options, _members(request.model), assets)
+            return _write_later(request.writer, plan, store, target, options, _members(request.model), assets)
         if path is not None:
             info = _write(request.model, plan, store, assets, path, base=0, options=options)
         elif type(target) is io.BytesIO:
@@ -66,8 +66,8 @@ def save_archive(request: SaveRequest) -> Saved:
         else:
             base = target.tell() if file_objects.is_seekable(target) else 0
             info = _write(request.model, plan, store, assets, target, base=base, options=options)
-            _cut(target, base + info["bytes"])
-    return reported(plan, store, info, path)
+            _truncate(target, base + info["bytes"])
+    return make_report(plan, store, info, path)
 
 
 def _check(request: SaveRequest, place: str | None) -> None:
@@ -122,7 +122,7 @@ def save_directory(request: SaveRequest) -> Saved:
             if options.durable:
                 _core.sync(root / saving_lib._ASSETS_DIRNAME)
             log_placed(None, directory.commit(), target)
-    return reported(plan, store, info, target)
+    return make_report(plan, store, info, target)
 
 
 @contextmanager
@@ -152,9 +152,9 @@ def save_weights(request: SaveRequest) -> Saved:
     with recorded(request, assets=False) as (store, _):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, request.target, settings.current())
+            return _write_later(request.writer, plan, store, request.target, settings.current())
         info = write_image(plan, store, request.target)
-    return reported(plan, store, info, path_of(request.target))
+    return make_report(plan, store, info, path_of(request.target))
 
 
 def check_weights(request: SaveRequest) -> None:
@@ -164,7 +164,7 @@ def check_weights(request: SaveRequest) -> None:
         NotOurs: As `save_archive`.
     """
     text = str(request.target)
-    writer.settle(text)
+    writer.wait_for(text)
     reason = keras_names.unsupported("h5", text)
     if reason is not None:
         if isinstance(request.target, Stream):
@@ -173,8 +173,8 @@ def check_weights(request: SaveRequest) -> None:
         raise NotOurs(reason, request.beyond(), place)
 
 
-def _defer(
-    queue: writer.Request,
+def _write_later(
+    queue: writer.Reservation,
     plan: _core.Plan,
     store: RecordStore,
     path: str,
@@ -185,7 +185,7 @@ def _defer(
     """Takes the values and opens the file now; the writer's thread does the rest."""
     path = locations.absolute(path)
     if not options.atomic or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-        writer.settle(path)  # the old content is written over from now on
+        writer.wait_for(path)  # the old content is written over from now on
     values = queue.stage([d.memory for d in store.datasets.values()])
     save = plan.start(
         path,
@@ -201,9 +201,9 @@ def _defer(
         del dataset.memory
 
     def write() -> SaveReport:
-        info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
+        info = _with_progress(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         log_placed(info["in_place"], info["lost"], path)
-        return reported(plan, store, info, path)
+        return make_report(plan, store, info, path)
 
     def drop() -> None:
         save.cancel()
@@ -261,7 +261,7 @@ def buffers(store: RecordStore) -> list[np.ndarray | None]:
 
 
 def puller(store: RecordStore) -> Callable[[int], np.ndarray]:
-    """Gives the memory of the values that were not lent at the start."""
+    """Gives the memory of the deferred values, which the writer asks for later."""
     datasets = list(store.datasets.values())
     return lambda i: tensors.as_buffer(datasets[i].array())
 
@@ -286,7 +286,9 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _with_progress(
+    save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
         with progress.watch("save", path, nbytes, lambda: save.written):
@@ -323,7 +325,7 @@ def _write(
         members += [(name, Path(file)) for name, file in assets.files()]
         return save.finish(members, puller(store))
 
-    info = _finishing(save, path, plan.nbytes, work)
+    info = _with_progress(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_placed(info["in_place"], info["lost"], target)
     return info
@@ -355,11 +357,11 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
         if before is not None:
             _restore(file, before)
         raise
-    _cut(file, info["bytes"])
+    _truncate(file, info["bytes"])
     return info
 
 
-def _cut(file: Any, end: int) -> None:
+def _truncate(file: Any, end: int) -> None:
     """Puts a file object at the end of what was written, and drops what was behind it before."""
     if not file_objects.is_seekable(file):
         return
@@ -387,7 +389,7 @@ def _restore(file: io.BytesIO, content: bytes) -> None:
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str | None) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    return _finishing(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
+    return _with_progress(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
 
 
 def _write_memory(
@@ -434,7 +436,7 @@ def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
         counters.logger.warning("'%s' was replaced, but %s could not be kept", path, lost)
 
 
-def reported(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
+def make_report(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
     """Counts a save, and says what it was."""
     counters.count(engine=plan.engine, saves=1, bytes_written=info["bytes"], tensors_written=len(store.datasets))
     report = store.report

@@ -149,7 +149,7 @@ def write(
         durability.tell(target)
         raise NotOurs("remote path")
     target = locations.absolute(target)
-    others = _others(target)
+    others = _other_files(target)
     if others and not request.foreign:
         shown = ", ".join(repr(name) for name in others[:3])
         raise InvalidError(
@@ -198,10 +198,10 @@ def write(
 
 def _keep_extra(old: Path, new: Path) -> None:
     """What others put into `assets.extra/`, warm-up requests for example, and `debug/` stays."""
-    ours = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT), _DEBUG_INFO)
+    own = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT), _DEBUG_INFO)
     for path in (*(old / "assets.extra").rglob("*"), *(old / "debug").rglob("*")):
         name = path.relative_to(old)
-        if path.is_file() and str(name) not in ours and not (new / name).exists():
+        if path.is_file() and str(name) not in own and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, new / name)
 
@@ -210,7 +210,7 @@ def _is_savedmodel(target: str) -> bool:
     return any(os.path.exists(os.path.join(target, name)) for name in GRAPHS)
 
 
-def _others(target: str) -> list[str]:
+def _other_files(target: str) -> list[str]:
     """What is in the directory besides a SavedModel: everything, where there is none (`assets/` may be anybody's).
 
     Raises:
@@ -270,7 +270,7 @@ def _compare(archive: Any, name: str, artifact: Any, tolerance: float | None, re
             )
     kept = _kept_values(archive, concrete)
     try:
-        inputs, expected = _ask(name, endpoint.function, signature)
+        inputs, expected = _call_on_example(name, endpoint.function, signature)
     finally:
         for variable, value in kept:
             if not np.array_equal(value, variable.numpy()):
@@ -293,7 +293,7 @@ def _kept_values(archive: Any, concrete: Any) -> list[tuple[Any, Any]]:
     return [(v, v.numpy()) for v in function.variables if not v.trainable]
 
 
-def _ask(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
+def _call_on_example(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
     """Random inputs, and what the model answers to them."""
     for size in _SIZES:
         inputs = _structure(signature, functools.partial(_example, size, np.random.default_rng(0)))

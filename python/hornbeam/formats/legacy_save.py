@@ -60,7 +60,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
     """
     filepath, model = request.target, request.model
     request.refuse_writer("the legacy HDF5 format")
-    writer.settle(filepath)
+    writer.wait_for(filepath)
     if request.dtype == "bfloat16":
         raise UnsupportedError(
             f"Legacy HDF5 files have no bfloat16: save as float16, or to a `.keras` file. Received: {filepath}"
@@ -89,7 +89,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
         if not isinstance(filepath, Stream):
             _core.make_directories(os.path.dirname(text) or ".", durable=options.durable)
         info = saves.write_image(plan, file.store, filepath)
-    return saves.reported(plan, file.store, info, path_of(filepath))
+    return saves.make_report(plan, file.store, info, path_of(filepath))
 
 
 class Recorded:

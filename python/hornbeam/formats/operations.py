@@ -11,12 +11,11 @@ from typing import IO, Any, TypedDict
 
 from keras.src.saving import saving_api
 
-from hornbeam.base.file_objects import plain
+from hornbeam.base.file_objects import path_to_str
 from hornbeam.base.progress import Progress
 from hornbeam.base.reports import LoadReport, SaveReport, remember
 from hornbeam.base.settings import options
-from hornbeam.base.writer import Handle, Request, cancelled
-from hornbeam.base.writer import asked as asked_for
+from hornbeam.base.writer import Handle, Reservation, cancelled, reserve
 from hornbeam.errors import UnsupportedError
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.seam import entry
@@ -60,10 +59,10 @@ def save_request(
     compression: str | int | None = None,
     progress: Any = None,
     asynchronous: bool = False,
-    writer: Request | None = None,
+    writer: Reservation | None = None,
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] = (),
-    **asked: Any,
+    **fields: Any,
 ) -> Iterator[SaveRequest]:
     """The request for a save inside, with the options that its arguments stand for.
 
@@ -76,17 +75,17 @@ def save_request(
         writer: A place in the queue that somebody has taken for it.
         only: Patterns of what is saved, or one; `None` for everything.
         skip: Patterns of what is not.
-        **asked: Fields of the request.
+        **fields: Fields of the request.
 
     Raises:
         TypeError: For what is no field.
         ValueError: For a value that a field cannot have.
     """
     with _options(compression=compression, progress=progress), contextlib.ExitStack() as stack:
-        # A mistake is told before anybody waits.
+        # A mistake is raised before anybody waits.
         chosen = None if only is None else _patterns(only)
-        request = SaveRequest(model, plain(filepath), only=chosen, skip=_patterns(skip), **asked)
-        queue = writer or stack.enter_context(asked_for(asynchronous))
+        request = SaveRequest(model, path_to_str(filepath), only=chosen, skip=_patterns(skip), **fields)
+        queue = writer or stack.enter_context(reserve(asynchronous))
         yield dataclasses.replace(request, writer=queue)
 
 
@@ -108,12 +107,12 @@ def _options(**given: Any) -> contextlib.AbstractContextManager[Any]:
     return options(**given) if given else contextlib.nullcontext()
 
 
-def showing(progress: Any) -> contextlib.AbstractContextManager[Any]:
+def with_progress(progress: Any) -> contextlib.AbstractContextManager[Any]:
     """The option `progress`, where it is given."""
     return _options(progress=progress)
 
 
-def told(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
+def handle_or_none(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
     """What a caller is given: the handle of an asynchronous save; the report of another is the last one from now on."""
     if isinstance(saved, Handle):
         return saved
@@ -162,11 +161,11 @@ def load_request(
     *,
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] = (),
-    **asked: Any,
+    **fields: Any,
 ) -> LoadRequest:
     """The request for a load of weights; one pattern stands for a list of one."""
     chosen = None if only is None else _patterns(only)
-    return LoadRequest(plain(filepath), model, only=chosen, skip=_patterns(skip), **asked)
+    return LoadRequest(path_to_str(filepath), model, only=chosen, skip=_patterns(skip), **fields)
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

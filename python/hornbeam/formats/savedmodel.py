@@ -100,8 +100,8 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
 
 def _check_fingerprint(root: Path) -> None:
     """Refuses a SavedModel that was written over since by something that left our archive where it was."""
-    theirs, ours = root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT)
-    if theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
+    of_graph, of_archive = root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT)
+    if of_graph.exists() and of_archive.exists() and of_graph.read_bytes() != of_archive.read_bytes():
         raise InvalidError(
             f"The SavedModel '{root}' was written over since the model in it was saved, so they differ. Save the "
             f"model again; the one that was saved is still there, to be loaded as '{root / WHOLE}'."

@@ -418,7 +418,7 @@ class CheckpointManager(BeginsAnew):
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(_core.Directory(target, [file, _STATE], durable=self.durable))
             root = Path(directory.path)
-            with options(durable=self.durable, atomic=False), writer.asked(asynchronous) as queue:
+            with options(durable=self.durable, atomic=False), writer.reserve(asynchronous) as queue:
                 request = SaveRequest(model, str(root / file), writer=queue)
                 save = operations.save_weights if self.save_weights_only else operations.save_model
                 written = save(request)
@@ -591,7 +591,7 @@ class _Pending:
                 raise
         except BaseException as error:
             self._error = error
-            writer.untold[self] = self._path, error
+            writer.unreported[self] = self._path, error
         finally:
             del self._finish, self._temporary, self._clean  # they refer to the manager, which refers to this
             self._done.set()
@@ -606,7 +606,7 @@ class _Pending:
             return None
         writer.refuse_waiting_for(self._done)
         self._done.wait()
-        writer.untold.pop(self, None)
+        writer.unreported.pop(self, None)
         return self._error
 
 

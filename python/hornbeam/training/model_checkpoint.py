@@ -283,7 +283,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             with (
                 entry.scope(),
                 options(durable=self.durable),
-                writer.asked(asynchronous) as request,
+                writer.reserve(asynchronous) as request,
                 operation.offered(model, path, request),
             ):
                 if self.save_weights_only:
@@ -345,7 +345,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         except Exception as error:  # in the writer's thread nobody would see it
             logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], ledger.path, error)
             self._failure = error
-            writer.untold[self] = record["path"], error
+            writer.unreported[self] = record["path"], error
             return
         record.update(bytes=size, write_seconds=written, kept=kept, deleted=deleted)
         logger.info(
@@ -429,7 +429,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def _take_failure(self) -> Exception | None:
         failure, self._failure = self._failure, None
-        writer.untold.pop(self, None)
+        writer.unreported.pop(self, None)
         return failure
 
     # ---- signals and exceptions ----
