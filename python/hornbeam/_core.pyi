@@ -81,6 +81,7 @@ def plan(
     compression: int | None = None,
     shuffle: bool = True,
     chunk_bytes: int = ...,
+    casts: Sequence[tuple[int, str, str, bool]] = ...,
 ) -> Plan:
     """Lays out a weights image: `(path, attributes)` of groups, `(path, dtype, shape, attributes)` of datasets.
 
@@ -92,6 +93,8 @@ def plan(
         compression: Level of deflate, 0 to 9; then datasets of 16 KiB and more are written in chunks, by libhdf5.
         shuffle: Transpose the bytes of the elements first.
         chunk_bytes: Bytes of a chunk, at most, before compression.
+        casts: `(position, dtype, name, whether values may become infinite)` of the datasets that are written in half
+            precision, and whose memory has this wider dtype.
 
     Raises:
         HornbeamError: For paths and dtypes that a weights file cannot hold.
@@ -159,7 +162,8 @@ class Save:
 
         Returns:
             `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
-            being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), and
+            being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), `casts`
+            (position, largest absolute and relative error, values that became zero and infinite, of each cast), and
             `tail`: what followed the end of target memory.
         """
     def cancel(self) -> None:

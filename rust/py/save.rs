@@ -1,12 +1,13 @@
 //! `plan`, `Plan.start`, `Save.finish`: a save in a thread of its own, while Python serialises the config.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict};
@@ -18,22 +19,38 @@ use super::files::{Outcome, outcome};
 use crate::archive::write::Content;
 use crate::commit::{Options, Pending};
 use crate::dtype::DType;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::image::Compression;
-use crate::io::emit::{Progress, Sink, Tensors};
+use crate::io::cast::{Cast, Loss};
+use crate::io::emit::{Progress, Put, Sink, Tensors, sized};
 use crate::io::fetch::POLL;
 use crate::load::Choice;
 use crate::save::{self, Prepared, Target};
-use crate::tree::{Attribute, Tree};
+use crate::tree::{Attribute, Dataset, Tree};
 
 use super::load::choice;
 
 /// A laid-out weights image, ready to be written.
 #[pyclass(frozen, module = "hornbeam._core")]
-pub(super) struct Plan(Arc<save::Plan>);
+pub(super) struct Plan(Arc<save::Plan>, Arc<Casts>);
+
+/// The datasets whose memory is wider than what is written, by their positions.
+type Casts = HashMap<usize, Wide>;
+
+/// What the casts of a save cost, by the positions of the datasets.
+type Losses = Vec<(usize, Loss)>;
+
+/// How a dataset is narrowed.
+struct Wide {
+    cast: Cast,
+    memory: Dataset,
+    name: String, // of its variable, for errors
+    may_overflow: bool,
+}
 
 #[pyfunction]
-#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1_048_576))]
+#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1_048_576, casts = Vec::new()))]
+#[allow(clippy::too_many_arguments)] // named ones
 pub(super) fn plan(
     py: Python<'_>,
     groups: Vec<(PyBackedStr, Vec<Attribute>)>,
@@ -42,6 +59,7 @@ pub(super) fn plan(
     compression: Option<u32>,
     shuffle: bool,
     chunk_bytes: u64,
+    casts: Vec<(usize, PyBackedStr, String, bool)>,
 ) -> PyResult<Plan> {
     let choice = choice(engine)?;
     let compression = compression.map(|level| Compression::new(level, shuffle, chunk_bytes)).transpose();
@@ -65,11 +83,22 @@ pub(super) fn plan(
         Ok(tree)
     };
     let tree = record().map_err(to_py)?; // attached: it releases the names
+    let casts = casts.into_iter().map(|(i, dtype, name, may_overflow)| {
+        let (wide, dataset) = (DType::from_name(&dtype), tree.datasets().get(i));
+        let cast = wide.zip(dataset).and_then(|(wide, dataset)| Cast::between(wide, dataset.dtype));
+        let (Some(cast), Some(wide), Some(dataset)) = (cast, wide, dataset) else {
+            return Err(PyValueError::new_err(format!("no dataset {i} to which {dtype} can be cast")));
+        };
+        let nbytes = dataset.nbytes / dataset.dtype.size() as u64 * wide.size() as u64;
+        let memory = Dataset { dtype: wide, nbytes, ..dataset.clone() };
+        Ok((i, Wide { cast, memory, name, may_overflow }))
+    });
+    let casts = casts.collect::<PyResult<Casts>>()?;
     let laid_out = detached(py, || match compression {
         Some(how) => Ok(save::Plan::compressed(tree, choice.compressor()?, how)),
         None => save::Plan::new(tree, &*choice.writer()?),
     });
-    Ok(Plan(Arc::new(laid_out?)))
+    Ok(Plan(Arc::new(laid_out?), Arc::new(casts)))
 }
 
 #[pymethods]
@@ -124,7 +153,14 @@ impl Plan {
         };
         let save = Save {
             progress: Arc::default(),
-            state: Mutex::new(Some(State::Held(Held { plan: Arc::clone(&self.0), target, buffers, archive, tail }))),
+            state: Mutex::new(Some(State::Held(Held {
+                plan: Arc::clone(&self.0),
+                casts: Arc::clone(&self.1),
+                target,
+                buffers,
+                archive,
+                tail,
+            }))),
             prepared: Mutex::new(None),
             process: std::process::id(),
         };
@@ -153,7 +189,7 @@ impl Drop for KeepsTail {
 /// What the writer thread asks of the caller.
 enum Event {
     Tensor(usize),
-    Done(Box<Result<Prepared>>),
+    Done(Box<Result<(Prepared, Losses)>>),
 }
 
 /// What the caller answers.
@@ -179,6 +215,7 @@ enum State {
 /// What the writer thread will need.
 struct Held {
     plan: Arc<save::Plan>,
+    casts: Arc<Casts>,
     target: Target,
     buffers: Vec<Option<Buffer>>,
     archive: bool,
@@ -198,6 +235,9 @@ struct Running {
 struct Source<'a> {
     buffers: &'a [Option<Buffer>],
     current: Option<Buffer>,
+    casts: &'a Casts,
+    losses: Losses,
+    narrow: Vec<u8>, // a whole tensor, for who needs it whole
     ask: &'a Sender<Event>,
     answers: &'a Receiver<Answer>,
 }
@@ -206,8 +246,9 @@ fn cancelled<E>(_: E) -> Error {
     Error::new(Kind::Cancelled, "the save was cancelled")
 }
 
-impl Tensors for Source<'_> {
-    fn tensor(&mut self, i: usize) -> Result<&[u8]> {
+impl Source<'_> {
+    /// The memory of dataset `i`, as it is.
+    fn memory(&mut self, i: usize) -> Result<&[u8]> {
         if let Some(buffers) = &self.buffers[i] {
             return Ok(buffers.bytes());
         }
@@ -220,23 +261,67 @@ impl Tensors for Source<'_> {
     }
 }
 
+impl Source<'_> {
+    /// The same, cast on its way to `put`.
+    fn narrowed(&mut self, i: usize, put: Put<'_>) -> Result<()> {
+        let wide = &self.casts[&i];
+        let loss = wide.cast.each_block(sized(self.memory(i)?, &wide.memory)?, put)?;
+        self.losses.push((i, loss));
+        if loss.infinite == 0 || wide.may_overflow {
+            return Ok(());
+        }
+        let (name, path, to) = (&wide.name, &wide.memory.path, wide.cast.narrow());
+        let found = format!("{} would become infinite", loss.infinite);
+        Err(Error::new(
+            Kind::Invalid,
+            format!("'{name}' ('{path}' in the file) holds values that {to} cannot: {found}"),
+        )
+        .with_advice("Save it as bfloat16, which reaches as far as float32, or with `allow_overflow=True`."))
+    }
+}
+
+impl Tensors for Source<'_> {
+    fn tensor(&mut self, i: usize) -> Result<&[u8]> {
+        if !self.casts.contains_key(&i) {
+            return self.memory(i);
+        }
+        let mut narrow = std::mem::take(&mut self.narrow);
+        narrow.clear();
+        self.narrowed(i, &mut |part| {
+            narrow.try_reserve(part.len()).map_err(|_| out_of_memory(part.len()))?;
+            narrow.extend_from_slice(part);
+            Ok(())
+        })?;
+        self.narrow = narrow;
+        Ok(&self.narrow)
+    }
+
+    fn each_part(&mut self, i: usize, dataset: &Dataset, put: Put<'_>) -> Result<()> {
+        if self.casts.contains_key(&i) { self.narrowed(i, put) } else { put(sized(self.memory(i)?, dataset)?) }
+    }
+}
+
 impl Running {
     /// Starts the writer thread.
     fn spawn(held: Held, progress: &Arc<Progress>) -> PyResult<Self> {
-        let Held { plan, target, buffers, archive, tail } = held;
+        let Held { plan, casts, target, buffers, archive, tail } = held;
         let (ask, events) = channel();
         let (tensors, tensor_answers) = channel();
         let (members, member_answers) = channel();
         let watched = Arc::clone(progress);
         let body = move || {
             let work = || {
-                let mut source = Source { buffers: &buffers, current: None, ask: &ask, answers: &tensor_answers };
+                let (ask, answers) = (&ask, &tensor_answers);
+                let (losses, narrow) = (Vec::new(), Vec::new());
+                let buffers = &buffers;
+                let mut source = Source { buffers, current: None, casts: &casts, losses, narrow, ask, answers };
                 let mut members = || match member_answers.recv().map_err(cancelled)? {
                     Answer::Members(members) => Ok(members),
                     Answer::Tensor(_) => Err(cancelled(())),
                 };
                 let members: Option<save::Members<'_>> = if archive { Some(&mut members) } else { None };
-                save::write(&plan, target, &mut source, members, &watched)
+                let prepared = save::write(&plan, target, &mut source, members, &watched)?;
+                Ok((prepared, source.losses))
             };
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
             let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "the writer thread panicked")));
@@ -323,10 +408,12 @@ impl Save {
         drop((events, tensors, members));
         let buffers = py.detach(|| thread.join());
         drop(buffers);
-        let prepared = waited.map_err(to_py)?;
+        let (prepared, losses) = waited.map_err(to_py)?;
         let info = PyDict::new(py);
         info.set_item("bytes", prepared.bytes())?;
         info.set_item("crc", prepared.crc())?;
+        let losses = losses.iter().map(|(i, l)| (*i, l.max_abs, l.max_rel, l.zeros, l.infinite));
+        info.set_item("casts", losses.collect::<Vec<_>>())?;
         if commit {
             let committed = detached(py, || prepared.commit())?.committed;
             info.set_item("in_place", committed.in_place)?;

@@ -21,7 +21,7 @@ import pytest
 from keras import layers
 
 import hornbeam
-from hornbeam import saving
+from hornbeam import _core, saving
 from hornbeam.errors import InvalidError, UnsupportedError
 from support.helpers import reported, saved, state
 from support.zoo import ZOO, chain, floats, train
@@ -233,6 +233,78 @@ def test_layers_with_quantised_weights_stay_what_they_are(name: str, tmp_path: P
 def quantised(path: Path) -> list[str]:
     with hornbeam.open(path) as file:
         return [name for name, tensor in file.tensors.items() if tensor.dtype.name in ("int8", "uint8")]
+
+
+def hard_values(dtype: np.dtype) -> np.ndarray:
+    """Every value that half precision has, what lies half-way between two, their neighbours, and random bits."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    with np.errstate(all="ignore"):
+        every = np.concatenate([bits.view(half).astype(dtype) for half in DTYPES.values()])
+        middle = (every[:-1] + every[1:]) / dtype.type(2)
+        known = np.concatenate([every, middle])
+        up, down = (np.nextafter(known, dtype.type(to)) for to in (np.inf, -np.inf))
+    random = np.random.default_rng(7).integers(0, 256, (1 << 20) + 12345 * dtype.itemsize, np.uint8).view(dtype)
+    return np.concatenate([known, up, down, random])
+
+
+def cast_by_core(values: np.ndarray, dtype: str) -> tuple[np.ndarray, tuple[Any, ...]]:
+    stored = "V2" if dtype == "bfloat16" else dtype
+    plan = _core.plan([], [("x", stored, values.shape, [])], casts=[(0, values.dtype.name, "x", True)])
+    file = io.BytesIO()
+    (loss,) = plan.start(file, [values], archive=False).finish([])["casts"]
+    weights = _core.open(file.getvalue(), archive=False).weights()
+    return np.frombuffer(weights.read(0, 0, 2 * values.size), DTYPES[dtype]), loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_casts_round_as_numpy_and_ml_dtypes_do(wide: str, dtype: str) -> None:
+    values = hard_values(np.dtype(wide))
+    found, (i, max_abs, max_rel, zeros, infinite) = cast_by_core(values, dtype)
+    with np.errstate(all="ignore"):
+        wanted = values.astype(DTYPES[dtype])
+        back = wanted.astype(wide)
+        fine = np.isfinite(values) & np.isfinite(back)
+        error = np.abs(values[fine] - back[fine])
+        relative = error[values[fine] != 0] / np.abs(values[fine][values[fine] != 0])
+    nan = np.isnan(values)  # which bits a NaN keeps depends on the processor
+    assert found[~nan].tobytes() == wanted[~nan].tobytes()
+    assert np.isnan(found[nan].astype("float32")).all()
+    assert np.array_equal(np.signbit(found[nan]), np.signbit(values[nan]))
+    assert (i, max_abs, max_rel) == (0, error.max(), relative.max())
+    assert zeros == np.count_nonzero((back == 0) & (values != 0)) > 0
+    assert infinite == np.count_nonzero(np.isfinite(values) & np.isinf(back)) > 0
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 4095, 4096, 4097, 3 * 4096 + 5])
+def test_casts_of_every_length(size: int) -> None:
+    values = np.linspace(-3, 3, size + 1, dtype="float32")[1:]
+    wanted = values.astype("float16")
+    found, (_, max_abs, _, zeros, infinite) = cast_by_core(values, "float16")
+    assert found.tobytes() == wanted.tobytes()
+    assert (max_abs, zeros, infinite) == (np.abs(values - wanted.astype("float32")).max(), 0, 0)
+
+
+@pytest.mark.parametrize("how", ["compressed", "asynchronous"])
+def test_other_ways_to_write_cast_alike(how: str, tmp_path: Path) -> None:
+    def save(path: Path) -> Any:
+        if how == "compressed":
+            return reported(saving.save_weights, model, path, dtype="float16", compression=1)
+        handle = saving.save_weights(model, path, dtype="float16", asynchronous=True)
+        handle.result()
+        return handle.report
+
+    model = chain(layers.Dense(300, name="a"), shape=(700,))
+    plain = reported(saving.save_weights, model, tmp_path / "m.weights.h5", dtype="float16")
+    path = tmp_path / "other.weights.h5"
+    assert save(path).cast == plain.cast
+    with hornbeam.open(path) as found, hornbeam.open(tmp_path / "m.weights.h5") as wanted:
+        assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in wanted.items()}
+    model.layers[-1].kernel.assign(keras.ops.ones((700, 300)) * 1e9)
+    before = path.read_bytes()
+    with pytest.raises(InvalidError, match=r"'a/kernel'.*210000 would become infinite"):
+        save(path)
+    assert path.read_bytes() == before
 
 
 def test_only_wider_floats_are_cast(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam.base import deferred, dtypes
-from hornbeam.base.reports import SaveReport
+from hornbeam.base.reports import Cast, SaveReport
 from hornbeam.errors import UnsupportedError
 from hornbeam.values import ownership, tensors
 
@@ -24,22 +24,32 @@ Attributes = list[tuple[str, str]]
 
 
 class Dataset:
-    """A recorded value: what is known of it now, and its memory or how to get it."""
+    """A recorded value: what is known of it now, and its memory or how to get it.
 
-    __slots__ = ("dtype", "memory", "name", "shape", "tag", "variable")
+    Attributes:
+        cast: Where the core casts the memory while it writes: the type that it has, what errors call it, and whether
+            its values may become infinite.
+    """
+
+    __slots__ = ("cast", "dtype", "memory", "name", "nbytes", "shape", "tag", "variable")
 
     def __init__(self, memory: np.ndarray | deferred.Deferred, variable: keras.Variable | None = None) -> None:
         self.memory = memory
         self.variable = variable
-        self.name = tensors.keras_dtype(memory.dtype)
-        self.dtype = dtypes.dtype_name(memory.dtype)
-        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
         self.shape = memory.shape
+        self.cast: tuple[str, str, bool] | None = None
+        self._store_as(memory.dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the value."""
-        return math.prod(self.shape) * self.memory.dtype.itemsize
+    def narrow(self, dtype: np.dtype, path: str, *, allow_overflow: bool) -> None:
+        """Has the core cast the value to a narrower type while it writes it."""
+        self.cast = (self.name, path if self.variable is None else self.variable.path, allow_overflow)
+        self._store_as(dtype)
+
+    def _store_as(self, dtype: np.dtype) -> None:
+        self.name = tensors.keras_dtype(dtype)
+        self.dtype = dtypes.dtype_name(dtype)
+        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
+        self.nbytes = math.prod(self.shape) * dtype.itemsize  # in the file
 
     def array(self) -> np.ndarray:
         """The value, fetched now where it was deferred."""
@@ -75,6 +85,17 @@ class RecordStore(saving_lib.H5IOStore):
             self.groups[self._prefix] = [(name, str(value)) for name, value in metadata.items()]
             self.order.append(("group", self._prefix))
         return self
+
+    def casts(self) -> list[tuple[int, str, str, bool]]:
+        """What the core casts, by its position."""
+        return [(i, *d.cast) for i, d in enumerate(self.datasets.values()) if d.cast is not None]
+
+    def note_casts(self, losses: list[tuple[int, float, float, int, int]]) -> None:
+        """Puts into the report what the casts of a save cost."""
+        datasets = list(self.datasets.values())
+        for i, max_abs, max_rel, zeros, infinite in sorted(losses):
+            wide, name, _ = datasets[i].cast or ("", "", False)
+            self.report.cast.append(Cast(name, wide, datasets[i].name, max_abs, max_rel, zeros, infinite))
 
     def mark_optimizer(self) -> None:
         """Notes that the current group is an optimizer's."""

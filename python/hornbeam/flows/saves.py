@@ -249,6 +249,7 @@ def layout(store: RecordStore) -> dict[str, Any]:
         "compression": options.compression,
         "shuffle": options.shuffle,
         "chunk_bytes": options.chunk_bytes,
+        "casts": store.casts(),
     }
 
 
@@ -439,6 +440,7 @@ def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
 def make_report(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
     """Counts a save, and says what it was."""
     counters.count(engine=plan.engine, saves=1, bytes_written=info["bytes"], tensors_written=len(store.datasets))
+    store.note_casts(info["casts"])
     report = store.report
     report.path, report.engine, report.tensors = path, plan.engine, len(store.datasets)
     report.bytes, report.crc = info["bytes"], info.get("crc")

@@ -85,6 +85,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
             compression=options.compression,
             shuffle=options.shuffle,
             chunk_bytes=options.chunk_bytes,
+            casts=file.store.casts(),
         )
         if not isinstance(filepath, Stream):
             _core.make_directories(os.path.dirname(text) or ".", durable=options.durable)

@@ -104,7 +104,7 @@ class _Named(RecordStore):
         metadata = [("format", "keras"), ("keras_version", keras.__version__), (_PATHS, json.dumps(self.paths))]
         metadata += self.groups.get("", [])
         rows = [(name, d.dtype, d.shape, [("dtype", d.name)]) for name, d in self.datasets.items()]
-        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors")
+        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors", casts=self.casts())
 
 
 def _name(store: RecordStore) -> _Named:

@@ -76,7 +76,10 @@ def write(
                 durable=options.durable,
             )
             running.append((save, 0))
-            running[-1] = save, save.finish([], saves.puller(shard), commit=False)["bytes"]
+            info = save.finish([], saves.puller(shard), commit=False)
+            running[-1] = save, info["bytes"]
+            shard.report = report
+            shard.note_casts(info["casts"])
     saved = [save for save, _ in running]
     placed = _core.commit_indexed(saved, path, index, atomic=options.atomic, durable=options.durable)
     for name, how in zip([*(name for name, *_ in planned), str(path)], placed, strict=True):
