@@ -227,6 +227,7 @@ def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
     walked = ("m.keras", "m.weights.h5")
     points: list[tuple[Any, str, Any, str, tuple[str, ...]]] = [
         (saving_lib, "_walk_saveable", walking._walk_patch, "_make", walked),
+        (saving_lib, "_save_state", walking._save_patch, "_make", walked),
         (saving_lib, "naming", walking._Naming, "to_snake_case", walked),
         (saving_lib, "file_utils", walking._FileUtils, "join", walked),
         (BaseOptimizer, "save_own_variables", walking._optimizer_patch, "_make", walked),

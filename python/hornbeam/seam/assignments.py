@@ -65,7 +65,7 @@ class Journal:
             attributes = getattr(saveable, "__dict__", None)
             if attributes is not None:
                 self._states.append((attributes, dict(attributes)))
-                if _is_custom(saveable):
+                if not walking.is_by_keras(saveable, "load_own_variables"):
                     self._keep_contents(saveable)
 
     def _keep_contents(self, saveable: Any) -> None:
@@ -122,12 +122,6 @@ class Journal:
             raise failed
 
 
-def _is_custom(saveable: Any) -> bool:
-    """Whether its state is loaded by code that is not Keras'."""
-    owner = next((c for c in type(saveable).__mro__ if "load_own_variables" in vars(c)), None)
-    return "load_own_variables" in vars(saveable) or (owner is not None and not owner.__module__.startswith("keras."))
-
-
 def _kept(value: Any) -> Callable[[], None] | None:
     """What gives a container, an array or a variable of the backend its content back; `None` for anything else."""
     if isinstance(value, np.ndarray):
@@ -162,9 +156,11 @@ class Store(Protocol):
 
     Attributes:
         passes: Whether nothing of the object whose turn it is is loaded.
+        by_keras: Whether Keras' own code loads it.
     """
 
     passes: bool
+    by_keras: bool
 
 
 class Part(Protocol):
@@ -226,6 +222,7 @@ def _assign(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """`saving_lib._load_state`, which calls itself through its module."""
+    in_turn = walking.in_turn("load_own_variables", original)
 
     def load(saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kwargs: Any) -> Any:
         journal = current()
@@ -237,7 +234,7 @@ def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
             weights_store.passes = not journal.part.has(inner_path)
             kept = [holding.hold(variable) for variable in journal.part.keeps(inner_path, saveable)]
         try:
-            return original(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
+            return in_turn(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
         finally:
             for restore in kept:
                 restore()

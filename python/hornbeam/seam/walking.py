@@ -156,6 +156,32 @@ def _walk(original: Callable[[Any], Iterator[tuple[str, Any]]]) -> Callable[[Any
     return walk
 
 
+def is_by_keras(saveable: Any, method: str) -> bool:
+    """Whether the method that stores or loads the state of an object is Keras' own code, or hornbeam's."""
+    module = getattr(getattr(saveable, method, None), "__globals__", {}).get("__name__", "")
+    return str(module).startswith(("keras.src.", "hornbeam."))
+
+
+def in_turn(method: str, original: Callable[..., None]) -> Callable[..., None]:
+    """`saving_lib._save_state` or `_load_state`, which call themselves through their module.
+
+    Our store learns whose turn it is: what Keras' own code stores or assigns, it does not change afterwards.
+    """
+
+    def take_turn(saveable: Any, weights_store: Any, *args: Any, **kwargs: Any) -> None:
+        before = getattr(weights_store, "by_keras", None)
+        if before is None:  # not ours
+            original(saveable, weights_store, *args, **kwargs)
+            return
+        weights_store.by_keras = is_by_keras(saveable, method)
+        try:
+            original(saveable, weights_store, *args, **kwargs)
+        finally:
+            weights_store.by_keras = before
+
+    return take_turn
+
+
 def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
 
@@ -172,6 +198,7 @@ def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _walk_patch = Patch(_walk)
+_save_patch = Patch(lambda original: in_turn("save_own_variables", original))
 _naming_patch = Patch(_Naming)
 _file_utils_patch = Patch(_FileUtils)
 _optimizer_patch = Patch(_save_optimizer)
@@ -188,6 +215,7 @@ def fast_walk() -> Iterator[None]:
         return
     with (
         _walk_patch(saving_lib, "_walk_saveable"),
+        _save_patch(saving_lib, "_save_state"),
         _naming_patch(saving_lib, "naming"),
         _file_utils_patch(saving_lib, "file_utils"),
         _optimizer_patch(BaseOptimizer, "save_own_variables"),
