@@ -6,7 +6,6 @@ import weakref
 
 import numpy as np
 
-
 _given: dict[int, weakref.ref[np.ndarray]] = {}
 
 
