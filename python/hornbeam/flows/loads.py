@@ -379,7 +379,7 @@ def _fill_report(
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
-    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
+    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.may_be_missing))
     report.unmatched = request.unmatched(names)
     finish(report, request, journal, store, errors, selection, unfit=unfit and not request.skip_mismatch)
 

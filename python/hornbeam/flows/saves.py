@@ -58,7 +58,7 @@ def save_archive(request: SaveRequest) -> Saved:
     with recorded(request, assets=True) as (store, assets):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, target, options, _members(request.model), assets)
+            return _save_later(request.writer, plan, store, target, options, _members(request.model), assets)
         if path is not None:
             info = _write(request.model, plan, store, assets, path, base=0, options=options)
         elif type(target) is io.BytesIO:
@@ -66,7 +66,7 @@ def save_archive(request: SaveRequest) -> Saved:
         else:
             base = target.tell() if file_objects.is_seekable(target) else 0
             info = _write(request.model, plan, store, assets, target, base=base, options=options)
-            _cut(target, base + info["bytes"])
+            _truncate_at(target, base + info["bytes"])
     return reported(plan, store, info, path)
 
 
@@ -102,7 +102,7 @@ def save_directory(request: SaveRequest) -> Saved:
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
         with (
             _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
-            _naming(target, str(directory.path)),
+            _errors_name_target(target, str(directory.path)),
         ):
             root = Path(directory.path)
             save = plan.start(
@@ -126,7 +126,7 @@ def save_directory(request: SaveRequest) -> Saved:
 
 
 @contextmanager
-def _naming(target: str, temporary: str) -> Iterator[None]:
+def _errors_name_target(target: str, temporary: str) -> Iterator[None]:
     """Errors name the files of a directory as the user will know them, not where they are made."""
     try:
         yield
@@ -152,7 +152,7 @@ def save_weights(request: SaveRequest) -> Saved:
     with recorded(request, assets=False) as (store, _):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, request.target, settings.current())
+            return _save_later(request.writer, plan, store, request.target, settings.current())
         info = write_image(plan, store, request.target)
     return reported(plan, store, info, path_of(request.target))
 
@@ -173,7 +173,7 @@ def check_weights(request: SaveRequest) -> None:
         raise NotOurs(reason, request.beyond(), place)
 
 
-def _defer(
+def _save_later(
     queue: writer.Request,
     plan: _core.Plan,
     store: RecordStore,
@@ -201,7 +201,7 @@ def _defer(
         del dataset.memory
 
     def write() -> SaveReport:
-        info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
+        info = _guarded(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         log_placed(info["in_place"], info["lost"], path)
         return reported(plan, store, info, path)
 
@@ -286,7 +286,7 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _guarded(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
         with progress.watch("save", path, nbytes, lambda: save.written):
@@ -323,7 +323,7 @@ def _write(
         members += [(name, Path(file)) for name, file in assets.files()]
         return save.finish(members, puller(store))
 
-    info = _finishing(save, path, plan.nbytes, work)
+    info = _guarded(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_placed(info["in_place"], info["lost"], target)
     return info
@@ -355,11 +355,11 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
         if before is not None:
             _restore(file, before)
         raise
-    _cut(file, info["bytes"])
+    _truncate_at(file, info["bytes"])
     return info
 
 
-def _cut(file: Any, end: int) -> None:
+def _truncate_at(file: Any, end: int) -> None:
     """Puts a file object at the end of what was written, and drops what was behind it before."""
     if not file_objects.is_seekable(file):
         return
@@ -387,7 +387,7 @@ def _restore(file: io.BytesIO, content: bytes) -> None:
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str | None) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    return _finishing(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
+    return _guarded(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
 
 
 def _write_memory(

@@ -40,7 +40,7 @@ class Journal:
         self.part = part
         self.undoable = undoable
         self._held: set[int] = set()
-        self._kept: list[Any] = []
+        self._alive: list[Any] = []
         self._values: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
@@ -55,7 +55,7 @@ class Journal:
         self.assigned[id(variable)] = variable
         if isinstance(value, np.ndarray) and dtypes.name_of(value.dtype) != variable._dtype:
             noted = (variable.path, value.dtype.name, variable._dtype)
-            if self.cast[-1:] != [noted]:  # twice where somebody's code stands between two of our own
+            if self.cast[-1:] != [noted]:  # an `assign` of others may call ours twice
                 self.cast.append(noted)
 
     def visit(self, saveable: Any, path: str) -> None:
@@ -83,10 +83,10 @@ class Journal:
                 if value._value is not None:
                     self.before(value)
             elif id(value) not in self._held:
-                restore = _kept(value)
+                restore = _content_restorer(value)
                 if restore is not None:
                     self._held.add(id(value))
-                    self._kept.append(value)  # its id stays its own
+                    self._alive.append(value)  # as long as it lives, no other object has its id
                     self._values.append(restore)
             if isinstance(value, KerasSaveable) and not isinstance(value, KerasVariable):
                 attributes = vars(value)
@@ -97,12 +97,12 @@ class Journal:
             elif isinstance(value, list | tuple | set):
                 todo += value
 
-    def take_over(self, inner: Journal) -> None:
+    def absorb(self, inner: Journal) -> None:
         """Makes what a load inside of this one did a part of it."""
         self.assigned.update(inner.assigned)
         self.cast += inner.cast
         self._held |= inner._held
-        self._kept += inner._kept
+        self._alive += inner._alive
         self._values += inner._values
         self._states += inner._states
 
@@ -112,7 +112,7 @@ class Journal:
         for restore in reversed(self._values):
             try:
                 restore()
-            except BaseException as error:  # another Ctrl-C, say: the others come first
+            except BaseException as error:  # another Ctrl-C, say: first everything else is restored
                 failed = error
         for attributes, before in reversed(self._states):
             if attributes.keys() != before.keys() or any(attributes[k] is not v for k, v in before.items()):
@@ -122,12 +122,12 @@ class Journal:
             raise failed
 
 
-def _kept(value: Any) -> Callable[[], None] | None:
+def _content_restorer(value: Any) -> Callable[[], None] | None:
     """What gives a container, an array or a variable of the backend its content back; `None` for anything else."""
     if isinstance(value, np.ndarray):
         array = value.copy()
         return functools.partial(np.copyto, value, array) if value.flags.writeable else None
-    # The classes' own methods: Keras' containers track what comes in, and may be locked; a proxy is none of these.
+    # Methods of list, set and dict themselves: those of Keras' containers track what is added, and may be locked.
     if issubclass(type(value), list):
         items = list(value)
         return lambda: value.__setitem__(slice(None), items)
@@ -140,11 +140,11 @@ def _kept(value: Any) -> Callable[[], None] | None:
 
         return refill
     if issubclass(type(value), dict):
-        return functools.partial(_refill, value, list(value.items()))
+        return functools.partial(_restore_dict, value, list(value.items()))
     return holding.hold_raw(value)
 
 
-def _refill(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
+def _restore_dict(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
     base = OrderedDict if isinstance(value, OrderedDict) else dict
     base.clear(value)
     for key, item in items:
@@ -284,4 +284,4 @@ def journal(*, undoable: bool, part: Part | None = None) -> Iterator[Journal]:
                 made.roll_back()
             raise
         if outer is not None:
-            outer.take_over(made)
+            outer.absorb(made)
