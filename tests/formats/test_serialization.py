@@ -97,7 +97,7 @@ def test_a_config_that_becomes_text_is_not_copied_and_nobody_can_tell(
             assert model.to_json() == stock
     assert {main for main, _ in copied} == {False}  # the other thread's are copies as ever
     assert len(copied) == 4  # both models in it, twice
-    with hornbeam.installed(), hornbeam.options(shortcuts=()):
+    with hornbeam.installed(), hornbeam.options(shortcuts=False):
         assert model.to_json() == stock
     assert len(copied) == 4  # nothing is patched
     saving.save_model(model, tmp_path / "m.keras")

@@ -462,6 +462,8 @@ def test_options_are_scoped_and_checked() -> None:
         assert after.fallback
     with pytest.raises(ValueError, match="engine must be"), hornbeam.options(engine="quick"):
         pass
+    with pytest.raises(ValueError, match="shortcuts must be"), hornbeam.options(shortcuts=["copies"]):  # type: ignore[arg-type]
+        pass
 
 
 @pytest.mark.parametrize("atomic", [True, False])

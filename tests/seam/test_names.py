@@ -111,7 +111,7 @@ WORK: dict[str, list[tuple[Callable[[Any, Path], Any], str]]] = {
 def _other(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Makes a name one of a Keras to come: without it, or with another parameter, which all its callers pass."""
     if how == "missing":
-        look = keras_names._look
+        look = keras_names._describe
         monkeypatch.setattr(keras_names, "_look", lambda asked: "-" if asked == name else look(asked))
         return "-" not in TABLE["known"][name]
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
@@ -189,7 +189,7 @@ def test_the_warning_is_said_once_where_the_user_called(tmp_path: Path, monkeypa
 
 def test_what_only_hornbeam_does_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _other("saving.saving_lib._save_state", "missing", monkeypatch)
-    monkeypatch.setattr(keras_names, "_tell", lambda *_: None)
+    monkeypatch.setattr(keras_names, "_warn_once", lambda *_: None)
     model = _model()
     for request in ({"dtype": "float16"}, {"compression": 4}, {"asynchronous": True}, {"include_optimizer": False}):
         with pytest.raises(UnsupportedError, match=r"_save_state"):

@@ -36,7 +36,7 @@ def test_there_is_no_other_kind_of_patch() -> None:
     assert {id(p) for p in made if isinstance(p, patches.Patch)} == {
         id(p) for p in patches._patches if _is_hornbeams(p)
     }
-    assert len({id(p) for p in made if isinstance(p, patches.Patch)}) == 17
+    assert len({id(p) for p in made if isinstance(p, patches.Patch)}) == 18
 
 
 def _is_hornbeams(patch: patches.Patch) -> bool:
@@ -44,7 +44,7 @@ def _is_hornbeams(patch: patches.Patch) -> bool:
 
 
 PATCHES = [
-    *((walking, n) for n in ("_walk_patch", "_optimizer_patch")),
+    *((walking, n) for n in ("_walk_patch", "_save_patch", "_optimizer_patch")),
     *((assignments, n) for n in ("_assign_patch", "_load_patch")),
     *((building, n) for n in ("_variable_patch", "_slot_patch", "_key_patch")),
     *((shortcuts, n) for n in ("_attribute_patch", "_tensor_patch")),

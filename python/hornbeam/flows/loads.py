@@ -355,12 +355,12 @@ def _fill_report(
     *,
     untrained: AbstractSet[int] = frozenset(),
 ) -> None:
-    """Fills the report, counts, and raises if the load is not what it had to be."""
+    """Sorts everything into the lists of the report, and finishes it."""
     left_out = request.objects_to_skip or ()
     names = [path for image in store.images for path, *_ in image.datasets]
     has_optimizer = getattr(model, "optimizer", None) is not None
-    failed = tuple(_start(f"{journal.places.get(key, '')}/vars/") for key in errors)
-    outside = tuple(_start(f"{journal.places[id(o)]}/") for o in left_out if id(o) in journal.places)
+    failed = tuple(f"{journal.places.get(key, '')}/vars/".lstrip("/") for key in errors)  # the model is at no path
+    outside = tuple(f"{journal.places[id(o)]}/".lstrip("/") for o in left_out if id(o) in journal.places)
     if not has_optimizer:
         outside += ("optimizer/",)
     for name in names:
@@ -379,16 +379,34 @@ def _fill_report(
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
+    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.may_be_missing))
     report.unmatched = request.unmatched(names)
+    finish(report, request, journal, store, errors, selection, unfit=unfit and not request.skip_mismatch)
+
+
+def finish(
+    report: LoadReport,
+    request: LoadRequest,
+    journal: assignments.Journal,
+    store: LoadStore,
+    errors: dict[int, Any],
+    selection: Selection | None = None,
+    *,
+    unfit: bool,
+) -> None:
+    """Completes a report whose lists are filled, and counts the load.
+
+    Raises:
+        IncompleteLoadError: If the load is `unfit`, or has to be complete and is not.
+    """
     report.cast = journal.cast
     report.bytes = sum(image.bytes for image in store.images)
     crcs = {image.crc for image in store.images}
     report.crc = crcs.pop() if len(crcs) == 1 else "partial"
     report.engine = store.images[0].weights.engine if store.images else "direct"
-    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
-    if (unfit and not request.skip_mismatch) or (request.strict and not report.complete):
+    if unfit or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
-        raised = IncompleteLoadError(f"{message}\n\n{differences(report, store, errors, selection)}")
+        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors, selection)}")
         raised.path, raised.report = report.path, report
         raise raised
     if errors:
@@ -398,10 +416,6 @@ def _fill_report(
     for image in store.images:
         counters.count(engine=image.weights.engine)
     counters.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
-
-
-def _start(path: str) -> str:
-    return path.lstrip("/")  # the model itself is at no path
 
 
 def _text(error: Exception) -> str:
@@ -417,7 +431,7 @@ def _keras_message(errors: dict[int, Any]) -> str:
     raise AssertionError("Keras did not raise")
 
 
-def differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
+def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
     """Every difference between file and model, with what in the file is nearest."""
     files = [path for image in store.images for path, *_ in image.datasets]
     groups = sorted({path.rpartition("/vars/")[0] for path in files})

@@ -6,9 +6,7 @@ Keras asks that a store be an instance of its own `H5IOStore`; nothing of that c
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import keras
@@ -18,7 +16,7 @@ from keras.src.saving import saving_lib
 from hornbeam.base import deferred, dtypes
 from hornbeam.base.reports import Cast, SaveReport
 from hornbeam.errors import UnsupportedError
-from hornbeam.values import ownership, tensors
+from hornbeam.values import tensors
 
 Attributes = list[tuple[str, str]]
 
@@ -57,7 +55,11 @@ class Dataset:
 
 
 class RecordStore(saving_lib.H5IOStore):
-    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value."""
+    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value.
+
+    Attributes:
+        by_keras: Whether Keras' own code stores the object whose turn it is.
+    """
 
     def __init__(self) -> None:
         self.mode = "w"
@@ -66,6 +68,7 @@ class RecordStore(saving_lib.H5IOStore):
         self.order: list[tuple[str, str]] = []  # ("group" or "dataset", path)
         self.optimizers: set[str] = set()  # groups
         self.report = SaveReport()
+        self.by_keras = False
         self._prefix = "vars"
 
     def __bool__(self) -> bool:
@@ -127,7 +130,7 @@ class RecordStore(saving_lib.H5IOStore):
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
         found = self.put(path, value)
         # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
-        if isinstance(found.memory, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
+        if isinstance(found.memory, deferred.Deferred) and not self.by_keras:
             found.memory = found.array()
 
     def put(self, path: str, value: Any) -> Dataset:
@@ -169,12 +172,3 @@ class RecordStore(saving_lib.H5IOStore):
         start = len(self._prefix) + 1
         inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
         return sorted(set(inside), key=str.encode)
-
-
-def _stored_by_keras(frame: FrameType | None) -> bool:
-    """Whether nothing but Keras' own code stands between a layer's `save_own_variables` and the walk over the model."""
-    while frame is not None and ownership.is_keras_code(frame):
-        if frame.f_code.co_name == "_save_state":
-            return True
-        frame = frame.f_back
-    return False

@@ -102,7 +102,7 @@ def save_directory(request: SaveRequest) -> Saved:
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
         with (
             _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
-            _naming(target, str(directory.path)),
+            _errors_name_target(target, str(directory.path)),
         ):
             root = Path(directory.path)
             save = plan.start(
@@ -126,7 +126,7 @@ def save_directory(request: SaveRequest) -> Saved:
 
 
 @contextmanager
-def _naming(target: str, temporary: str) -> Iterator[None]:
+def _errors_name_target(target: str, temporary: str) -> Iterator[None]:
     """Errors name the files of a directory as the user will know them, not where they are made."""
     try:
         yield

@@ -86,7 +86,7 @@ class Selection:
         source: Path in the model → path in the file, of what is loaded; everything else keeps its value.
         direct: Those paths of it whose variables are assigned without their object, and the object of each.
         missing: Paths in the model that were asked for and are not in the file.
-        lenient: Those of them that need not be.
+        may_be_missing: Those of them that need not be.
 
     Raises:
         ValueError: For a pattern that fits nothing, and names that do not tell one thing from another.
@@ -135,7 +135,7 @@ class Selection:
         if choice is not None:
             missing -= self._note_direct(choice, part=part)
         self.missing = sorted(missing)
-        self.lenient = {p for p in self.missing if part or request.by_name or structure.is_optimizer(p)}
+        self.may_be_missing = {p for p in self.missing if part or request.by_name or structure.is_optimizer(p)}
         self._places = {name: path for path, name in self.source.items()}
         self._loaded: dict[str, set[str]] = {}
         for path in self.source.keys() - self.direct.keys():

@@ -25,10 +25,9 @@ from keras.src.models import Functional
 from keras.src.saving import object_registration, serialization_lib
 
 from hornbeam import _core
-from hornbeam.base import contents, counters, dtypes, progress, settings, writer
+from hornbeam.base import contents, dtypes, progress, settings, writer
 from hornbeam.base.file_objects import Stream, openable, path_of
 from hornbeam.base.reports import LoadReport
-from hornbeam.errors import IncompleteLoadError
 from hornbeam.flows import loads, parts
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.flows.serving import Image, LoadStore
@@ -149,7 +148,7 @@ def load_weights(request: LoadRequest) -> LoadReport:
             journal.visit(step.owner, step.group)
         file.assign(steps)
         report.stage("assign")
-        _fill_report(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=request.partial)
+        _fill_report(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",))
     return report
 
 
@@ -461,9 +460,8 @@ def _fill_report(
     *,
     outside: tuple[str, ...],
     untrained: AbstractSet[int] = frozenset(),
-    partial: bool = False,
 ) -> None:
-    """Fills the report, counts, and raises if the load is not what it had to be."""
+    """Sorts everything into the lists of the report, and finishes it."""
     refused = tuple(f"{place}/" for place, _ in file.mismatched)
     for path in file.where:
         if path in file.store.taken:
@@ -473,25 +471,14 @@ def _fill_report(
         elif path.startswith(refused or "//"):
             report.refused.append(path)
         else:
-            (report.skipped if partial else report.unexpected).append(path)
+            (report.skipped if request.partial else report.unexpected).append(path)
     whole = model.weights if outside else loads.variables(model)
-    variables = _asked_for(model, request) if partial else whole
+    variables = _asked_for(model, request) if request.partial else whole
     report.missing = [v.path for v in variables if id(v) not in {*journal.assigned, *untrained}]
     report.mismatched = file.mismatched
     report.unmatched = request.unmatched(name.removeprefix("model_weights/") for name in file.where)
-    report.cast = journal.cast
-    report.bytes = file.image.bytes
-    report.crc = file.image.crc
-    report.engine = file.image.weights.engine
-    lenient = request.name_map is None or bool(file.mismatched)
-    if (report.missing and not lenient) or (request.strict and not report.complete):
-        differences = loads.differences(report, file.store, {}, None)
-        raised = IncompleteLoadError(f"The load is not complete.\n\n{differences}")
-        raised.path, raised.report = report.path, report
-        raise raised
-    if partial:
-        report.warn_if_nothing_fits()
-    counters.count(engine=report.engine, loads=1, bytes_read=report.bytes, tensors_read=file.image.tensors)
+    unfit = bool(report.missing) and request.name_map is not None and not file.mismatched
+    loads.finish(report, request, journal, file.store, {}, unfit=unfit)
 
 
 def _asked_for(model: Any, request: LoadRequest) -> list[Any]:

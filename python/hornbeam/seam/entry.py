@@ -118,7 +118,7 @@ def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callabl
                 return ours()(*args, **kwargs)
             except NotOurs as error:
                 left = error
-        return _leave(left, original, *args, **kwargs)
+        return _hand_over(left, original, *args, **kwargs)
 
     dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
     return dispatch
@@ -155,7 +155,7 @@ def run(
             left = error
     else:
         left.beyond = [*beyond, *left.beyond]
-    return _leave(left, stock)
+    return _hand_over(left, stock)
 
 
 def _unknown(operation: str) -> NotOurs | None:
@@ -168,7 +168,7 @@ def _unknown(operation: str) -> NotOurs | None:
     return NotOurs(reason, ["does not wait for stable storage"] if durable else [], saves=saves)
 
 
-def _leave(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _hand_over(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock Keras does all of it.
 
     Raises:
@@ -205,12 +205,12 @@ def _translated(ours: Callable[..., T], original: Callable[..., Any]) -> Callabl
             given = theirs.bind(*args, **kwargs)
         except TypeError:
             raise NotOurs(None) from None  # Keras says what is wrong
-        return ours(**_named(given))
+        return ours(**_by_name(given))
 
     return call
 
 
-def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+def _by_name(given: inspect.BoundArguments) -> dict[str, Any]:
     """All arguments by name."""
     named = dict(given.arguments)
     for parameter in given.signature.parameters.values():

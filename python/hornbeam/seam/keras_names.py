@@ -49,7 +49,7 @@ def unknown(operation: str) -> str | None:
     if operation not in _verdicts:
         _verdicts[operation] = reason = _compare(operation)
         if reason is not None:
-            _tell(operation, reason)
+            _warn_once(operation, reason)
     return _verdicts[operation]
 
 
@@ -90,7 +90,7 @@ def _compare(operation: str) -> str | None:
     for name in needed(operation):
         if name.startswith("backend.tensorflow.") and keras.backend.backend() != "tensorflow":
             continue
-        known, found = table()["known"][name], _look(name)
+        known, found = table()["known"][name], _describe(name)
         if found not in known:
             where = name if name.startswith(("archive", "keras.")) else f"keras.src.{name}"
             what = "is missing" if found == "-" else f"is {found or 'no function'}, expected {' | '.join(known)}"
@@ -98,7 +98,7 @@ def _compare(operation: str) -> str | None:
     return None
 
 
-def _tell(operation: str, reason: str) -> None:
+def _warn_once(operation: str, reason: str) -> None:
     text = (
         f"{reason}. From now on stock Keras does without hornbeam what it can do itself (operation: {operation}). A "
         "newer hornbeam may know this Keras; `hornbeam.options(fallback=False)` makes this an error."
@@ -123,14 +123,14 @@ def archive_class() -> Any:
     return next((cls for cls in backend_archive_class().__mro__ if "write_out" in vars(cls)), None)
 
 
-def _look(name: str) -> str:
+def _describe(name: str) -> str:
     """What is there: `(its, parameters)`, nothing for what is no function, `-` for nothing at all."""
     place, _, attribute = name.partition(":")
     owner = _resolve(place)
     if attribute and owner is not _MISSING:
         found = getattr(owner, attribute, _MISSING)
         if found is _MISSING:
-            found = None if _mentions(owner, attribute) else _MISSING
+            found = None if _code_mentions(owner, attribute) else _MISSING
     else:
         found = owner
     if found is _MISSING:
@@ -162,7 +162,7 @@ def _resolve(name: str) -> Any:
     return found
 
 
-def _mentions(cls: Any, attribute: str) -> bool:
+def _code_mentions(cls: Any, attribute: str) -> bool:
     """Whether the code of a class, or of one that it derives from, has an attribute of that name."""
     todo: list[Any] = []
     for base in cls.__mro__:

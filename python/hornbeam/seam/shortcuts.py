@@ -1,7 +1,7 @@
 """Shortcuts through Keras' construction and description of layers, for the time of a load or save and its thread.
 
-Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
-own: `hornbeam.options(shortcuts=...)`.
+Each leaves the same objects behind, and is tried once against the real thing before it is used.
+`hornbeam.options(shortcuts=False)` does without them.
 
 Small models do without those that take long to try, until they add up to what trying them costs.
 
@@ -47,7 +47,7 @@ from hornbeam.values import creating, tf_variables
 WORTH_TRYING = 64
 _built = 0  # variables that this process has built, and layers that it has described
 #: Those for building a model, and for describing one.
-BUILDING = settings.SHORTCUTS - {"copies"}
+BUILDING = frozenset(["attributes", "signatures", "tensors", "variables"])
 DESCRIBING = frozenset(["copies", "tensors"])
 
 
@@ -222,14 +222,14 @@ def make_variable(variable: Any, value: Any, creation: creating.Creation) -> Any
         return None
     if tuple(value.shape) != tuple(variable._shape) or not creating.is_eager():
         return None
-    return tf_variables.put_together(
+    return tf_variables.build(
         variable, value, creation.name_scope, creation.key, trainable=creation.trainable, known=scope.handle_data
     )
 
 
 @contextlib.contextmanager
 def scope(among: Set[str], amount: int) -> Iterator[None]:
-    """Takes those shortcuts that are switched on and work here.
+    """Takes those shortcuts that work here, unless they are switched off.
 
     Args:
         among: Those that the caller can use.
@@ -238,13 +238,13 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
     """
     global _built
     _built += amount
-    wanted = settings.current().shortcuts & among
+    wanted = set(among) if settings.current().shortcuts else set()
     if keras.backend.backend() != "tensorflow":
         wanted -= {"tensors", "variables"}
     if _built < WORTH_TRYING:
         wanted -= {"attributes", "copies", "variables"}
     with contextlib.ExitStack() as stack:
-        wanted = frozenset(shortcut for shortcut in wanted if _works[shortcut]())
+        wanted = {shortcut for shortcut in wanted if _works[shortcut]()}
         if "attributes" in wanted:
             stack.enter_context(_attributes())
         if "signatures" in wanted:
@@ -254,7 +254,7 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
             stack.enter_context(_copies())
         if "tensors" in wanted:
             stack.enter_context(_tensor_patch(tf_variables.module(), "is_tensor"))
-        with changed(shortcuts=_Scope(wanted)):
+        with changed(shortcuts=_Scope(frozenset(wanted))):
             yield
 
 
@@ -359,5 +359,5 @@ _works = {
     "copies": Tried("the shortcut 'copies'", _try_copies),
     "signatures": Tried("the shortcut 'signatures'", _try_signatures),
     "tensors": Tried("the shortcut 'tensors'", _try_tensors),
-    "variables": Tried("the shortcut 'variables'", tf_variables.try_put_together),
+    "variables": Tried("the shortcut 'variables'", tf_variables.try_build),
 }
