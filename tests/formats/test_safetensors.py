@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 from keras import layers
@@ -130,22 +129,29 @@ def test_the_file_is_what_the_format_says(tmp_path: Path) -> None:
         assert file["first/kernel"].tobytes() == keras.ops.convert_to_numpy(model.layers[1].kernel).tobytes()
 
 
+def zeros(shape: Any, dtype: str) -> Any:
+    """TensorFlow makes a float8 of a float only."""
+    return keras.ops.cast(keras.ops.zeros(shape, "float32"), dtype)
+
+
 class Holder(layers.Layer):
     """One variable of every dtype."""
 
     def build(self, shape: Any) -> None:
         for dtype in DTYPES:
-            zeros = np.zeros((3, 5), getattr(ml_dtypes, dtype, None) or dtype)
-            self.add_weight(
-                name=dtype, shape=(3, 5), dtype=dtype, initializer=lambda *_, zeros=zeros, **__: zeros, trainable=False
-            )
+            self.add_weight(name=dtype, shape=(3, 5), dtype=dtype, initializer=zeros, trainable=False)
 
     def call(self, x: Any) -> Any:
         return x
 
 
-DTYPES = ["float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
-DTYPES += ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"]
+BACKEND = keras.backend.backend()
+DTYPES = ["float16", "float32", "float64", "bfloat16", "bool"]
+DTYPES += ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"]
+WRITTEN = {"BF16", "BOOL", "I8"}
+if BACKEND != "torch":  # there Keras has no such numbers, or cannot make NumPy's of them
+    DTYPES += ["float8_e4m3fn", "float8_e5m2", "uint64"]
+    WRITTEN |= {"F8_E4M3", "F8_E5M2", "U32" if BACKEND == "jax" else "U64"}  # JAX computes 32 bits instead
 
 
 def test_every_dtype(tmp_path: Path) -> None:
@@ -154,16 +160,15 @@ def test_every_dtype(tmp_path: Path) -> None:
     wanted = {}
     for variable in model.weights:
         bits = random.integers(0, 2 if variable.dtype == "bool" else 256, (3, 5), np.uint8)
-        dtype = np.dtype(getattr(ml_dtypes, variable.dtype, None) or variable.dtype)
-        value = (bits.astype("float32") / 64).astype(dtype) if "float" in variable.dtype else bits.astype(dtype)
-        variable.assign(value)
+        numbers = bits.astype("float32") / 64 if "float" in variable.dtype else bits
+        variable.assign(keras.ops.cast(numbers, variable.dtype))
         wanted[variable.path] = keras.ops.convert_to_numpy(variable).tobytes()
     path = tmp_path / "w.safetensors"
     saving.save_weights(model, path)
     assert {name: t[2] for name, t in peer(path).items()} == wanted
-    assert {t[0] for t in peer(path).values()} >= {"BF16", "F8_E4M3", "F8_E5M2", "U64", "BOOL"}
+    assert {t[0] for t in peer(path).values()} >= WRITTEN
     for variable in model.weights:
-        variable.assign(np.zeros((3, 5), getattr(ml_dtypes, variable.dtype, None) or variable.dtype))
+        variable.assign(zeros((3, 5), variable.dtype))
     saving.load_weights(model, path, strict=True)
     assert {v.path: keras.ops.convert_to_numpy(v).tobytes() for v in model.weights} == wanted
 

@@ -50,7 +50,7 @@ def blank(model: Any) -> Any:
     """A model of the same structure with other values."""
     clone = keras.models.clone_model(model)
     for variable in clone.weights:
-        variable.assign(keras.ops.zeros_like(variable))
+        variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
     return clone
 
 
@@ -196,7 +196,7 @@ def test_optimizers_keep_their_precision(tmp_path: Path) -> None:
     model.build((None, 4))
     for variable in model.other_optimizer.variables:
         if "velocity" in variable.path:
-            variable.assign(keras.ops.ones_like(variable) * 1e-12)
+            variable.assign(keras.ops.ones(variable.shape, variable.dtype) * 1e-12)
     path = tmp_path / "m.weights.h5"
     report = reported(saving.save_weights, model, path, dtype="float16")
     assert [c.name.rpartition("/")[2] for c in report.cast] == ["kernel", "bias"]
@@ -212,7 +212,7 @@ def test_optimizers_keep_their_precision(tmp_path: Path) -> None:
         assert "other_optimizer" not in file
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("name", sorted({"int8", "int4", "float8"} & ZOO.keys()))
 def test_layers_with_quantised_weights_stay_what_they_are(name: str, tmp_path: Path) -> None:
     model, *_ = ZOO[name]()
     saving.save_model(model, tmp_path / "m.keras")
@@ -340,7 +340,7 @@ def test_a_model_without_its_optimizers_state_loads_compiled_with_a_fresh_one(ou
     with scope, hornbeam.options(fallback=True), pytest.warns(UserWarning, match="Skipping variable") as caught:
         loaded = keras.models.load_model(path)
     # Keras' own words, from either.
-    assert [str(w.message) for w in caught] == [
+    assert [str(w.message) for w in caught if w.category is UserWarning] == [
         f"Skipping variable loading for optimizer '{loaded.optimizer.name}', because it has 10 variables whereas the "
         "saved optimizer has 0 variables. "
     ]
