@@ -202,7 +202,6 @@ def _patch_points() -> list[tuple[Any, str, Any, str]]:
         (saving_lib, "_load_state", assignments._load_patch, "_make"),
         (saving_lib, "_walk_saveable", walking._walk_patch, "_make"),
         (saving_lib, "naming", walking._Naming, "to_snake_case"),
-        (saving_lib, "file_utils", walking._FileUtils, "join"),
         (keras.Variable, "_initialize_with_initializer", building._variable_patch, "_make"),
     ]
     if BACKEND == "tensorflow":
@@ -229,7 +228,6 @@ def _saving_points() -> list[tuple[Any, str, Any, str, tuple[str, ...]]]:
         (saving_lib, "_walk_saveable", walking._walk_patch, "_make", walked),
         (saving_lib, "_save_state", walking._save_patch, "_make", walked),
         (saving_lib, "naming", walking._Naming, "to_snake_case", walked),
-        (saving_lib, "file_utils", walking._FileUtils, "join", walked),
         (BaseOptimizer, "save_own_variables", walking._optimizer_patch, "_make", walked),
         (serialization, "serialize_keras_object", legacy_save._serialize_patch, "_make", ("m.h5",)),
         (functional, "copy", shortcuts_._Copy, "deepcopy", ("m.keras",)),
@@ -266,19 +264,6 @@ def test_the_patch_points_are_all_there_are(tmp_path: Path, monkeypatch: pytest.
         keras.models.load_model(tmp_path / "m.keras")
         model.load_weights(tmp_path / "m.weights.h5")
     assert patched == {(owner, name) for owner, name, *_ in (*_patch_points(), *_saving_points())}
-
-
-@pytest.mark.parametrize("path", ["", "layers/dense", "/a", "/cns/a", "/gcs/a", "gs://a", "a/b://c", "a\\b", Path("a")])
-def test_the_walk_joins_paths_as_keras_does(path: Any) -> None:
-    from keras.src.utils import file_utils
-
-    def outcome(join: Any) -> Any:
-        try:
-            return join(path, "b")
-        except ValueError as error:  # remote paths need TensorFlow
-            return str(error)
-
-    assert outcome(walking._FileUtils(file_utils).join) == outcome(file_utils.join)
 
 
 class Injected(BaseException):

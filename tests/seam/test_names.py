@@ -112,7 +112,7 @@ def _other(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Makes a name one of a Keras to come: without it, or with another parameter, which all its callers pass."""
     if how == "missing":
         look = keras_names._describe
-        monkeypatch.setattr(keras_names, "_look", lambda asked: "-" if asked == name else look(asked))
+        monkeypatch.setattr(keras_names, "_describe", lambda asked: "-" if asked == name else look(asked))
         return "-" not in TABLE["known"][name]
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
     owner = keras_names._resolve(place) if place else None

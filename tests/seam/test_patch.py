@@ -36,7 +36,7 @@ def test_there_is_no_other_kind_of_patch() -> None:
     assert {id(p) for p in made if isinstance(p, patches.Patch)} == {
         id(p) for p in patches._patches if _is_hornbeams(p)
     }
-    assert len({id(p) for p in made if isinstance(p, patches.Patch)}) == 18
+    assert len({id(p) for p in made if isinstance(p, patches.Patch)}) == 17
 
 
 def _is_hornbeams(patch: patches.Patch) -> bool:

@@ -21,9 +21,9 @@ from support.zoo import chain
 SIZES = {
     "errors": 70,
     "base": 1700,
-    "values": 500,
-    "seam": 2000,
-    "flows": 1620,
+    "values": 480,
+    "seam": 1980,
+    "flows": 1615,
     "formats": 2000,
     "training": 2260,
     "faces": 480,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -91,22 +90,6 @@ class _Naming:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._naming, name)
-
-
-class _FileUtils:
-    """Stands in for Keras' `file_utils` in the walk, where every path inside the model is looked at like a URL."""
-
-    def __init__(self, file_utils: ModuleType) -> None:
-        self._file_utils = file_utils
-
-    def join(self, path: Any, *paths: Any) -> Any:
-        """`file_utils.join`; only what starts with a slash or has a scheme can be remote."""
-        if type(path) is str and path[:1] != "/" and "://" not in path:
-            return os.path.join(path, *paths)
-        return self._file_utils.join(path, *paths)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file_utils, name)
 
 
 _skip_cache: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
@@ -202,7 +185,6 @@ def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
 _walk_patch = Patch(_walk)
 _save_patch = Patch(lambda original: in_turn("save_own_variables", original))
 _naming_patch = Patch(_Naming)
-_file_utils_patch = Patch(_FileUtils)
 _optimizer_patch = Patch(_save_optimizer)
 
 
@@ -219,7 +201,6 @@ def fast_walk() -> Iterator[None]:
         _walk_patch(saving_lib, "_walk_saveable"),
         _save_patch(saving_lib, "_save_state"),
         _naming_patch(saving_lib, "naming"),
-        _file_utils_patch(saving_lib, "file_utils"),
         _optimizer_patch(BaseOptimizer, "save_own_variables"),
         changed(walk=FastWalk(saving_lib)),
     ):
