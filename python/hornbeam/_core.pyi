@@ -6,7 +6,7 @@ Errors are classes of `hornbeam.errors`; a Python exception raised by a callback
 from collections.abc import Callable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import numpy as np
 
@@ -270,8 +270,8 @@ class File:
 
         Without a name, all of them together.
         """
-    def is_hdf5(self) -> bool:
-        """Whether it is HDF5, perhaps behind a user block."""
+    def kind(self) -> Literal["keras", "h5", "safetensors", "shards"] | None:
+        """What it is, by how it begins: an archive, HDF5, perhaps behind a user block, safetensors, a JSON object."""
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 

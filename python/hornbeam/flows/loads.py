@@ -111,8 +111,7 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
         stack.callback(store.close)
         return store
 
-    with contents.explained(weights_path, "h5"):
-        weights = _core.open(str(weights_path), archive=False).weights(engine=settings.current().engine)
+    weights = contents.open_weights(str(weights_path), "h5")
     return _load_model(report, request, weights, str(weights_path), config, assets)
 
 
@@ -183,17 +182,16 @@ def _untrained(model: Any, journal: assignments.Journal, store: LoadStore) -> se
 
 def open_image(place: Any) -> list[tuple[str, _core.Weights]]:
     """The image of a weights file, of an archive, or of one in a file object."""
-    text, engine = str(place), settings.current().engine
-    archive = text.endswith(".keras")
-    with contents.explained(place, "keras" if archive else "h5"):
-        file = _core.open(openable(place), archive=archive)
-        if archive:
-            name = saving_lib._VARS_FNAME_H5
-            if all(name != member for member, *_ in file.members()):
-                raise KeyError(f"There is no item named '{name}' in the archive")
-            _check_archive(file, text)
-            _check_expansion(file, name)
-        return [(text, file.weights(engine=engine))]
+    text, name = str(place), saving_lib._VARS_FNAME_H5
+    if not text.endswith(".keras"):
+        return [(text, contents.open_weights(place, "h5"))]
+    with contents.explained(place, "keras"):
+        file = _core.open(openable(place), archive=True)
+        if all(name != member for member, *_ in file.members()):
+            raise KeyError(f"There is no item named '{name}' in the archive")
+        _check_archive(file, text)
+        _check_expansion(file, name)
+        return [(text, file.weights(engine=settings.current().engine))]
 
 
 def load_weights(

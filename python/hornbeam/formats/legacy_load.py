@@ -26,7 +26,7 @@ from keras.src.saving import object_registration, serialization_lib
 
 from hornbeam import _core
 from hornbeam.base import contents, dtypes, progress, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of
+from hornbeam.base.file_objects import path_of
 from hornbeam.base.reports import LoadReport
 from hornbeam.flows import loads, parts
 from hornbeam.flows.requests import LoadRequest
@@ -54,7 +54,7 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
         raise loads.not_ours(request, reason, filepath if isinstance(filepath, str) else None)
     text = str(filepath)
     report = LoadReport(path_of(filepath))
-    weights = _open(filepath)
+    weights = contents.open_weights(filepath, "h5")
     attributes = dict(weights.attributes)
     if "model_config" not in attributes:
         raise ValueError(
@@ -123,7 +123,7 @@ def load_weights(request: LoadRequest) -> LoadReport:
         raise loads.not_ours(request, reason, str(filepath))
     text = str(filepath)
     report = LoadReport(path_of(filepath))
-    weights = _open(filepath)
+    weights = contents.open_weights(filepath, "h5")
     with ExitStack() as stack:
         file = _File(weights, text)
         stack.callback(file.store.close)
@@ -150,12 +150,6 @@ def load_weights(request: LoadRequest) -> LoadReport:
         report.stage("assign")
         _fill_report(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",))
     return report
-
-
-def _open(place: str | Stream) -> _core.Weights:
-    """The index of a legacy file."""
-    with contents.explained(place, "h5"):
-        return _core.open(openable(place), archive=False).weights(engine=settings.current().engine)
 
 
 def _is_no_slot(path: str) -> bool:

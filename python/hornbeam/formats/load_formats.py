@@ -13,8 +13,7 @@ from typing import Any
 
 from keras.src.utils import file_utils
 
-from hornbeam import _core
-from hornbeam.base import contents, file_objects, settings, writer
+from hornbeam.base import contents, file_objects, writer
 from hornbeam.base.file_objects import Stream
 from hornbeam.base.reports import LoadReport
 from hornbeam.base.savedmodel_parts import GRAPHS
@@ -47,7 +46,7 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
     text = str(place)
     if text.endswith(_HDF5):
         return _load_h5(request)
-    hdf5 = contents.is_hdf5(place)
+    hdf5 = contents.kind(place) == "h5"
     _check_content(place, hdf5=hdf5)
     if hdf5:  # Keras 2 called it `.keras`, too
         return _load_h5(request)
@@ -101,9 +100,10 @@ def _has_steps(path: str) -> bool:
 def _load_model_from(request: LoadRequest) -> tuple[Any, LoadReport]:
     """From a file object, whose content says what it is."""
     file = readable(request.source)
-    if contents.is_hdf5(file):
+    kind = contents.kind(file)
+    if kind == "h5":
         return _load_h5(dataclasses.replace(request, source=Stream(file, ".h5")))
-    found = None if contents.head(file).startswith(b"PK") or zipfile.is_zipfile(file) else contents.identify(file)
+    found = None if kind == "keras" or zipfile.is_zipfile(file) else contents.identify(file)
     if found is not None and found.kind != "keras":
         raise ConfigError(f"The file object holds no model that Keras loads. {found}")
     return loads.load_archive(dataclasses.replace(request, source=file))
@@ -157,11 +157,11 @@ def load_weights(request: LoadRequest) -> LoadReport:
 def weights_source(file: Any) -> Stream:
     """A file object as what its content is."""
     file = readable(file)
-    if contents.head(file).startswith(b"PK"):
+    kind = contents.kind(file)
+    if kind == "keras":
         return Stream(file, ".keras")
-    if contents.is_hdf5(file):
-        with contents.explained(file, "h5"):
-            opened = _core.open(file_objects.source(file), archive=False).weights(engine=settings.current().engine)
+    if kind == "h5":
+        opened = contents.open_weights(Stream(file, ".h5"), "h5")
         legacy = any(name == "layer_names" for name, _ in opened.attributes)
         legacy = legacy or any(name == "model_weights" for name, _ in opened.groups())
         return Stream(file, ".h5" if legacy else ".weights.h5")

@@ -21,8 +21,8 @@ from keras.src.utils import io_utils
 
 from hornbeam import _core
 from hornbeam.base import contents, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of
-from hornbeam.base.model_file import read_index
+from hornbeam.base.file_objects import Stream, path_of
+from hornbeam.base.model_file import open_shards, read_index
 from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
 from hornbeam.flows import loads, marks, saves
@@ -245,29 +245,13 @@ def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     Raises:
         WeightsFileError: When a tensor that the index names is not there.
     """
-    with contents.explained(place, "shards" if str(place).endswith(".json") else "safetensors"):
-        return _open(place)
-
-
-def _open(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     text = str(place)
-    if text.endswith(_SUFFIX):
-        index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"
-        if isinstance(place, Stream) or os.path.exists(text) or not os.path.exists(index):
-            return [(text, _core.open(openable(place), archive=False).weights(engine="safetensors"))]
-        text = index
-    path = Path(text)
-    content, names = read_index(path)
-    opened = []
-    for name in names:
-        shard = str(path.with_name(name))
-        with contents.explained(shard, "safetensors"):
-            opened.append((name, _core.open(shard, archive=False).weights(engine="safetensors")))
-    there = {name for _, weights in opened for name in weights.names()}
-    missing = next((name for name in content["weight_map"] if name not in there), None)
-    if missing is not None:
-        raise WeightsFileError(f"'{text}' names '{missing}', which is in none of its shards")
-    return opened
+    index = Path(f"{text.removesuffix(_SUFFIX)}{_INDEX}" if text.endswith(_SUFFIX) else text)
+    alone = isinstance(place, Stream) or os.path.exists(text) or not index.exists()
+    if text.endswith(_SUFFIX) and alone:
+        return [(text, contents.open_weights(place, "safetensors"))]
+    with contents.explained(place, "shards" if text.endswith(".json") else "safetensors"):
+        return open_shards(index, "safetensors")
 
 
 class Names:

@@ -13,7 +13,7 @@ from keras.src.utils import dtype_utils
 
 from hornbeam import _core
 from hornbeam.base import contents, counters, progress, settings
-from hornbeam.base.model_file import read_index
+from hornbeam.base.model_file import open_shards
 from hornbeam.base.reports import SaveReport
 from hornbeam.flows import marks, saves
 from hornbeam.flows.recording import RecordStore
@@ -142,11 +142,4 @@ def open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
         FileNotFoundError: When a shard is missing.
     """
     with contents.explained(place, "shards"):
-        path = _index_path(str(place), saving=False)
-        _, names = read_index(path)
-        opened = [(name, _core.open(str(path.with_name(name)), archive=False)) for name in names]
-    shards = []
-    for name, file in opened:
-        with contents.explained(str(path.with_name(name)), "h5"):
-            shards.append((name, file.weights(engine=settings.current().engine)))
-    return shards
+        return open_shards(_index_path(str(place), saving=False), "h5")
