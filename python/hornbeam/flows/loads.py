@@ -127,7 +127,7 @@ def _load_model(
         # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
         verify = settings.current().verify
         image = Image(weights, weights_name)
-        # What takes far more memory than the file has bytes waits until the model says that it has a place for it.
+        # Highly compressed datasets are read later, and only those that the model has a place for.
         first = (
             None
             if verify
@@ -222,7 +222,7 @@ def load_weights(
     report.partial = marks.is_part(opened)
     if request.partial or names_of is not None or report.partial:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
-        # A group in several shards has its attributes in the first.
+        # If a group is in several shards, the first one has its attributes.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
@@ -243,7 +243,7 @@ def load_weights(
         plan(model, store, visited, selection)
         everything = settings.current().verify
         wanted = [range(len(i.datasets)) if everything else sorted(store.fitting.get(i, ())) for i in images]
-        if len(images) > 1:  # of one the core judges what it is asked for
+        if len(images) > 1:  # a single image is checked by `fetch`
             _core.check_expansion([(image.weights, each) for image, each in zip(images, wanted, strict=True)])
         for image, each in zip(images, wanted, strict=True):
             whole = selection is None or len(each) == len(image.datasets)
@@ -443,7 +443,7 @@ def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], s
             wanted, found = tuple(getattr(selection.structure.values[path], "shape", ())), store.shape(path)
             if wanted != found and wanted == found[::-1]:
                 lines.append(f"  {name}: {found} in the file is the transpose of {wanted}; transpose it there")
-    # What belongs to an object that is listed already follows from it.
+    # Variables of objects that are listed above are not listed again.
     listed = {v.path for saveable, _ in errors.values() for v in getattr(saveable, "variables", ())}
     starts = tuple(f"{place}/vars/" for place, _ in report.mismatched)
     lines += [f"  {name}: not in the file" for name in report.missing if name not in listed]

@@ -169,7 +169,7 @@ def check_weights(request: SaveRequest) -> None:
     if reason is not None:
         if isinstance(request.target, Stream):
             raise UnsupportedError(f"Stock Keras must do this save ({reason}), and writes weights to paths only.")
-        place = text if request.max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
+        place = text if request.max_shard_size is None else os.path.dirname(text) or "."  # shards: their directory
         raise NotOurs(reason, request.beyond(), place)
 
 
@@ -196,8 +196,8 @@ def _write_later(
         hold=True,
     )
     kept = assets.move() if assets is not None else AssetStore("w")
-    files = [(name, Path(file)) for name, file in kept.files()]  # now: one that is gone later is an error
-    for dataset in store.datasets.values():  # the core holds the memory, and lets it go first
+    files = [(name, Path(file)) for name, file in kept.files()]  # listed now: a file that vanishes later is an error
+    for dataset in store.datasets.values():  # only the core holds the memory now, and frees it when it is written
         del dataset.memory
 
     def write() -> SaveReport:
@@ -309,7 +309,7 @@ def _write(
     base: int,
     options: settings.Options,
 ) -> dict[str, Any]:
-    # Where the old content is written over, nothing may be until the config is known to be fine.
+    # Where the old content is written over, the config is made first: it may raise.
     early = None if isinstance(target, str) and options.atomic else _members(model)
     save = plan.start(
         target,
@@ -369,7 +369,7 @@ def _truncate(file: Any, end: int) -> None:
     try:
         file.seek(0, io.SEEK_END)
         more = file.tell() > end
-    except (OSError, ValueError):  # it only goes forward, like those that compress: nothing is behind
+    except (OSError, ValueError):  # like compressing files, it only moves forward: nothing can be behind
         return
     file.seek(end)
     if more:

@@ -32,7 +32,7 @@ class Structure(RecordStore):
             )
 
     def __setitem__(self, key: str, value: Any) -> None:
-        # Others may be refilled, or changed by who asks for them.
+        # Other arrays are copied: their owner may refill them.
         variable = isinstance(value, keras.Variable)
         self.values[self._path(key)] = value if variable else np.array(keras.ops.convert_to_numpy(value))
 

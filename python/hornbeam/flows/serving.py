@@ -111,7 +111,7 @@ class LoadStore(saving_lib.H5IOStore):
         try:
             names = self.get(path).keys()
         except ValueError:
-            return  # is raised when it loads
+            return  # raised again by the load itself
         shapes = [tuple(v.shape) for v in variables]
         if len(shapes) != len(names):
             return
@@ -185,7 +185,7 @@ class LoadStore(saving_lib.H5IOStore):
         try:
             array = image.take(i)
         except Exception as error:
-            # Keras collects what its layers raise while loading; a broken file must not become one of those.
+            # Keras collects errors of its layers; that of a broken file is kept, and raised by `complete`.
             self.error = self.error or error
             raise
         self.taken.add(image.datasets[i][0])

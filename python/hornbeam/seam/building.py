@@ -65,10 +65,10 @@ class _Lazy:
         journal = assignments.current()
         if journal is not None:
             journal.before(variable)
-            if not isinstance(variable, _Lazy):  # to keep the value it had, it had to get one
+            if not isinstance(variable, _Lazy):  # the journal has read its value, so it has one now
                 return variable.assign(value)
         tensor = None
-        # What our store gave to Keras' own code is dropped after this; anything else may be kept, and changed.
+        # Keras' own code drops what our store gave it; any other array may be changed later.
         if ownership.is_given_away(value) and dtypes.name_of(value.dtype) == variable._dtype:
             tensor = on_tensorflow.share(value)
         if tensor is None:

@@ -59,7 +59,7 @@ def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
 
     if weights_format != "h5":
         return f"weights_format={weights_format!r}"
-    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # a patch of somebody else's
+    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # another library has patched it
         return "saving_lib.H5IOStore is replaced"
     if path is not None and saving_lib.file_utils.is_remote_path(str(path)):
         return "remote path"

@@ -91,7 +91,7 @@ def _is_located(node: dict[str, Any], name: str, known: dict[str, Any]) -> bool:
         return True
     module, is_function = node.get("module"), node["class_name"] == "function"
     if not isinstance(module, str) or (module == "builtins" and is_function):
-        # Keras looks into its own modules; into which for a config of an older version, whoever asks says.
+        # Keras looks into its own modules, and for configs of older versions into layers and models.
         modules = (*serialization_lib.BUILTIN_MODULES, "layers", "models")
         plain = name if is_function else node["class_name"]
         builtin = any(api_export.get_symbol_from_name(f"keras.{m}.{plain}") is not None for m in modules)

@@ -100,9 +100,9 @@ def _set_attribute(original: Callable[..., None]) -> Callable[..., None]:
         elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
             original(self, name, value)
             return
-        elif scope.tensorflow and hasattr(type(self), name):  # a property, or a default: TensorFlow sets no same value
+        elif scope.tensorflow and hasattr(type(self), name):  # a property or class attribute
             try:
-                if getattr(self, name) is value:
+                if getattr(self, name) is value:  # which TensorFlow does not set again
                     return
             except AttributeError:
                 pass
@@ -287,7 +287,7 @@ class _WithDefault(keras.layers.Layer):
     default = False
 
 
-# None of them may draw from a random state: Python's and NumPy's belong to the process.
+# None of the trials may use random numbers: Python's and NumPy's states belong to the user.
 def _try_attributes() -> bool:
     def work() -> Any:
         layer = _WithDefault(name="hornbeam_tries")
