@@ -47,6 +47,12 @@ def test_no_module_imports_itself_through_others() -> None:
     assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)  # raises for a circle
 
 
+def test_the_drawn_graph_is_the_graph() -> None:
+    text = (Path(rooms.__file__).parents[2] / "docs" / "design.md").read_text()
+    drawn = text.partition("```mermaid\n")[2].partition("\n```")[0]
+    assert drawn == rooms.graph()
+
+
 def test_the_rooms_are_no_larger_than_agreed() -> None:
     found = rooms.sizes()
     assert found.keys() == SIZES.keys()

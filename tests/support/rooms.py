@@ -50,6 +50,13 @@ def own(module: str) -> set[str]:
     return found - {"", module}
 
 
+def graph() -> str:
+    """Which room imports which, as docs/design.md draws it; `errors`, which all rooms import, is left out."""
+    arrows = {(room(module), room(other)) for module in MODULES if module for other in own(module)}
+    drawn = sorted((ORDER.index(a), ORDER.index(b)) for a, b in arrows if a != b and "errors" not in (a, b))
+    return "\n".join(["flowchart TD", *(f"    {ORDER[a]} --> {ORDER[b]}" for a, b in reversed(drawn))])
+
+
 def lines(path: Path) -> int:
     """Lines of code: without comments, docstrings and blank lines."""
     text = path.read_text()
