@@ -15,14 +15,8 @@ MATURIN := $(PY) -m maturin
 CARGO_FLAGS := --release --locked
 RUST := Cargo.toml Cargo.lock pyproject.toml $(wildcard rust/*.rs rust/*/*.rs rust/*/*/*.rs rust/*/*/*/*.rs)
 WHEEL := README.md LICENSE $(RUST) $(wildcard $(addprefix python/hornbeam/,*.py *.pyi */*.py */*.json))
-# What is worth running again on another backend or Keras.
-MATRIX_TESTS ?= tests/test_parity.py tests/test_backends.py tests/test_build.py tests/test_names.py
-BACKEND_TESTS ?= $(MATRIX_TESTS) tests/test_async.py tests/test_model_checkpoint.py tests/test_rescue.py \
-  tests/test_checkpoint.py tests/test_backup.py tests/test_data.py tests/test_processes.py tests/test_matching.py \
-  tests/test_untrained.py tests/test_chdir.py tests/test_keras_suite.py::test_our_model_checkpoint
-NIGHTLY_TESTS ?= $(MATRIX_TESTS) tests/test_install.py tests/test_patch.py tests/test_checkpoint.py \
-  tests/test_backup.py tests/test_data.py tests/test_compress.py
-SOAK_TESTS ?= tests/test_checkpoint.py tests/test_backup.py
+# What depends on the backend: saves, loads and trainings, and which private parts of Keras they use.
+BACKEND_TESTS ?= tests/saving tests/loading tests/training tests/seam/test_names.py
 
 export PATH := $(CURDIR)/$(VENV)/$(BIN):$(PATH)# cmake, for HDF5's build
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -36,7 +30,7 @@ unexport CONDA_PREFIX# maturin refuses two environments at once
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rust test-python soak soak-forks soak-leaks soak-resume check fmt bench docs wheel test-matrix clean
+.PHONY: help setup demo test test-matrix test-all test-rust test-python test-backend-torch test-versions soak soak-forks soak-leaks soak-resume check fmt bench docs tables names wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+%?:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -46,7 +40,12 @@ setup: $(VENV)/.group-dev $(VENV)/.hub $(VENV)/.extension ## Make .venv: every t
 demo: $(VENV)/.group-demo $(VENV)/.extension ## Save and load a model beside stock Keras, with timings
 	$(PY) benches/demo.py
 
-test: check test-rust test-python docs test-backend-jax test-backend-numpy ## All checks and tests of the main environment
+test: check test-rust test-python docs test-backend-jax test-backend-numpy ## All checks, all tests on TensorFlow, those of backends on JAX and NumPy
+
+test-matrix: test-backend-torch test-versions ## The tests of backends on torch; other versions of Keras
+
+test-all: ## Everything on every backend, and other versions of Keras: hours
+	$(MAKE) test test-matrix BACKEND_TESTS=tests
 
 test-rust: $(VENV)/.group-build ## The Rust tests, without features and with libhdf5
 	@echo "==> Rust tests, no features"
@@ -58,27 +57,40 @@ test-python: setup ## The Python tests on TensorFlow (PYTEST_ARGS="-k name")
 	@echo "==> Python tests, TensorFlow"
 	KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-test-backend-%: setup ## The tests of backends on another one of .venv: jax, numpy
+test-backend-%: setup ## The tests of saving, loading and training on another backend: jax, numpy, torch
 	@echo "==> Python tests, $* backend"
 	KERAS_BACKEND=$* $(PY) -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
 
+test-backend-torch: .venv-torch/.wheel
+	@echo "==> Python tests, torch backend"
+	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
+
+test-versions: .venv-keras312/.wheel .venv-nightly/.wheel ## The tests marked keras_versions on the oldest Keras supported and on the next
+	@echo "==> Python tests, Keras 3.12.4"
+	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m keras_versions $(PYTEST_ARGS)
+	@echo "==> Python tests, Keras' nightly build, TensorFlow and JAX"
+	for backend in tensorflow jax; do \
+	  KERAS_BACKEND=$$backend .venv-nightly/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m keras_versions $(PYTEST_ARGS) || exit 1; \
+	done
+
 soak: setup ## The long campaigns: damaged files (SOAK=1000000, HORNBEAM_SEED=2), kills and failures during saves, restarts
 	HORNBEAM_SOAK=$(SOAK) cargo test $(CARGO_FLAGS) --features libhdf5 --test soak
-	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_crash.py \
-	  tests/test_faults.py $(PYTEST_ARGS)
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/core/test_crash.py \
+	  tests/core/test_faults.py $(PYTEST_ARGS)
 	$(MAKE) soak-forks soak-leaks soak-resume
 
 soak-forks: setup ## 200 forks while each object with a thread or a lock works
-	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/test_fork.py $(PYTEST_ARGS)
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -o faulthandler_timeout=3600 tests/saving/test_fork.py $(PYTEST_ARGS)
 
 soak-leaks: setup ## 2,000 saves and loads of every kind: memory, descriptors and threads stay what they are
-	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) -o faulthandler_timeout=36000 tests/test_leaks.py $(PYTEST_ARGS)
+	HORNBEAM_SOAK=1 KERAS_BACKEND=tensorflow $(PY) -m pytest -n $(JOBS) -o faulthandler_timeout=36000 tests/core/test_leaks.py $(PYTEST_ARGS)
 
 soak-resume: setup .venv-torch/.wheel ## Trainings killed and restarted, checkpoints killed while they are written: over an hour
 	for backend in tensorflow jax; do \
-	  HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest -o faulthandler_timeout=3600 $(SOAK_TESTS) || exit 1; \
+	  HORNBEAM_SOAK=1 KERAS_BACKEND=$$backend $(PY) -m pytest -o faulthandler_timeout=3600 tests/training/test_checkpoint.py \
+	    tests/training/test_backup.py || exit 1; \
 	done
-	HORNBEAM_SOAK=1 KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -o faulthandler_timeout=3600 tests/test_backup.py
+	HORNBEAM_SOAK=1 KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -o faulthandler_timeout=3600 tests/training/test_backup.py
 
 check: setup ## Formatting, lints and types, of Rust, Python and the workflows
 	@echo "==> Rust: formatting, lints"
@@ -135,15 +147,11 @@ wheel: $(VENV)/.group-build ## Build wheel and sdist into dist/, install each in
 	  KERAS_BACKEND=jax .venv-dist/$(BIN)/python -c "$$SMOKE"; \
 	done; rm -rf .venv-dist
 
-test-matrix: .venv-torch/.wheel .venv-keras312/.wheel .venv-nightly/.wheel ## The tests of backends on torch, on the oldest Keras supported, and on the next
-	@echo "==> Python tests, torch backend"
-	KERAS_BACKEND=torch .venv-torch/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(BACKEND_TESTS) $(PYTEST_ARGS)
-	@echo "==> Python tests, Keras 3.12.4"
-	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
-	@echo "==> Python tests, Keras' nightly build, TensorFlow and JAX"
-	for backend in tensorflow jax; do \
-	  KERAS_BACKEND=$$backend .venv-nightly/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(NIGHTLY_TESTS) $(PYTEST_ARGS) || exit 1; \
-	done
+tables: setup ## Write the tables of formats in README.md and docs/formats.md
+	KERAS_BACKEND=tensorflow PYTHONPATH=tests $(PY) -m support.format_tables
+
+names: setup ## Write which private names of Keras each module uses into seam/keras_names.json
+	$(PY) tests/support/names.py
 
 clean: ## Remove everything these targets made
 	rm -rf target dist .venv .venv-dist .venv-torch .venv-keras312 .venv-nightly .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::archive::WEIGHTS;
 use crate::archive::read::{Member, Members, Method};
 use crate::error::{Context, Error, Kind, Result, try_with_capacity};
-use crate::image::hdf5::direct::Direct;
+use crate::image::hdf5::{self, direct::Direct};
 use crate::image::safetensors::Safetensors;
 use crate::image::{Engine, EngineKind, Found, Index, Storage};
 use crate::io::buffer::Block;
@@ -74,6 +74,27 @@ fn libhdf5() -> Result<Box<dyn Engine>> {
 pub fn open(path: &Path) -> Result<Arc<dyn ReadAt>> {
     let source = crate::io::open_regular(path).during("cannot open").and_then(FileSource::new);
     Ok(Arc::new(source.map_err(|e| e.with_path(path))?))
+}
+
+/// What a file is, by how it begins, whatever its name: `"keras"` for an archive, `"h5"`, also behind a user block,
+/// `"safetensors"` or `"shards"`, a JSON object; `None` for anything else.
+///
+/// # Errors
+/// `Io`.
+pub fn kind(source: &dyn ReadAt) -> Result<Option<&'static str>> {
+    let mut head = [0; 16];
+    let head = &mut head[..source.len().min(16) as usize];
+    source.read_at(head, 0)?;
+    let header = head.first_chunk().map(|length| u64::from_le_bytes(*length));
+    Ok(if [b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"].iter().any(|start| head.starts_with(*start)) {
+        Some("keras") // before HDF5: an archive may hold it where a user block ends
+    } else if hdf5::start(source)?.is_some() {
+        Some("h5")
+    } else if head.get(8) == Some(&b'{') && header.is_some_and(|n| n <= limits::MAX_SAFETENSORS_HEADER_BYTES) {
+        Some("safetensors")
+    } else {
+        head.trim_ascii_start().starts_with(b"{").then_some("shards")
+    })
 }
 
 /// One weights image inside a file, indexed.

@@ -1,6 +1,6 @@
 //! A save from plan to commit: lay out, emit, close the archive, replace the file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::archive::write::{Archive, Content, lead_in};
 use crate::commit::{self, Committed, Pending};
@@ -139,6 +139,25 @@ impl Prepared {
         }
         Ok(self.written)
     }
+}
+
+/// Puts complete files in the places of old ones, and then the index that names them. With `options.atomic` the old
+/// index goes first: whatever ends this half-way leaves no index, and never one that mixes two saves.
+///
+/// # Errors
+/// Those of [`Pending::commit`].
+pub fn commit_indexed(
+    files: Vec<Prepared>,
+    index: &Path,
+    content: &[u8],
+    options: commit::Options,
+) -> Result<Vec<Committed>> {
+    if options.atomic {
+        commit::withdraw(index, options.durable)?;
+    }
+    let mut placed = files.into_iter().map(|f| f.commit().map(|w| w.committed)).collect::<Result<Vec<_>>>()?;
+    placed.push(commit::write(index, content, options)?);
+    Ok(placed)
 }
 
 /// Writes `plan` to `target`: a bare weights image, or an archive when there are `members`. The old file is replaced

@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
@@ -491,4 +491,47 @@ fn a_directory_that_a_killed_save_left_is_cleared() {
     fs::write(&lock, "").unwrap();
     commit::Directory::create(&target, &NAMES, ATOMIC).unwrap().commit().unwrap();
     assert_eq!(names(root.path()), ["model"]);
+}
+
+#[test]
+fn a_lock_is_one_object_s_and_only_a_file_is_locked() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("lock");
+    let kind = |path: &Path| commit::FileLock::take(path).unwrap_err().kind();
+    let first = commit::FileLock::take(&path).unwrap();
+    assert!(first.exclusive && first.is_held());
+    assert_eq!(kind(&path), ErrorKind::WouldBlock);
+    first.release();
+    assert!(!first.is_held());
+    let second = commit::FileLock::take(&path).unwrap();
+    drop(first); // which does not give back what is another's
+    assert_eq!(kind(&path), ErrorKind::WouldBlock);
+    drop(second);
+    assert!(commit::FileLock::take(&path).unwrap().is_held());
+    assert_eq!(fs::read(&path).unwrap(), b"");
+    symlink("elsewhere", root.path().join("link")).unwrap();
+    assert!(Command::new("mkfifo").arg(root.path().join("pipe")).status().unwrap().success());
+    assert_eq!(kind(&root.path().join("pipe")), ErrorKind::InvalidInput);
+    commit::FileLock::take(&root.path().join("link")).unwrap_err();
+    commit::FileLock::take(root.path()).unwrap_err();
+    assert_eq!(names(root.path()), ["link", "lock", "pipe"]);
+}
+
+#[test]
+fn trees_with_links_and_pipes_are_brought_to_stable_storage() {
+    let root = tempfile::tempdir().unwrap();
+    let inner = root.path().join("a/b");
+    commit::create_directories(&inner, true).unwrap();
+    commit::create_directories(&inner, false).unwrap();
+    fs::write(inner.join("file"), "content").unwrap();
+    fs::set_permissions(inner.join("file"), fs::Permissions::from_mode(0o444)).unwrap();
+    symlink(root.path(), inner.join("loop")).unwrap();
+    symlink("nothing", inner.join("dangling")).unwrap();
+    assert!(Command::new("mkfifo").arg(inner.join("pipe")).status().unwrap().success());
+    commit::sync(root.path()).unwrap();
+    commit::sync_name(&inner.join("file")).unwrap();
+    let file = commit::create_directories(&inner.join("file/c"), false).unwrap_err();
+    assert!(
+        matches!(file.kind(), Kind::Io(e) if e.kind() == ErrorKind::NotADirectory || e.kind() == ErrorKind::AlreadyExists)
+    );
 }

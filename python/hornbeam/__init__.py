@@ -13,7 +13,7 @@ from hornbeam import errors
 from hornbeam._core import build_info
 from hornbeam.base.counters import Stats, stats
 from hornbeam.base.progress import Progress
-from hornbeam.base.reports import LoadReport, SaveReport, last_report, last_save_report
+from hornbeam.base.reports import ExportReport, LoadReport, SaveReport, last_report
 from hornbeam.base.settings import options
 from hornbeam.base.writer import Handle, wait
 from hornbeam.errors import HornbeamError, IncompleteLoadError, UnsupportedError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 #: What `import *` gives: nothing that hides a builtin (`open`) or imports Keras or NumPy.
 __all__ = [
+    "ExportReport",
     "Handle",
     "HornbeamError",
     "IncompleteLoadError",
@@ -47,7 +48,6 @@ __all__ = [
     "install",
     "installed",
     "last_report",
-    "last_save_report",
     "options",
     "stats",
     "uninstall",

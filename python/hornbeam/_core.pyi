@@ -6,7 +6,7 @@ Errors are classes of `hornbeam.errors`; a Python exception raised by a callback
 from collections.abc import Callable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import numpy as np
 
@@ -14,6 +14,7 @@ __all__ = [
     "Block",
     "Directory",
     "File",
+    "FileLock",
     "Plan",
     "Reading",
     "Save",
@@ -21,11 +22,15 @@ __all__ = [
     "build_info",
     "check_expansion",
     "clear_leftovers",
+    "commit_indexed",
     "decode_json",
     "encode_json",
     "keeps_inode",
+    "make_directories",
     "open",
     "plan",
+    "sync",
+    "sync_name",
     "write_file",
 ]
 
@@ -76,6 +81,7 @@ def plan(
     compression: int | None = None,
     shuffle: bool = True,
     chunk_bytes: int = ...,
+    casts: Sequence[tuple[int, str, str, bool]] = ...,
 ) -> Plan:
     """Lays out a weights image: `(path, attributes)` of groups, `(path, dtype, shape, attributes)` of datasets.
 
@@ -87,6 +93,8 @@ def plan(
         compression: Level of deflate, 0 to 9; then datasets of 16 KiB and more are written in chunks, by libhdf5.
         shuffle: Transpose the bytes of the elements first.
         chunk_bytes: Bytes of a chunk, at most, before compression.
+        casts: `(position, dtype, name, whether values may become infinite)` of the datasets that are written in half
+            precision, and whose memory has this wider dtype.
 
     Raises:
         HornbeamError: For paths and dtypes that a weights file cannot hold.
@@ -150,22 +158,32 @@ class Save:
         Args:
             members: `(name, content or path of the content)`, in order.
             pull: Gives the memory of a dataset whose buffer was `None`; it must not change until the next call.
-            commit: Replace the old file now.
+            commit: Replace the old file now; `commit_indexed` does it otherwise.
 
         Returns:
             `bytes` of the file, `crc` (CRC-32 of the weights image), `in_place` (why it was written over instead of
-            being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), and
+            being replaced, or `None`), `lost` (which attribute of the old file could not be kept, or `None`), `casts`
+            (position, largest absolute and relative error, values that became zero and infinite, of each cast), and
             `tail`: what followed the end of target memory.
         """
-    def commit(self) -> tuple[str | None, str | None]:
-        """Replaces the old file, after `finish(commit=False)`; returns `in_place` and `lost`, as `finish` does."""
     def cancel(self) -> None:
         """Stops the writer and removes what it wrote."""
+
+def commit_indexed(
+    saves: Sequence[Save], index: _Path, content: bytes, *, atomic: bool = True, durable: bool = False
+) -> list[tuple[str | None, str | None]]:
+    """Replaces the old files of saves after `finish(commit=False)`, and then the index that names them.
+
+    With `atomic` the old index goes first, so that what is interrupted is refused instead of mixing two saves.
+
+    Returns:
+        `in_place` and `lost` of each, as `Save.finish` has them, and then of the index.
+    """
 
 def write_file(
     path: _Path, data: bytes, *, atomic: bool = True, durable: bool = False
 ) -> tuple[str | None, str | None]:
-    """Writes a small file, replacing the old one when it is complete; returns what `Save.commit` does."""
+    """Writes a small file, replacing the old one when it is complete; returns its `in_place` and `lost`."""
 
 def keeps_inode(path: _Path) -> bool:
     """Whether a save writes over this file, so that what has it open sees the new content.
@@ -175,6 +193,34 @@ def keeps_inode(path: _Path) -> bool:
 
 def clear_leftovers(path: _Path) -> None:
     """Removes what crashed saves of this path left beside it."""
+
+def make_directories(path: _Path, *, durable: bool = False) -> None:
+    """Makes a directory and those above it, where they are missing; `durable` waits until their names are stored."""
+
+def sync(path: _Path) -> None:
+    """Brings a file, or a directory with everything in it, to stable storage; not its name."""
+
+def sync_name(path: _Path) -> None:
+    """Brings the name of a file in its directory to stable storage."""
+
+@final
+class FileLock:
+    """An exclusive lock on a file of its own. It belongs to this object: another one, in this process too, is refused.
+
+    It ends with the process, however that ends. The file stays: removing it would let two hold "the" lock. A forked
+    child does not hold it. Where the file system has no locks, a warning is logged.
+
+    Raises:
+        BlockingIOError: Somebody holds it.
+        OSError: The file cannot be made, or something stands there that is no file: a link, a pipe.
+    """
+
+    def __new__(cls, path: _Path) -> FileLock: ...
+    @property
+    def held(self) -> bool:
+        """Whether this process holds it."""
+    def release(self) -> None:
+        """Gives it back."""
 
 @final
 class Directory:
@@ -224,8 +270,8 @@ class File:
 
         Without a name, all of them together.
         """
-    def is_hdf5(self) -> bool:
-        """Whether it is HDF5, perhaps behind a user block."""
+    def kind(self) -> Literal["keras", "h5", "safetensors", "shards"] | None:
+        """What it is, by how it begins: an archive, HDF5, perhaps behind a user block, safetensors, a JSON object."""
     def weights(self, *, engine: str = "auto") -> Weights:
         """Indexes the weights. The engine `"safetensors"` reads that format, and no other does."""
 

@@ -10,13 +10,12 @@ from typing import Any
 import keras
 import keras.export as _stock
 
-from hornbeam.base import locations
+from hornbeam.base.reports import ExportReport, last_report, remember
 from hornbeam.errors import UnsupportedError
 from hornbeam.formats import exports
-from hornbeam.formats.exports import ExportReport, last_report
 from hornbeam.seam import entry, keras_names
 
-__all__ = ["ExportArchive", "ExportReport", "export", "last_report"]
+__all__ = ["ExportArchive", "ExportReport", "export"]
 _EXPORTS = "hornbeam.formats.exports"
 _Archive: Any = keras_names.backend_archive_class()
 
@@ -60,12 +59,12 @@ def export(
             raise UnsupportedError(f"Only SavedModels can be verified. Received: format={format!r}")
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
         return None
-    filepath = locations.absolute(filepath)  # what is traced may change the directory
     compared = {"verify": verify, "tolerance": tolerance} if verify else {}
-    exports.remember(None)
+    before = last_report("export")
     with entry.scope():
         model.export(filepath, format=format, verbose=verbose, input_signature=input_signature, **compared, **kwargs)
-    return last_report()
+    report = last_report("export")
+    return None if report is before else report  # stock Keras makes none
 
 
 class ExportArchive(_Archive):
@@ -174,7 +173,8 @@ class ExportArchive(_Archive):
         report: ExportReport | None = entry.run(
             "export", f"{_EXPORTS}:write", stock, self, filepath, request, options, verbose=verbose
         )
-        exports.remember(report)
+        if report is not None:  # stock Keras makes none
+            remember(report)
         return report
 
 

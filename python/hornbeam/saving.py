@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from os import PathLike
-from typing import IO, Any
+from typing import Any, Literal, Unpack, overload
 
 import keras
 import keras.saving as _stock
 from keras.src.saving import saving_api
 
-from hornbeam.base.file_objects import plain
-from hornbeam.base.progress import Progress
+from hornbeam.base.file_objects import path_to_str
 from hornbeam.base.reports import LoadReport, remember
 from hornbeam.base.writer import Handle
 from hornbeam.flows.requests import LoadRequest, NameMap
 from hornbeam.formats import operations
+from hornbeam.formats.operations import Progressed, SaveModelArguments, SaveWeightsArguments, Target
 from hornbeam.seam import entry
 
 __all__ = ["load_model", "load_weights", "save_model", "save_weights"]
-Progressed = Callable[[Progress], Any] | bool | None
 
 
+@overload
 def save_model(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: Literal[True],
+    **kwargs: Unpack[SaveModelArguments],
+) -> Handle: ...
+@overload
+def save_model(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: Literal[False] = False,
+    **kwargs: Unpack[SaveModelArguments],
+) -> None: ...
+@overload
+def save_model(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    zipped: bool | None = None,
+    *,
+    asynchronous: bool,
+    **kwargs: Unpack[SaveModelArguments],
+) -> Handle | None: ...
+def save_model(
+    model: keras.Model,
+    filepath: Target,
     overwrite: bool = True,
     zipped: bool | None = None,
     *,
@@ -50,7 +78,7 @@ def save_model(
         zipped: Archive (the default) or directory.
         include_optimizer: Save the optimizer's state.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_report("save")` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
@@ -61,7 +89,7 @@ def save_model(
         **kwargs: As `keras.saving.save_model`.
 
     Returns:
-        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        `None`, as Keras; `hornbeam.last_report("save")` says what was saved and what a cast cost. Of an asynchronous
         save, its handle.
 
     Raises:
@@ -83,11 +111,11 @@ def save_model(
         allow_overflow=allow_overflow,
     ) as request:
         saved = operations.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
-        return operations.told(saved, request)
+        return operations.handle_or_none(saved, request)
 
 
 def load_model(
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
@@ -103,7 +131,7 @@ def load_model(
         compile: Compile the model as it was when saved.
         safe_mode: Refuse to run code that the file holds.
         strict: Raise unless every variable, optimizer state included, gets its value from the file, and everything in
-            the file is used. `hornbeam.last_report()` says what a load did.
+            the file is used. `hornbeam.last_report("load")` says what a load did.
         progress: `True`, `False`, or called with a `Progress` while it lasts.
 
     Returns:
@@ -114,18 +142,48 @@ def load_model(
         zipfile.BadZipFile: For a damaged archive.
     """
     request = LoadRequest(
-        plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
+        path_to_str(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         stock, beyond = partial(operations.stock_load, request), request.beyond()
         model, report = entry.run("load", f"{operations.LOADS}:load_model", stock, request, beyond=beyond)
     remember(report)
     return model
 
 
+@overload
 def save_weights(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: Literal[True],
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> Handle: ...
+@overload
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: Literal[False] = False,
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> None: ...
+@overload
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
+    overwrite: bool = True,
+    max_shard_size: float | None = None,
+    *,
+    asynchronous: bool,
+    **kwargs: Unpack[SaveWeightsArguments],
+) -> Handle | None: ...
+def save_weights(
+    model: keras.Model,
+    filepath: Target,
     overwrite: bool = True,
     max_shard_size: float | None = None,
     *,
@@ -154,7 +212,7 @@ def save_weights(
         skip: Patterns of the variables to leave out.
         replace_complete: Let a part take the place of a file that is not known to hold one.
         dtype: `"float16"` or `"bfloat16"`: what weights in wider floating-point types are saved as. The state of
-            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_save_report()` says what
+            optimizers, and layers with quantised weights, stay what they are. `hornbeam.last_report("save")` says what
             that cost.
         allow_overflow: Let values that `dtype` cannot hold become infinite, instead of raising.
         compression: As in `hornbeam.options`: `"gzip"`, or a level from 0 to 9.
@@ -165,7 +223,7 @@ def save_weights(
         **kwargs: As `keras.saving.save_weights`.
 
     Returns:
-        `None`, as Keras; `hornbeam.last_save_report()` says what was saved and what a cast cost. Of an asynchronous
+        `None`, as Keras; `hornbeam.last_report("save")` says what was saved and what a cast cost. Of an asynchronous
         save, its handle.
 
     Raises:
@@ -191,12 +249,12 @@ def save_weights(
         skip=skip,
         replace_complete=replace_complete,
     ) as request:
-        return operations.told(operations.save_weights(request, overwrite=overwrite), request)
+        return operations.handle_or_none(operations.save_weights(request, overwrite=overwrite), request)
 
 
 def load_weights(
     model: keras.Model,
-    filepath: str | bytes | PathLike[str] | IO[bytes],
+    filepath: Target,
     skip_mismatch: bool = False,
     *,
     strict: bool = False,
@@ -251,7 +309,7 @@ def load_weights(
         skip_mismatch=skip_mismatch,
         objects_to_skip=skipped,
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         report = operations.load_weights(request)
     remember(report)
     return report

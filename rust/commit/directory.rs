@@ -6,7 +6,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::leftovers::{SUFFIX, Temporary, temporary};
-use super::{Options, attributes, busy, directory, follow_links, refused_by_directory, sync_directory};
+use super::sync::{create_directories, sync_directory, sync_names};
+use super::{Options, attributes, busy, directory, follow_links, refused_by_directory};
 use crate::error::{Context, Error, Kind, Result};
 
 /// A directory that is being written, beside the one it will replace. Dropping it without [`Directory::commit`] leaves
@@ -42,7 +43,7 @@ impl Directory {
                 known && target.file_name().is_some() && !is_mount_point(&target)
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                create_directories(directory(&target), durable).during("cannot create the parent directory")?;
+                create_directories(directory(&target), durable)?;
                 true
             }
             Err(e) => return Err(Error::new(Kind::Io(e), "cannot write to this directory")),
@@ -89,9 +90,8 @@ impl Directory {
     }
 
     fn commit_inner(&mut self) -> Result<()> {
-        if self.durable && cfg!(unix) {
-            let inner = File::open(self.path()).and_then(|d| d.sync_all());
-            inner.during("cannot bring the directory to stable storage")?;
+        if self.durable {
+            sync_names(self.path())?;
         }
         let Some(temporary) = self.temporary.clone() else {
             return if self.durable { sync_directory(&self.target) } else { Ok(()) };
@@ -155,19 +155,6 @@ fn exchange(new: &Path, old: &Path) -> Result<()> {
             let _ = fs::rename(&aside, old);
             Err(Error::new(Kind::Io(e), "cannot put the new directory in the old one's place"))
         }
-    }
-}
-
-/// Makes a directory and those above it; with `durable`, their names are on stable storage afterwards.
-fn create_directories(path: &Path, durable: bool) -> std::io::Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    create_directories(directory(path), durable)?;
-    match fs::create_dir(path) {
-        Err(e) if !(e.kind() == ErrorKind::AlreadyExists && path.is_dir()) => Err(e),
-        _ if durable && cfg!(unix) => File::open(directory(path))?.sync_all(),
-        _ => Ok(()),
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use super::directory;
+use super::lock::{Lock, carefully, lock};
 use super::overwrite::mark;
 
 /// Ending of our temporary files.
@@ -214,12 +215,7 @@ fn open_and_lock(path: &Path) -> Option<(File, Lock)> {
     }
     let open = |write| {
         let mut open = OpenOptions::new();
-        #[cfg(unix)]
-        {
-            use rustix::fs::OFlags;
-            use std::os::unix::fs::OpenOptionsExt;
-            open.custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY).bits().cast_signed());
-        }
+        carefully(&mut open);
         let file = open.read(true).write(write).open(path).ok()?;
         file.metadata().is_ok_and(|m| m.is_file()).then_some(file)
     };
@@ -259,27 +255,4 @@ fn is_alive(process: u32) -> bool {
 #[cfg(not(unix))]
 fn is_alive(_: u32) -> bool {
     false
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Lock {
-    Acquired,
-    Taken,
-    /// The file system has no locks: leave other files alone.
-    #[cfg_attr(not(unix), allow(dead_code))]
-    Unknown,
-}
-
-#[cfg(unix)]
-fn lock(file: &File) -> Lock {
-    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Lock::Acquired,
-        Err(rustix::io::Errno::WOULDBLOCK) => Lock::Taken,
-        Err(_) => Lock::Unknown,
-    }
-}
-
-#[cfg(not(unix))]
-fn lock(_: &File) -> Lock {
-    Lock::Acquired // removing a file that somebody writes fails there by itself
 }

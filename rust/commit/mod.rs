@@ -8,7 +8,9 @@
 mod attributes;
 mod directory;
 mod leftovers;
+mod lock;
 mod overwrite;
+mod sync;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
@@ -16,11 +18,14 @@ use std::path::{Path, PathBuf};
 
 pub use directory::Directory;
 pub use leftovers::clear_leftovers;
+pub use lock::FileLock;
 pub use overwrite::{EMPTY, OPEN, keeps_inode};
+pub use sync::{create_directories, sync, sync_name};
 
 use crate::error::{Context, Error, Kind, Result};
 use leftovers::{Temporary, completed, temporary};
 use overwrite::{open_target, overwrite};
+use sync::sync_directory;
 
 /// How a file is to be replaced.
 #[derive(Clone, Copy, Debug)]
@@ -244,6 +249,23 @@ pub fn write(target: &Path, bytes: &[u8], options: Options) -> Result<Committed>
     pending.commit(bytes.len() as u64)
 }
 
+/// Takes a file away; where it has to stay, its content.
+///
+/// # Errors
+/// `Io`.
+pub fn withdraw(path: &Path, durable: bool) -> Result<()> {
+    if keeps_inode(path).is_none() {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => {} // the directory gives no file away
+            Err(e) => return Err(Error::new(Kind::Io(e), "cannot remove this file").with_path(path)),
+            Ok(()) if durable => return sync_directory(path),
+            Ok(()) => return Ok(()),
+        }
+    }
+    write(path, b"", Options { atomic: false, durable, queued: false }).map(drop)
+}
+
 /// The file that `path` stands for, if it is a symbolic link; the link itself stays.
 fn follow_links(path: &Path) -> Result<PathBuf> {
     let mut path = path.to_owned();
@@ -302,12 +324,4 @@ fn close_in_background(old: File) {
     if old.metadata().is_ok_and(|m| m.len() >= 16 << 20) {
         let _ = std::thread::Builder::new().name("hornbeam-close".into()).spawn(move || drop(old));
     }
-}
-
-fn sync_directory(target: &Path) -> Result<()> {
-    if cfg!(unix) {
-        let directory = File::open(directory(target)).during("cannot open the directory")?;
-        directory.sync_all().during("cannot bring the directory to stable storage")?;
-    }
-    Ok(())
 }

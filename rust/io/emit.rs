@@ -25,7 +25,18 @@ pub trait Tensors {
     /// # Errors
     /// `Caller` when they cannot be had.
     fn tensor(&mut self, i: usize) -> Result<&[u8]>;
+
+    /// Hands the bytes of dataset `i` to `put`, in order and in as many parts as they come in.
+    ///
+    /// # Errors
+    /// Those of [`Tensors::tensor`] and of `put`; `Changed` when it has not its size.
+    fn each_part(&mut self, i: usize, dataset: &Dataset, put: Put<'_>) -> Result<()> {
+        put(sized(self.tensor(i)?, dataset)?)
+    }
 }
+
+/// Takes a part of a tensor.
+pub type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// Where bytes go.
 pub trait Sink {
@@ -149,7 +160,7 @@ impl<'a> Image<'a> {
             self.zeros_up_to(at)?;
             match item {
                 Item::Metadata(bytes) => self.put(bytes)?,
-                Item::Tensor(i) => self.put(sized(tensors.tensor(i)?, &datasets[i])?)?,
+                Item::Tensor(i) => tensors.each_part(i, &datasets[i], &mut |part| self.put(part))?,
             }
         }
         self.zeros_up_to(layout.len)
@@ -252,7 +263,7 @@ impl<'a> Image<'a> {
 }
 
 /// The bytes, which must be as many as the dataset has.
-pub(super) fn sized<'a>(bytes: &'a [u8], dataset: &Dataset) -> Result<&'a [u8]> {
+pub(crate) fn sized<'a>(bytes: &'a [u8], dataset: &Dataset) -> Result<&'a [u8]> {
     if bytes.len() as u64 == dataset.nbytes {
         return Ok(bytes);
     }

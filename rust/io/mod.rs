@@ -1,6 +1,7 @@
-//! Bytes in and out: [`emit`] gathers, checks and writes, [`pack`] compresses; [`fetch`] reads, checks and hands over; [`buffer`] is memory.
+//! Bytes in and out: [`emit`] gathers, checks and writes, [`cast`] narrows, [`pack`] compresses; [`fetch`] reads, checks and hands over; [`buffer`] is memory.
 
 pub mod buffer;
+pub mod cast;
 pub mod emit;
 pub mod fetch;
 pub mod pack;

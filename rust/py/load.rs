@@ -13,7 +13,7 @@ use super::detached::{detached, interrupt};
 use super::errors::to_py;
 use crate::archive::read::{Member, Members};
 use crate::error::{Error, Kind, Result};
-use crate::image::{Found, Storage, hdf5};
+use crate::image::{Found, Storage};
 use crate::io::ReadAt;
 use crate::load::{self, Choice};
 use crate::tree::Attribute;
@@ -109,9 +109,9 @@ impl File {
         with_path(checked, self.path.as_ref()).map_err(to_py)
     }
 
-    /// Whether it is HDF5, perhaps behind a user block.
-    fn is_hdf5(&self, py: Python<'_>) -> PyResult<bool> {
-        detached(py, || with_path(hdf5::start(&*self.source), self.path.as_ref())).map(|start| start.is_some())
+    /// What it is, by how it begins.
+    fn kind(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
+        detached(py, || with_path(load::kind(&*self.source), self.path.as_ref()))
     }
 
     /// Indexes the weights.

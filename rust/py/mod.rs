@@ -8,6 +8,7 @@ mod attribute;
 mod buffer;
 mod detached;
 pub(crate) mod errors;
+mod files;
 mod json;
 mod load;
 mod save;
@@ -24,19 +25,22 @@ mod _core {
     #[pymodule_export]
     use super::buffer::Block;
     #[pymodule_export]
+    use super::files::{
+        Directory, FileLock, clear_leftovers, keeps_inode, make_directories, sync, sync_name, write_file,
+    };
+    #[pymodule_export]
     use super::json::{decode_json, encode_json};
     #[pymodule_export]
     use super::load::{File, Reading, Weights, check_expansion, open};
     #[pymodule_export]
-    use super::save::{Directory, Plan, Save, clear_leftovers, keeps_inode, plan, write_file};
+    use super::save::{Plan, Save, commit_indexed, plan};
 
     /// Before any thread of ours can run.
     #[pymodule_init]
-    #[expect(clippy::unnecessary_wraps, reason = "what PyO3 asks for")]
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         #[cfg(all(unix, feature = "libhdf5"))]
         crate::image::hdf5::libhdf5::prepare_for_fork();
-        Ok(())
+        super::files::prepare_for_fork(module.py())
     }
 
     /// How this extension was built.

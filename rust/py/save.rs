@@ -1,12 +1,13 @@
 //! `plan`, `Plan.start`, `Save.finish`: a save in a thread of its own, while Python serialises the config.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict};
@@ -14,25 +15,42 @@ use pyo3::types::{PyBytes, PyDict};
 use super::buffer::{Buffer, Memory, Stream};
 use super::detached::{caller, detached, interrupt};
 use super::errors::to_py;
+use super::files::{Outcome, outcome};
 use crate::archive::write::Content;
-use crate::commit::{self, Committed, Options, Pending};
+use crate::commit::{Options, Pending};
 use crate::dtype::DType;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, out_of_memory};
 use crate::image::Compression;
-use crate::io::emit::{Progress, Sink, Tensors};
+use crate::io::cast::{Cast, Loss};
+use crate::io::emit::{Progress, Put, Sink, Tensors, sized};
 use crate::io::fetch::POLL;
 use crate::load::Choice;
 use crate::save::{self, Prepared, Target};
-use crate::tree::{Attribute, Tree};
+use crate::tree::{Attribute, Dataset, Tree};
 
 use super::load::choice;
 
 /// A laid-out weights image, ready to be written.
 #[pyclass(frozen, module = "hornbeam._core")]
-pub(super) struct Plan(Arc<save::Plan>);
+pub(super) struct Plan(Arc<save::Plan>, Arc<Casts>);
+
+/// The datasets whose memory is wider than what is written, by their positions.
+type Casts = HashMap<usize, Wide>;
+
+/// What the casts of a save cost, by the positions of the datasets.
+type Losses = Vec<(usize, Loss)>;
+
+/// How a dataset is narrowed.
+struct Wide {
+    cast: Cast,
+    memory: Dataset,
+    name: String, // of its variable, for errors
+    may_overflow: bool,
+}
 
 #[pyfunction]
-#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1_048_576))]
+#[pyo3(signature = (groups, datasets, *, engine = "auto", compression = None, shuffle = true, chunk_bytes = 1_048_576, casts = Vec::new()))]
+#[allow(clippy::too_many_arguments)] // named ones
 pub(super) fn plan(
     py: Python<'_>,
     groups: Vec<(PyBackedStr, Vec<Attribute>)>,
@@ -41,6 +59,7 @@ pub(super) fn plan(
     compression: Option<u32>,
     shuffle: bool,
     chunk_bytes: u64,
+    casts: Vec<(usize, PyBackedStr, String, bool)>,
 ) -> PyResult<Plan> {
     let choice = choice(engine)?;
     let compression = compression.map(|level| Compression::new(level, shuffle, chunk_bytes)).transpose();
@@ -64,11 +83,22 @@ pub(super) fn plan(
         Ok(tree)
     };
     let tree = record().map_err(to_py)?; // attached: it releases the names
+    let casts = casts.into_iter().map(|(i, dtype, name, may_overflow)| {
+        let (wide, dataset) = (DType::from_name(&dtype), tree.datasets().get(i));
+        let cast = wide.zip(dataset).and_then(|(wide, dataset)| Cast::between(wide, dataset.dtype));
+        let (Some(cast), Some(wide), Some(dataset)) = (cast, wide, dataset) else {
+            return Err(PyValueError::new_err(format!("no dataset {i} to which {dtype} can be cast")));
+        };
+        let nbytes = dataset.nbytes / dataset.dtype.size() as u64 * wide.size() as u64;
+        let memory = Dataset { dtype: wide, nbytes, ..dataset.clone() };
+        Ok((i, Wide { cast, memory, name, may_overflow }))
+    });
+    let casts = casts.collect::<PyResult<Casts>>()?;
     let laid_out = detached(py, || match compression {
         Some(how) => Ok(save::Plan::compressed(tree, choice.compressor()?, how)),
         None => save::Plan::new(tree, &*choice.writer()?),
     });
-    Ok(Plan(Arc::new(laid_out?)))
+    Ok(Plan(Arc::new(laid_out?), Arc::new(casts)))
 }
 
 #[pymethods]
@@ -123,7 +153,14 @@ impl Plan {
         };
         let save = Save {
             progress: Arc::default(),
-            state: Mutex::new(Some(State::Held(Held { plan: Arc::clone(&self.0), target, buffers, archive, tail }))),
+            state: Mutex::new(Some(State::Held(Held {
+                plan: Arc::clone(&self.0),
+                casts: Arc::clone(&self.1),
+                target,
+                buffers,
+                archive,
+                tail,
+            }))),
             prepared: Mutex::new(None),
             process: std::process::id(),
         };
@@ -152,7 +189,7 @@ impl Drop for KeepsTail {
 /// What the writer thread asks of the caller.
 enum Event {
     Tensor(usize),
-    Done(Box<Result<Prepared>>),
+    Done(Box<Result<(Prepared, Losses)>>),
 }
 
 /// What the caller answers.
@@ -178,6 +215,7 @@ enum State {
 /// What the writer thread will need.
 struct Held {
     plan: Arc<save::Plan>,
+    casts: Arc<Casts>,
     target: Target,
     buffers: Vec<Option<Buffer>>,
     archive: bool,
@@ -197,6 +235,9 @@ struct Running {
 struct Source<'a> {
     buffers: &'a [Option<Buffer>],
     current: Option<Buffer>,
+    casts: &'a Casts,
+    losses: Losses,
+    narrow: Vec<u8>, // a whole tensor, for who needs it whole
     ask: &'a Sender<Event>,
     answers: &'a Receiver<Answer>,
 }
@@ -205,8 +246,9 @@ fn cancelled<E>(_: E) -> Error {
     Error::new(Kind::Cancelled, "the save was cancelled")
 }
 
-impl Tensors for Source<'_> {
-    fn tensor(&mut self, i: usize) -> Result<&[u8]> {
+impl Source<'_> {
+    /// The memory of dataset `i`, as it is.
+    fn memory(&mut self, i: usize) -> Result<&[u8]> {
         if let Some(buffers) = &self.buffers[i] {
             return Ok(buffers.bytes());
         }
@@ -219,23 +261,67 @@ impl Tensors for Source<'_> {
     }
 }
 
+impl Source<'_> {
+    /// The same, cast on its way to `put`.
+    fn narrowed(&mut self, i: usize, put: Put<'_>) -> Result<()> {
+        let wide = &self.casts[&i];
+        let loss = wide.cast.each_block(sized(self.memory(i)?, &wide.memory)?, put)?;
+        self.losses.push((i, loss));
+        if loss.infinite == 0 || wide.may_overflow {
+            return Ok(());
+        }
+        let (name, path, to) = (&wide.name, &wide.memory.path, wide.cast.narrow());
+        let found = format!("{} would become infinite", loss.infinite);
+        Err(Error::new(
+            Kind::Invalid,
+            format!("'{name}' ('{path}' in the file) holds values that {to} cannot: {found}"),
+        )
+        .with_advice("Save it as bfloat16, which reaches as far as float32, or with `allow_overflow=True`."))
+    }
+}
+
+impl Tensors for Source<'_> {
+    fn tensor(&mut self, i: usize) -> Result<&[u8]> {
+        if !self.casts.contains_key(&i) {
+            return self.memory(i);
+        }
+        let mut narrow = std::mem::take(&mut self.narrow);
+        narrow.clear();
+        self.narrowed(i, &mut |part| {
+            narrow.try_reserve(part.len()).map_err(|_| out_of_memory(part.len()))?;
+            narrow.extend_from_slice(part);
+            Ok(())
+        })?;
+        self.narrow = narrow;
+        Ok(&self.narrow)
+    }
+
+    fn each_part(&mut self, i: usize, dataset: &Dataset, put: Put<'_>) -> Result<()> {
+        if self.casts.contains_key(&i) { self.narrowed(i, put) } else { put(sized(self.memory(i)?, dataset)?) }
+    }
+}
+
 impl Running {
     /// Starts the writer thread.
     fn spawn(held: Held, progress: &Arc<Progress>) -> PyResult<Self> {
-        let Held { plan, target, buffers, archive, tail } = held;
+        let Held { plan, casts, target, buffers, archive, tail } = held;
         let (ask, events) = channel();
         let (tensors, tensor_answers) = channel();
         let (members, member_answers) = channel();
         let watched = Arc::clone(progress);
         let body = move || {
             let work = || {
-                let mut source = Source { buffers: &buffers, current: None, ask: &ask, answers: &tensor_answers };
+                let (ask, answers) = (&ask, &tensor_answers);
+                let (losses, narrow) = (Vec::new(), Vec::new());
+                let buffers = &buffers;
+                let mut source = Source { buffers, current: None, casts: &casts, losses, narrow, ask, answers };
                 let mut members = || match member_answers.recv().map_err(cancelled)? {
                     Answer::Members(members) => Ok(members),
                     Answer::Tensor(_) => Err(cancelled(())),
                 };
                 let members: Option<save::Members<'_>> = if archive { Some(&mut members) } else { None };
-                save::write(&plan, target, &mut source, members, &watched)
+                let prepared = save::write(&plan, target, &mut source, members, &watched)?;
+                Ok((prepared, source.losses))
             };
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
             let outcome = caught.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "the writer thread panicked")));
@@ -261,6 +347,10 @@ impl Save {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    fn take_prepared(&self) -> Option<Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Starts the writer thread, if that was put off.
     fn begin(&self) -> PyResult<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -280,7 +370,7 @@ impl Save {
     }
 
     /// Hands over the members and waits for the end; `pull(i)` gives the memory of a tensor that was not given to `start`. Without
-    /// `commit`, the old file stays until [`Save::commit`].
+    /// `commit`, the old file stays until [`commit_indexed`].
     #[pyo3(signature = (members, pull = None, *, commit = true))]
     fn finish<'py>(
         &self,
@@ -318,10 +408,12 @@ impl Save {
         drop((events, tensors, members));
         let buffers = py.detach(|| thread.join());
         drop(buffers);
-        let prepared = waited.map_err(to_py)?;
+        let (prepared, losses) = waited.map_err(to_py)?;
         let info = PyDict::new(py);
         info.set_item("bytes", prepared.bytes())?;
         info.set_item("crc", prepared.crc())?;
+        let losses = losses.iter().map(|(i, l)| (*i, l.max_abs, l.max_rel, l.zeros, l.infinite));
+        info.set_item("casts", losses.collect::<Vec<_>>())?;
         if commit {
             let committed = detached(py, || prepared.commit())?.committed;
             info.set_item("in_place", committed.in_place)?;
@@ -331,14 +423,6 @@ impl Save {
         }
         info.set_item("tail", tail.try_recv().ok().map(|t| PyBytes::new(py, &t)))?;
         Ok(info)
-    }
-
-    /// Puts the new file in the old one's place, after `finish(commit=False)`; why it was written over instead, and
-    /// what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Outcome> {
-        self.check_process()?;
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        prepared.map_or(Ok((None, None)), |p| detached(py, || p.commit().map(|written| outcome(written.committed))))
     }
 
     /// Stops the writer and removes what it wrote.
@@ -354,6 +438,25 @@ impl Save {
         drop((events, tensors, members)); // wakes a waiting thread
         drop(py.detach(|| thread.join()));
     }
+}
+
+/// Puts what was saved with `finish(commit=False)` in its places, and then the index that names it; what `Save.commit`
+/// returns, for each of them and for the index.
+#[pyfunction]
+#[pyo3(signature = (saves, index, content, *, atomic = true, durable = false))]
+pub(super) fn commit_indexed(
+    py: Python<'_>,
+    saves: Vec<PyRef<'_, Save>>,
+    index: PathBuf,
+    content: Vec<u8>,
+    atomic: bool,
+    durable: bool,
+) -> PyResult<Vec<Outcome>> {
+    saves.iter().try_for_each(|save| save.check_process())?;
+    let files = saves.iter().filter_map(|save| save.take_prepared()).collect();
+    let options = Options { atomic, durable, queued: false };
+    let placed = detached(py, || save::commit_indexed(files, &index, &content, options))?;
+    Ok(placed.into_iter().map(outcome).collect())
 }
 
 /// The writer's next event; `None` after a while without one.
@@ -386,76 +489,5 @@ impl From<MemberContent> for Content {
             MemberContent::Bytes(b) => Self::Bytes(b),
             MemberContent::File(p) => Self::File(p),
         }
-    }
-}
-
-/// Why a file was written over instead of being replaced, and what it lost of the old one's attributes.
-type Outcome = (Option<&'static str>, Option<&'static str>);
-
-fn outcome(committed: Committed) -> Outcome {
-    (committed.in_place, committed.lost)
-}
-
-/// Whether a save writes over the file at this path, so that what has it open sees the new content.
-#[pyfunction]
-pub(super) fn keeps_inode(py: Python<'_>, path: PathBuf) -> bool {
-    py.detach(|| commit::keeps_inode(&path).is_some())
-}
-
-/// Removes what crashed saves of this path left beside it.
-#[pyfunction]
-pub(super) fn clear_leftovers(py: Python<'_>, path: PathBuf) {
-    py.detach(|| commit::clear_leftovers(&path));
-}
-
-/// Replaces a small file atomically.
-#[pyfunction]
-#[pyo3(signature = (path, data, *, atomic = true, durable = false))]
-pub(super) fn write_file(
-    py: Python<'_>,
-    path: PathBuf,
-    data: Vec<u8>,
-    atomic: bool,
-    durable: bool,
-) -> PyResult<Outcome> {
-    detached(py, || commit::write(&path, &data, Options { atomic, durable, queued: false }).map(outcome))
-}
-
-/// A directory that replaces another when it is complete; a context manager.
-#[pyclass(frozen, module = "hornbeam._core")]
-pub(super) struct Directory(Mutex<Option<commit::Directory>>, PathBuf);
-
-#[pymethods]
-impl Directory {
-    #[new]
-    #[pyo3(signature = (target, names, *, atomic = true, durable = false))]
-    #[allow(clippy::needless_pass_by_value)] // extracted
-    fn new(py: Python<'_>, target: PathBuf, names: Vec<String>, atomic: bool, durable: bool) -> PyResult<Self> {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let made =
-            detached(py, || commit::Directory::create(&target, &names, Options { atomic, durable, queued: false }))?;
-        let path = made.path().to_owned();
-        Ok(Self(Mutex::new(Some(made)), path))
-    }
-
-    #[getter]
-    fn path(&self) -> &std::path::Path {
-        &self.1
-    }
-
-    /// Puts the directory in its place; what it could not take over from the old one.
-    fn commit(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.map_or(Ok(None), |d| detached(py, || d.commit()))
-    }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-
-    #[pyo3(signature = (*_raised))]
-    fn __exit__(&self, py: Python<'_>, _raised: &Bound<'_, PyAny>) {
-        let made = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(made));
     }
 }

@@ -14,10 +14,10 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from hornbeam import _core
-from hornbeam.base import file_objects
+from hornbeam.base import file_objects, settings
 from hornbeam.base.file_objects import Stream
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -78,7 +78,7 @@ _PICKLE = (
 )
 
 
-def look(source: Any) -> Content | None:
+def identify(source: Any) -> Content | None:
     """What is there; `None` if nothing is, or it cannot be read.
 
     Args:
@@ -99,32 +99,22 @@ def look(source: Any) -> Content | None:
         return None
 
 
-def head(source: Any, size: int = 16) -> bytes:
-    """The first bytes of a local file or a file object; none where they cannot be read."""
+def kind(source: Any) -> Literal["keras", "h5", "safetensors", "shards"] | None:
+    """What a local file or a file object is, by how it begins; `None` where it is something else or cannot be read."""
     try:
         if not isinstance(source, Stream) and file_objects.is_path(source):
-            if not os.path.isfile(source):
-                return b""
-            with open(source, "rb") as file:
-                return file.read(size)
+            return _core.open(os.fsdecode(source), archive=False).kind()
         with file_objects.rewound(source) as file:
-            return b"" if file is None else bytes(file.read(size))
+            return None if file is None else _core.open(file_objects.source(file), archive=False).kind()
     except (OSError, ValueError):
-        return b""
+        return None
 
 
-def is_hdf5(source: Any) -> bool:
-    """Whether a local file or a file object is HDF5, perhaps behind a user block; an archive is none."""
-    begin = head(source)
-    if not begin or begin.startswith((b"PK", HDF5)):
-        return begin.startswith(HDF5)
-    try:
-        if not isinstance(source, Stream) and file_objects.is_path(source):
-            return _core.open(os.fsdecode(source), archive=False).is_hdf5()
-        with file_objects.rewound(source) as file:
-            return file is not None and _core.open(file_objects.source(file), archive=False).is_hdf5()
-    except (OSError, ValueError):
-        return False
+def open_weights(place: Any, kind: Literal["h5", "safetensors"]) -> _core.Weights:
+    """The index of one file of weights, a path or a `Stream`; an error says what it is, if it is something else."""
+    with explained(place, kind):
+        engine = kind if kind == "safetensors" else settings.current().engine
+        return _core.open(file_objects.openable(place), archive=False).weights(engine=engine)
 
 
 @contextlib.contextmanager
@@ -137,9 +127,9 @@ def explained(source: Any, *kinds: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        found = look(source)
+        found = identify(source)
         if found is not None and found.kind not in kinds:
-            _add(error, found, file_objects.plain(source))
+            _add(error, found, file_objects.path_to_str(source))
         raise
 
 
@@ -184,7 +174,7 @@ def _file(file: Any) -> Content:
         return _safetensors(file, size)
     if not begin.strip(b"\0"):
         return Content(None, f"{size} bytes that begin with zeros only", f"What wrote it did not finish. {_AGAIN}")
-    if _core.open(file_objects.source(file), archive=False).is_hdf5():
+    if _core.open(file_objects.source(file), archive=False).kind() == "h5":
         return Content("h5", "an HDF5 file behind a user block", "Give it a name that ends in `.h5` or `.weights.h5`.")
     return _text(file, begin) or Content(
         None, f"of no kind known here ({size} bytes that begin with {begin[:8]!r})", "Pass the path of a model file."

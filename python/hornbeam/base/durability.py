@@ -1,4 +1,4 @@
-"""Stable storage for what the core does not write itself: new directories, copied assets, files of stock Keras'."""
+"""Stable storage for what stock Keras writes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from hornbeam import _core
 from hornbeam.base import counters, settings
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Brings a file, or a directory with everything in it, to stable storage; not its name.
-
-    Raises:
-        OSError: Where that fails.
-    """
-    if os.path.isfile(path):  # nobody waits for a pipe
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    for top, _, names in os.walk(path):
-        for name in names:
-            sync(os.path.join(top, name))
-        _sync_directory(top)
-
-
-def sync_name(path: str | os.PathLike[str]) -> None:
-    """Brings the entry of a file in its directory to stable storage."""
-    _sync_directory(os.path.dirname(os.path.realpath(path)))
 
 
 @contextlib.contextmanager
@@ -43,7 +24,7 @@ def directories(path: Any, *, durable: bool) -> Iterator[None]:
     yield
     for made in reversed(missing):
         if os.path.isdir(made):  # the outermost first
-            sync_name(made)
+            _core.sync_name(made)
 
 
 def sync_handed_over(path: Any) -> None:
@@ -52,8 +33,8 @@ def sync_handed_over(path: Any) -> None:
         return
     place = os.fsdecode(path)
     if os.path.isfile(place) or os.path.isdir(place):
-        sync(place)
-        sync_name(place)
+        _core.sync(place)
+        _core.sync_name(place)
     else:
         tell(place)
 
@@ -67,13 +48,3 @@ def tell(place: str) -> None:
 @functools.cache
 def _tell(place: str) -> None:
     counters.logger.warning("durable: nobody can wait for stable storage at '%s'", place)
-
-
-def _sync_directory(path: str) -> None:
-    if os.name != "posix":
-        return  # elsewhere directories cannot be opened
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

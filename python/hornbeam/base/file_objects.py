@@ -35,7 +35,7 @@ def is_path(value: Any) -> bool:
     return isinstance(value, str | bytes | os.PathLike)
 
 
-def plain(value: Any) -> Any:
+def path_to_str(value: Any) -> Any:
     """A path as `str`; anything else as it is."""
     return os.fsdecode(value) if isinstance(value, bytes | os.PathLike) else value
 

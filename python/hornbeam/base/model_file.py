@@ -15,7 +15,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -62,8 +62,8 @@ def open(path: str | bytes | os.PathLike[str] | IO[bytes], *, mmap: bool = False
             limit allows (`LimitError`), points outside itself (`UnsafeFileError`) or is of no kind known here
             (`UnsupportedError`).
     """
-    path = file_objects.plain(path)
-    writer.settle(path, loads=True)
+    path = file_objects.path_to_str(path)
+    writer.wait_for(path, loads=True)
     return File(path, mmap=mmap)
 
 
@@ -256,9 +256,7 @@ class File(Mapping[str, np.ndarray]):
             twice = Counter(itertools.chain(*names)).most_common(1)[0][0]
             raise WeightsFileError(f"'{twice}' is in two shards of '{self._place}'")
         if self.engine == "safetensors":
-            missing = next((name for name in self._index.get("weight_map", ()) if name not in self._where), None)
-            if missing is not None:
-                raise WeightsFileError(f"'{self._place}' names '{missing}', which is in none of its shards")
+            _check_index(str(self._place), self._index, self._where)
 
     def _open(self) -> Format:
         if self.path is not None and os.path.isdir(self.path):
@@ -539,17 +537,9 @@ def _identity(stat: os.stat_result) -> tuple[int, ...]:
 
 def _kind(path: str | Stream) -> Format:
     """What a file is: by its first bytes; where those say nothing, its name decides whose error is raised."""
-    if isinstance(path, str):
-        _core.open(path, archive=False)  # errors of the file system are our own
-    head = contents.head(path)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "keras"
-    if contents.is_hdf5(path):
-        return "h5"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:
-        return "safetensors"
-    if head.lstrip().startswith(b"{"):
-        return "shards"
+    known = _core.open(file_objects.openable(path), archive=False).kind()
+    if known is not None:
+        return known
     suffixes: dict[str, Format] = {
         ".keras": "keras",
         ".h5": "h5",
@@ -560,8 +550,7 @@ def _kind(path: str | Stream) -> Format:
     found = suffixes.get(os.path.splitext(str(path))[1].lower())
     if found is None:
         raise UnsupportedError(
-            f"'{path}' is no model file: expected an archive, HDF5, safetensors or an index of shards, "
-            f"found the bytes {head[:8]!r}"
+            f"'{path}' is no model file: expected an archive, HDF5, safetensors or an index of shards"
         )
     return found
 
@@ -589,3 +578,24 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name:
             raise UnsafeFileError(f"'{path}' names a shard outside its directory: {name!r}")
     return index, list(dict.fromkeys(names))
+
+
+def open_shards(index: Path, kind: Literal["h5", "safetensors"]) -> list[tuple[str, _core.Weights]]:
+    """Opens every shard that an index names.
+
+    Raises:
+        ValueError: When the index is malformed or names a file elsewhere.
+        FileNotFoundError: When a shard is missing.
+        WeightsFileError: When a tensor that a safetensors index names is not there.
+    """
+    content, names = read_index(index)
+    opened = [(name, contents.open_weights(str(index.with_name(name)), kind)) for name in names]
+    if kind == "safetensors":
+        _check_index(str(index), content, {name for _, weights in opened for name in weights.names()})
+    return opened
+
+
+def _check_index(place: str, index: dict[str, Any], there: Container[str]) -> None:
+    missing = next((name for name in index.get("weight_map", ()) if name not in there), None)
+    if missing is not None:
+        raise WeightsFileError(f"'{place}' names '{missing}', which is in none of its shards")

@@ -60,14 +60,14 @@ def watch(operation: str, path: str | None, total: int | Callable[[], int], done
     def work() -> None:
         try:
             if callable(wanted):
-                _tell(wanted, now, stop)
+                _call_back(wanted, now, stop)
             else:
                 _draw(now, stop)
         except Exception:
             counters.logger.exception("progress is not shown any more")
 
     thread = threading.Thread(target=work, name="hornbeam-progress", daemon=True)
-    thread.works_for = threading.current_thread()  # type: ignore[attr-defined]  # which waits for it: `_async`
+    thread.works_for = threading.current_thread()  # type: ignore[attr-defined]  # which waits for it: `base/writer.py`
     thread.start()
     try:
         yield
@@ -76,7 +76,7 @@ def watch(operation: str, path: str | None, total: int | Callable[[], int], done
         thread.join()
 
 
-def _tell(callback: Callable[[Progress], Any], now: Callable[[], Progress], stop: threading.Event) -> None:
+def _call_back(callback: Callable[[Progress], Any], now: Callable[[], Progress], stop: threading.Event) -> None:
     while not stop.wait(_INTERVAL):
         callback(now())
     callback(now())

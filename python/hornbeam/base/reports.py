@@ -1,4 +1,4 @@
-"""What a load did: every tensor of the file and every variable of the model is in one of the lists. What a save did."""
+"""What a load did, with every tensor of the file and every variable of the model; what a save and an export did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import time
 import warnings
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar, Literal, overload
 
 
 @dataclasses.dataclass
@@ -37,6 +37,7 @@ class LoadReport:
         partial: Whether the file says that it holds a part of a model: what else the model has is in `missing`.
     """
 
+    kind: ClassVar = "load"
     path: str | None = None
     loaded: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
@@ -64,7 +65,7 @@ class LoadReport:
         """
         return self.engine != "stock" and not (self.missing or self.unexpected or self.mismatched or self.unmatched)
 
-    def warn_of_nothing(self) -> None:
+    def warn_if_nothing_fits(self) -> None:
         """Warns where what was asked for is not in the file: names that fit nothing are mostly misspelt."""
         what = f"'{self.path or 'a file object'}'"
         if self.missing and not self.loaded:
@@ -147,6 +148,7 @@ class SaveReport:
         crc: CRC-32 of the weights image, where hornbeam wrote one file of it.
     """
 
+    kind: ClassVar = "save"
     path: str | None = None
     tensors: int = 0
     bytes: int = 0
@@ -189,6 +191,28 @@ class SaveReport:
         return "\n".join(rows)
 
 
+@dataclasses.dataclass
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: The directory.
+        endpoints: The endpoints, in the order they were added.
+        differences: Endpoint and output (`serve`, `serve/logits`) → the largest difference between what the reloaded
+            artifact and the model answered; empty unless they were compared.
+    """
+
+    kind: ClassVar = "export"
+    path: str
+    endpoints: list[str]
+    differences: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def largest(self) -> float | None:
+        """The largest difference of all, or `None` if nothing was compared."""
+        return max(self.differences.values(), default=None)
+
+
 def _item(item: Any) -> str:
     if isinstance(item, str):
         return item
@@ -210,23 +234,36 @@ def _size(nbytes: int) -> str:
     return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-_last_load: ContextVar[LoadReport | None] = ContextVar("hornbeam_last_load", default=None)
-_last_save: ContextVar[SaveReport | None] = ContextVar("hornbeam_last_save", default=None)
+#: What a thread or task has done: kind → its newest report.
+_newest: ContextVar[dict[str, LoadReport | SaveReport | ExportReport]] = ContextVar("hornbeam_reports")
 
 
-def last_report() -> LoadReport | None:
-    """The report of this thread's or task's last load that went through hornbeam; `None` before there is one."""
-    return _last_load.get()
+@overload
+def last_report(kind: Literal["load"]) -> LoadReport | None: ...
+@overload
+def last_report(kind: Literal["save"]) -> SaveReport | None: ...
+@overload
+def last_report(kind: Literal["export"]) -> ExportReport | None: ...
+def last_report(kind: str) -> Any:
+    """The report of the last load, save or export of the calling thread or task that went through hornbeam.
+
+    An asynchronous save has ended later, and its report is that of its handle: `Handle.report`.
+
+    Args:
+        kind: `"load"`, `"save"` or `"export"`.
+
+    Returns:
+        A `LoadReport`, `SaveReport` or `ExportReport`; `None` before there is one. What fails makes none: the report
+        is that of the one before it.
+
+    Raises:
+        ValueError: For another kind.
+    """
+    if kind not in ("load", "save", "export"):
+        raise ValueError(f"kind must be 'load', 'save' or 'export'. Received: kind={kind!r}")
+    return _newest.get({}).get(kind)
 
 
-def last_save_report() -> SaveReport | None:
-    """The report of this thread's or task's last save that went through hornbeam; `None` before there is one."""
-    return _last_save.get()
-
-
-def remember(report: LoadReport | SaveReport) -> None:
-    """Makes `report` the last one; who was called from outside does that, once."""
-    if isinstance(report, SaveReport):
-        _last_save.set(report)
-    else:
-        _last_load.set(report)
+def remember(report: LoadReport | SaveReport | ExportReport) -> None:
+    """Makes `report` the last one of its kind; who was called from outside does that, once."""
+    _newest.set({**_newest.get({}), report.kind: report})

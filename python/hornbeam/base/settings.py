@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
-
-#: The names of `seam/shortcuts.py`.
-SHORTCUTS = frozenset(["attributes", "copies", "signatures", "tensors", "variables"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Options:
         atomic: Write beside the target and rename. `False` writes over the old file, as Keras does.
         durable: A save returns only when data and directory are on stable storage.
         verify: Read all of a file to check its CRC, also where only a part of it is loaded.
-        shortcuts: Which of `seam/shortcuts.py` a load or save may take.
+        shortcuts: Loads and saves take ways around slow parts of Keras (`seam/shortcuts.py`).
         compression: Level of deflate that saves use, 0 to 9, or `None`.
         shuffle: Whether the bytes of the elements are transposed before they are compressed.
         chunk_bytes: Most bytes of a chunk, before compression.
@@ -34,7 +31,7 @@ class Options:
     atomic: bool = True
     durable: bool = False
     verify: bool = False
-    shortcuts: frozenset[str] = SHORTCUTS
+    shortcuts: bool = True
     progress: Callable[[Any], Any] | bool | None = None
     compression: int | None = None
     shuffle: bool = True
@@ -57,7 +54,7 @@ def options(
     atomic: bool | None = None,
     durable: bool | None = None,
     verify: bool | None = None,
-    shortcuts: Iterable[str] | None = None,
+    shortcuts: bool | None = None,
     progress: Callable[[Any], Any] | bool | None = None,
     compression: str | int | None = None,
     shuffle: bool | None = None,
@@ -77,9 +74,8 @@ def options(
         chunk_bytes: Bytes of a chunk, at most, before compression; 1 MiB otherwise.
         progress: `True` shows a bar after two seconds, `False` shows nothing, and a callable gets a
             `hornbeam.Progress` some ten times a second, in a thread of its own. Otherwise there is a bar on a terminal.
-        shortcuts: Ways around slow parts of Keras while a model is built or described: `"attributes"`, `"copies"`,
-            `"signatures"`, `"tensors"` and `"variables"`; all of them otherwise. `docs/performance.md` says what each
-            is worth.
+        shortcuts: `False` has slow parts of Keras and TensorFlow do their work while a model is built or described,
+            instead of ways around them that are tried first (`docs/performance.md`).
 
     Yields:
         The options in force inside.
@@ -94,6 +90,7 @@ def options(
         "durable": durable,
         "verify": verify,
         "progress": progress,
+        "shortcuts": shortcuts,
         "shuffle": shuffle,
         "chunk_bytes": chunk_bytes,
     }
@@ -101,10 +98,8 @@ def options(
         raise ValueError(f"chunk_bytes must be between 1 KiB and 1 GiB. Received: {chunk_bytes}")
     if engine not in (None, "auto", "direct", "libhdf5"):
         raise ValueError(f"engine must be 'auto', 'direct' or 'libhdf5'. Received: engine={engine!r}")
-    unknown = set(shortcuts or ()) - SHORTCUTS
-    if unknown:
-        raise ValueError(f"shortcuts must be among {sorted(SHORTCUTS)}. Received: {shortcuts}")
-    given["shortcuts"] = None if shortcuts is None else frozenset(shortcuts)
+    if shortcuts not in (None, True, False):
+        raise ValueError(f"shortcuts must be True or False. Received: shortcuts={shortcuts!r}")
     before = _options.get()
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if compression is not None:

@@ -42,8 +42,8 @@ class Handle(Future[str]):
     Attributes:
         path: The file, from the root: the process may change its directory before it is written.
         bytes: Its size, once it is written.
-        stalled: Seconds that the call took.
-        written: Seconds from the first byte until the file was in its place, once it is.
+        stall_seconds: How long the call took.
+        write_seconds: From the first byte until the file was in its place, once it is.
         report: What was saved, once it is.
     """
 
@@ -52,11 +52,11 @@ class Handle(Future[str]):
         self.path = locations.absolute(path)
         self._real = os.path.realpath(self.path)  # now: links may change, too
         self.bytes: int | None = None
-        self.stalled = 0.0
-        self.written: float | None = None
+        self.stall_seconds = 0.0
+        self.write_seconds: float | None = None
         self.report: SaveReport | None = None
-        self.error: BaseException | None = None  # for those who tell nobody of it
-        self._seen = False  # whether somebody was given the error
+        self.error: BaseException | None = None  # to look at, without having it reported
+        self._reported = False  # whether somebody was given the error
         self.set_running_or_notify_cancel()
 
     def __reduce__(self) -> Any:
@@ -88,7 +88,7 @@ class Handle(Future[str]):
             error = super().exception(timeout)
         except TimeoutError:
             raise TimeoutError(f"The save of '{self.path}' has not ended after {timeout} seconds.") from None
-        self._seen = True
+        self._reported = True
         return error
 
     def result(self, timeout: float | None = None) -> str:
@@ -113,7 +113,7 @@ class Handle(Future[str]):
 
     def new_error(self) -> BaseException | None:
         """As `exception` without a timeout, but for what somebody was given already."""
-        seen, error = self._seen, self.exception()
+        seen, error = self._reported, self.exception()
         return None if seen else error
 
     def add_done_callback(self, fn: Callable[[Handle], Any]) -> None:
@@ -138,7 +138,7 @@ class Handle(Future[str]):
     def start_anew(self) -> None:
         """In a forked child, where it belongs to the parent, and so do its callbacks and its error."""
         self._condition = threading.Condition()
-        self._seen = True
+        self._reported = True
         vars(self).update(_done_callbacks=[], _waiters=[])
         if not self.done():
             self.end(CancelledError(f"The save of '{self.path}' belongs to the parent process."))
@@ -155,7 +155,7 @@ class _Job:
     stages: bool  # its values are in the staging memory
 
     def run(self) -> BaseException | None:
-        """Writes the file and tells the log."""
+        """Writes the file; logs what went wrong."""
         handle = self.handle
         since = time.perf_counter()
         error: BaseException | None = None
@@ -167,7 +167,7 @@ class _Job:
             error = e
             counters.logger.error("the asynchronous save of '%s' failed: %s", handle.path, e, exc_info=e)
             error.__traceback__ = None  # its frames hold the values
-        handle.written = time.perf_counter() - since
+        handle.write_seconds = time.perf_counter() - since
         return error
 
 
@@ -224,7 +224,7 @@ class _Queue:
                 self.changed.notify_all()
 
     def _end(self, job: _Job, error: BaseException | None) -> None:
-        """Gives back what the save held, and tells its handle."""
+        """Gives back what the save held, and ends its handle."""
         try:
             job.drop()
         except BaseException as e:
@@ -233,7 +233,7 @@ class _Queue:
         with self.changed:
             if job.stages:
                 self.staged = False
-            job.handle.error = error  # before anybody is told of it
+            job.handle.error = error  # before anybody hears of it
             if error is not None:
                 self.failed.append(job.handle)
             self.changed.notify_all()
@@ -262,15 +262,15 @@ class _Queue:
             )
 
     def raise_failed(self, path: str | None = None) -> None:
-        """Raises what nobody was told of yet: of any save, or of those to one path."""
+        """Raises what was not reported yet: of any save, or of those to one path."""
         with self.changed:
-            unseen = [h for h in self.failed if not h._seen]
-            chosen = [h for h in unseen if path is None or h._real == path]
-            self.failed = [h for h in unseen if h not in chosen]
+            unreported = [h for h in self.failed if not h._reported]
+            chosen = [h for h in unreported if path is None or h._real == path]
+            self.failed = [h for h in unreported if h not in chosen]
         if not chosen:
             return
         for handle in chosen:
-            handle._seen = True
+            handle._reported = True
         error = chosen[0].error
         assert error is not None
         error.add_note(f"This happened while '{chosen[0].path}' was saved asynchronously.")
@@ -353,8 +353,8 @@ class _FailedStream:
 
 
 def _lost() -> list[Handle]:
-    """The failed saves that nobody was told of."""
-    return [handle for handle in _queue.failed if not handle._seen]
+    """The failed saves that were not reported."""
+    return [handle for handle in _queue.failed if not handle._reported]
 
 
 def _fail_exit() -> None:
@@ -378,7 +378,7 @@ atexit.register(_fail_exit)
 Around = Callable[[Handle, Callable[[], SaveReport]], SaveReport]
 
 
-class Request:
+class Reservation:
     """One asynchronous save that is being asked for.
 
     Attributes:
@@ -422,7 +422,7 @@ class Request:
     ) -> Handle:
         """Hands the save to the writer."""
         handle = Handle(path)
-        handle.stalled = time.perf_counter() - self._since
+        handle.stall_seconds = time.perf_counter() - self._since
         work = write if self._around is None else functools.partial(self._around, handle, write)
         job = _Job(handle, work, drop, options, self._stages)
         reserved, self._reserved, self._stages = self._reserved, False, False
@@ -430,7 +430,7 @@ class Request:
         self.handle = handle
         return handle
 
-    def __enter__(self) -> Request:
+    def __enter__(self) -> Reservation:
         queue = self._queue
         queue.raise_failed()
         with queue.changed:
@@ -458,12 +458,12 @@ def _aligned(size: int) -> int:
 
 
 @contextlib.contextmanager
-def asked(asynchronous: bool, around: Around | None = None) -> Iterator[Request | None]:
+def reserve(asynchronous: bool, around: Around | None = None) -> Iterator[Reservation | None]:
     """A place in the queue for the save inside, if it is to be asynchronous."""
     if not asynchronous:
         yield None
         return
-    with Request(around) as request:
+    with Reservation(around) as request:
         yield request
 
 
@@ -474,7 +474,7 @@ def cancelled(path: str) -> Handle:
     return handle
 
 
-def settle(path: Any, *, loads: bool = False) -> None:
+def wait_for(path: Any, *, loads: bool = False) -> None:
     """Waits for asynchronous saves of `path`, so that what follows comes after them.
 
     Args:

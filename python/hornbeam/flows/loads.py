@@ -38,7 +38,7 @@ ALL = 1 << 62
 _NPZ: str | None = getattr(saving_lib, "_VARS_FNAME_NPZ", None)
 
 
-def leave(request: LoadRequest, reason: str | None, path: str | None = None) -> NotOurs:
+def not_ours(request: LoadRequest, reason: str | None, path: str | None = None) -> NotOurs:
     """What to raise where stock Keras has to do a load."""
     return NotOurs(reason, request.beyond(), path, saves=False)
 
@@ -58,7 +58,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
     path = place if isinstance(place, str) else None
     reason = keras_names.unsupported()
     if reason is not None:
-        raise leave(request, reason, path)
+        raise not_ours(request, reason, path)
     report = LoadReport(path)
     with contents.explained(path or request.source, "keras"):
         file = _core.open(place, archive=True)
@@ -70,7 +70,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
         if _NPZ is not None and _NPZ in sizes:
-            raise leave(request, "npz weights", path)
+            raise not_ours(request, "npz weights", path)
         raise ValueError(f"Expected a {weights_name}{'' if _NPZ is None else f' or {_NPZ}'} file.")
     _check_expansion(file, weights_name)
     has_assets = any(name.startswith(f"{saving_lib._ASSETS_DIRNAME}/") for name in sizes)
@@ -100,7 +100,7 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
     if reason is None and _NPZ is not None and (root / _NPZ).exists() and not weights_path.exists():
         reason = "npz weights"
     if reason is not None or not root.is_dir() or not weights_path.exists():
-        raise leave(request, reason, str(root))
+        raise not_ours(request, reason, str(root))
     report = LoadReport(str(root))
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
 
@@ -111,8 +111,7 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
         stack.callback(store.close)
         return store
 
-    with contents.explained(weights_path, "h5"):
-        weights = _core.open(str(weights_path), archive=False).weights(engine=settings.current().engine)
+    weights = contents.open_weights(str(weights_path), "h5")
     return _load_model(report, request, weights, str(weights_path), config, assets)
 
 
@@ -128,7 +127,7 @@ def _load_model(
         # Without an optimizer its slots are not even read, unless the checksum of everything is asked for.
         verify = settings.current().verify
         image = Image(weights, weights_name)
-        # What takes far more memory than the file has bytes waits until the model says that it has a place for it.
+        # Highly compressed datasets are read later, and only those that the model has a place for.
         first = (
             None
             if verify
@@ -156,7 +155,7 @@ def _load_model(
         untrained = _untrained(model, journal, store)
         report.stage("assign")
     report.initialised = [v.path for v in variables(model) if id(v) not in journal.assigned]
-    _settle(report, request, journal, store, model, errors, untrained=untrained)
+    _fill_report(report, request, journal, store, model, errors, untrained=untrained)
     return model, report
 
 
@@ -183,17 +182,16 @@ def _untrained(model: Any, journal: assignments.Journal, store: LoadStore) -> se
 
 def open_image(place: Any) -> list[tuple[str, _core.Weights]]:
     """The image of a weights file, of an archive, or of one in a file object."""
-    text, engine = str(place), settings.current().engine
-    archive = text.endswith(".keras")
-    with contents.explained(place, "keras" if archive else "h5"):
-        file = _core.open(openable(place), archive=archive)
-        if archive:
-            name = saving_lib._VARS_FNAME_H5
-            if all(name != member for member, *_ in file.members()):
-                raise KeyError(f"There is no item named '{name}' in the archive")
-            _check_archive(file, text)
-            _check_expansion(file, name)
-        return [(text, file.weights(engine=engine))]
+    text, name = str(place), saving_lib._VARS_FNAME_H5
+    if not text.endswith(".keras"):
+        return [(text, contents.open_weights(place, "h5"))]
+    with contents.explained(place, "keras"):
+        file = _core.open(openable(place), archive=True)
+        if all(name != member for member, *_ in file.members()):
+            raise KeyError(f"There is no item named '{name}' in the archive")
+        _check_archive(file, text)
+        _check_expansion(file, name)
+        return [(text, file.weights(engine=settings.current().engine))]
 
 
 def load_weights(
@@ -216,7 +214,7 @@ def load_weights(
     if reason is not None:
         if isinstance(request.source, Stream):
             raise UnsupportedError(f"Stock Keras must do this load ({reason}), and reads weights from paths only.")
-        raise leave(request, reason, text)
+        raise not_ours(request, reason, text)
     report = LoadReport(path_of(request.source))
     opened = open_weights(request.source)
     visited = {id(o) for o in request.objects_to_skip or ()}
@@ -224,7 +222,7 @@ def load_weights(
     report.partial = marks.is_part(opened)
     if request.partial or names_of is not None or report.partial:
         shapes = {path: tuple(shape) for _, weights in opened for path, _, shape, _ in weights.datasets()}
-        # A group in several shards has its attributes in the first.
+        # If a group is in several shards, the first one has its attributes.
         groups = {
             path: attributes for _, weights in reversed(opened) for path, attributes in weights.groups() if attributes
         }
@@ -245,7 +243,7 @@ def load_weights(
         plan(model, store, visited, selection)
         everything = settings.current().verify
         wanted = [range(len(i.datasets)) if everything else sorted(store.fitting.get(i, ())) for i in images]
-        if len(images) > 1:  # of one the core judges what it is asked for
+        if len(images) > 1:  # a single image is checked by `fetch`
             _core.check_expansion([(image.weights, each) for image, each in zip(images, wanted, strict=True)])
         for image, each in zip(images, wanted, strict=True):
             whole = selection is None or len(each) == len(image.datasets)
@@ -263,7 +261,7 @@ def load_weights(
             errors |= _assign_directly(store, selection, journal)
         store.complete(drop_rest=True)
         report.stage("assign")
-        _settle(report, request, journal, store, model, errors, selection)
+        _fill_report(report, request, journal, store, model, errors, selection)
     return report
 
 
@@ -344,7 +342,7 @@ def variables(model: Any) -> list[Any]:
     return [*own, *(optimizer.variables if optimizer is not None else ())]
 
 
-def _settle(
+def _fill_report(
     report: LoadReport,
     request: LoadRequest,
     journal: assignments.Journal,
@@ -355,12 +353,12 @@ def _settle(
     *,
     untrained: AbstractSet[int] = frozenset(),
 ) -> None:
-    """Fills the report, counts, and raises if the load is not what it had to be."""
+    """Sorts everything into the lists of the report, and finishes it."""
     left_out = request.objects_to_skip or ()
     names = [path for image in store.images for path, *_ in image.datasets]
     has_optimizer = getattr(model, "optimizer", None) is not None
-    failed = tuple(_start(f"{journal.places.get(key, '')}/vars/") for key in errors)
-    outside = tuple(_start(f"{journal.places[id(o)]}/") for o in left_out if id(o) in journal.places)
+    failed = tuple(f"{journal.places.get(key, '')}/vars/".lstrip("/") for key in errors)  # the model is at no path
+    outside = tuple(f"{journal.places[id(o)]}/".lstrip("/") for o in left_out if id(o) in journal.places)
     if not has_optimizer:
         outside += ("optimizer/",)
     for name in names:
@@ -379,29 +377,43 @@ def _settle(
     else:
         report.missing = [selection.structure.names(path)[-1] for path in selection.missing]
     report.mismatched = [(journal.places.get(key) or "model", _text(e)) for key, (_, e) in errors.items()]
+    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.may_be_missing))
     report.unmatched = request.unmatched(names)
+    finish(report, request, journal, store, errors, selection, unfit=unfit and not request.skip_mismatch)
+
+
+def finish(
+    report: LoadReport,
+    request: LoadRequest,
+    journal: assignments.Journal,
+    store: LoadStore,
+    errors: dict[int, Any],
+    selection: Selection | None = None,
+    *,
+    unfit: bool,
+) -> None:
+    """Completes a report whose lists are filled, and counts the load.
+
+    Raises:
+        IncompleteLoadError: If the load is `unfit`, or has to be complete and is not.
+    """
     report.cast = journal.cast
     report.bytes = sum(image.bytes for image in store.images)
     crcs = {image.crc for image in store.images}
     report.crc = crcs.pop() if len(crcs) == 1 else "partial"
     report.engine = store.images[0].weights.engine if store.images else "direct"
-    unfit = bool(errors) or (selection is not None and bool(set(selection.missing) - selection.lenient))
-    if (unfit and not request.skip_mismatch) or (request.strict and not report.complete):
+    if unfit or (request.strict and not report.complete):
         message = _keras_message(errors) if errors else "The load is not complete."
-        raised = IncompleteLoadError(f"{message}\n\n{differences(report, store, errors, selection)}")
+        raised = IncompleteLoadError(f"{message}\n\n{_differences(report, store, errors, selection)}")
         raised.path, raised.report = report.path, report
         raise raised
     if errors:
         saving_lib._raise_loading_failure(errors, warn_only=True)
     if request.partial or report.partial:
-        report.warn_of_nothing()
+        report.warn_if_nothing_fits()
     for image in store.images:
         counters.count(engine=image.weights.engine)
     counters.count(loads=1, bytes_read=report.bytes, tensors_read=sum(image.tensors for image in store.images))
-
-
-def _start(path: str) -> str:
-    return path.lstrip("/")  # the model itself is at no path
 
 
 def _text(error: Exception) -> str:
@@ -417,7 +429,7 @@ def _keras_message(errors: dict[int, Any]) -> str:
     raise AssertionError("Keras did not raise")
 
 
-def differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
+def _differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], selection: Selection | None) -> str:
     """Every difference between file and model, with what in the file is nearest."""
     files = [path for image in store.images for path, *_ in image.datasets]
     groups = sorted({path.rpartition("/vars/")[0] for path in files})
@@ -431,7 +443,7 @@ def differences(report: LoadReport, store: LoadStore, errors: dict[int, Any], se
             wanted, found = tuple(getattr(selection.structure.values[path], "shape", ())), store.shape(path)
             if wanted != found and wanted == found[::-1]:
                 lines.append(f"  {name}: {found} in the file is the transpose of {wanted}; transpose it there")
-    # What belongs to an object that is listed already follows from it.
+    # Variables of objects that are listed above are not listed again.
     listed = {v.path for saveable, _ in errors.values() for v in getattr(saveable, "variables", ())}
     starts = tuple(f"{place}/vars/" for place, _ in report.mismatched)
     lines += [f"  {name}: not in the file" for name in report.missing if name not in listed]

@@ -51,7 +51,7 @@ class Choice:
         extras: Path → variable, of those chosen that Keras does not store; the path ends in the variable's name.
         chosen: All paths that are chosen, extras included.
         merged: Groups of which a value that is that of no variable is chosen.
-        torn: Such values that were chosen by their names alone, and stand for no variables.
+        lone_values: Such values that were chosen by their names alone, and stand for no variables.
         left_out: The paths that are not.
 
     Raises:
@@ -90,7 +90,7 @@ class Choice:
         for path in stored:
             if stored[path] is None and _group(path) in variables:
                 others.setdefault(_group(path), set()).add(path)
-        self.torn: set[str] = set()
+        self.lone_values: set[str] = set()
         for group, values in others.items():
             beside, named = extras.keys() & variables[group], values & self.chosen
             skipped = any(not selected([path], None, request.skip) for path in values)
@@ -102,8 +102,8 @@ class Choice:
             if not skipped and self.chosen >= variables[group]:
                 self.chosen |= values
             elif not beside and request.only is not None:
-                self.torn |= named
-        self.chosen |= self.torn
+                self.lone_values |= named
+        self.chosen |= self.lone_values
         self.merged = {group for group, values in others.items() if values & self.chosen}
         self.extras = {path: variable for path, variable in extras.items() if path in self.chosen}
         self.left_out = [
@@ -184,10 +184,10 @@ def keep(store: RecordStore, request: SaveRequest) -> list[str]:
             f"Nothing is left to save: only={request.only!r}, skip={request.skip!r}. The optimizer's state is saved "
             "where a pattern names it, without a wildcard before its first slash: 'optimizer', 'adam/*'."
         )
-    if choice.torn:
+    if choice.lone_values:
         raise UnsupportedError(
-            f"'{min(choice.torn)}' is the value of no variable, and its object loads all that it stores, or nothing: "
-            "name its variables as well."
+            f"'{min(choice.lone_values)}' is the value of no variable, and its object loads all that it stores, or "
+            "nothing: name its variables as well."
         )
     slots = {path for path in stored if store.is_optimizer(path)}
     for group in {_group(path) for path in slots & choice.chosen}:

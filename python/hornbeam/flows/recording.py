@@ -6,9 +6,7 @@ Keras asks that a store be an instance of its own `H5IOStore`; nothing of that c
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import keras
@@ -16,30 +14,40 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam.base import deferred, dtypes
-from hornbeam.base.reports import SaveReport
+from hornbeam.base.reports import Cast, SaveReport
 from hornbeam.errors import UnsupportedError
-from hornbeam.values import ownership, tensors
+from hornbeam.values import tensors
 
 Attributes = list[tuple[str, str]]
 
 
 class Dataset:
-    """A recorded value: what is known of it now, and its memory or how to get it."""
+    """A recorded value: what is known of it now, and its memory or how to get it.
 
-    __slots__ = ("dtype", "memory", "name", "shape", "tag", "variable")
+    Attributes:
+        cast: Where the core casts the memory while it writes: the type that it has, what errors call it, and whether
+            its values may become infinite.
+    """
+
+    __slots__ = ("cast", "dtype", "memory", "name", "nbytes", "shape", "tag", "variable")
 
     def __init__(self, memory: np.ndarray | deferred.Deferred, variable: keras.Variable | None = None) -> None:
         self.memory = memory
         self.variable = variable
-        self.name = tensors.keras_dtype(memory.dtype)
-        self.dtype = dtypes.dtype_name(memory.dtype)
-        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
         self.shape = memory.shape
+        self.cast: tuple[str, str, bool] | None = None
+        self._store_as(memory.dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the value."""
-        return math.prod(self.shape) * self.memory.dtype.itemsize
+    def narrow(self, dtype: np.dtype, path: str, *, allow_overflow: bool) -> None:
+        """Has the core cast the value to a narrower type while it writes it."""
+        self.cast = (self.name, path if self.variable is None else self.variable.path, allow_overflow)
+        self._store_as(dtype)
+
+    def _store_as(self, dtype: np.dtype) -> None:
+        self.name = tensors.keras_dtype(dtype)
+        self.dtype = dtypes.dtype_name(dtype)
+        self.tag = [("dtype", "bfloat16")] if self.name == "bfloat16" else []
+        self.nbytes = math.prod(self.shape) * dtype.itemsize  # in the file
 
     def array(self) -> np.ndarray:
         """The value, fetched now where it was deferred."""
@@ -47,7 +55,11 @@ class Dataset:
 
 
 class RecordStore(saving_lib.H5IOStore):
-    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value."""
+    """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value.
+
+    Attributes:
+        by_keras: Whether Keras' own code stores the object whose turn it is.
+    """
 
     def __init__(self) -> None:
         self.mode = "w"
@@ -56,6 +68,7 @@ class RecordStore(saving_lib.H5IOStore):
         self.order: list[tuple[str, str]] = []  # ("group" or "dataset", path)
         self.optimizers: set[str] = set()  # groups
         self.report = SaveReport()
+        self.by_keras = False
         self._prefix = "vars"
 
     def __bool__(self) -> bool:
@@ -75,6 +88,17 @@ class RecordStore(saving_lib.H5IOStore):
             self.groups[self._prefix] = [(name, str(value)) for name, value in metadata.items()]
             self.order.append(("group", self._prefix))
         return self
+
+    def casts(self) -> list[tuple[int, str, str, bool]]:
+        """What the core casts, by its position."""
+        return [(i, *d.cast) for i, d in enumerate(self.datasets.values()) if d.cast is not None]
+
+    def note_casts(self, losses: list[tuple[int, float, float, int, int]]) -> None:
+        """Puts into the report what the casts of a save cost."""
+        datasets = list(self.datasets.values())
+        for i, max_abs, max_rel, zeros, infinite in sorted(losses):
+            wide, name, _ = datasets[i].cast or ("", "", False)
+            self.report.cast.append(Cast(name, wide, datasets[i].name, max_abs, max_rel, zeros, infinite))
 
     def mark_optimizer(self) -> None:
         """Notes that the current group is an optimizer's."""
@@ -106,7 +130,7 @@ class RecordStore(saving_lib.H5IOStore):
             raise ValueError(f"Unable to create dataset (name already exists): {path}")
         found = self.put(path, value)
         # Keras' own layers do not change a variable after they stored it; anybody else may, also around a super() call.
-        if isinstance(found.memory, deferred.Deferred) and not _stored_by_keras(sys._getframe(1)):
+        if isinstance(found.memory, deferred.Deferred) and not self.by_keras:
             found.memory = found.array()
 
     def put(self, path: str, value: Any) -> Dataset:
@@ -148,12 +172,3 @@ class RecordStore(saving_lib.H5IOStore):
         start = len(self._prefix) + 1
         inside = (p[start:].split("/")[0] for p in self.datasets if p.startswith(f"{self._prefix}/"))
         return sorted(set(inside), key=str.encode)
-
-
-def _stored_by_keras(frame: FrameType | None) -> bool:
-    """Whether nothing but Keras' own code stands between a layer's `save_own_variables` and the walk over the model."""
-    while frame is not None and ownership.is_keras_code(frame):
-        if frame.f_code.co_name == "_save_state":
-            return True
-        frame = frame.f_back
-    return False

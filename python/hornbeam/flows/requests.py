@@ -48,7 +48,7 @@ class SaveRequest:
     only: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     replace_complete: bool = False
-    writer: writer.Request | None = None
+    writer: writer.Reservation | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):

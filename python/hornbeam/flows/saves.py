@@ -18,7 +18,7 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from hornbeam import _core
-from hornbeam.base import counters, deferred, durability, file_objects, locations, progress, settings, writer
+from hornbeam.base import counters, deferred, file_objects, locations, progress, settings, writer
 from hornbeam.base.file_objects import Stream, path_of
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.writer import Handle
@@ -46,7 +46,7 @@ def save_archive(request: SaveRequest) -> Saved:
     target = request.target
     path = request.path
     if path is not None:
-        writer.settle(path)
+        writer.wait_for(path)
     else:
         request.refuse_writer("a file object")
     _check(request, path)
@@ -58,7 +58,7 @@ def save_archive(request: SaveRequest) -> Saved:
     with recorded(request, assets=True) as (store, assets):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, target, options, _members(request.model), assets)
+            return _write_later(request.writer, plan, store, target, options, _members(request.model), assets)
         if path is not None:
             info = _write(request.model, plan, store, assets, path, base=0, options=options)
         elif type(target) is io.BytesIO:
@@ -66,8 +66,8 @@ def save_archive(request: SaveRequest) -> Saved:
         else:
             base = target.tell() if file_objects.is_seekable(target) else 0
             info = _write(request.model, plan, store, assets, target, base=base, options=options)
-            _cut(target, base + info["bytes"])
-    return reported(plan, store, info, path)
+            _truncate(target, base + info["bytes"])
+    return make_report(plan, store, info, path)
 
 
 def _check(request: SaveRequest, place: str | None) -> None:
@@ -102,7 +102,7 @@ def save_directory(request: SaveRequest) -> Saved:
         names += [saving_lib._VARS_FNAME_H5, saving_lib._ASSETS_DIRNAME]
         with (
             _core.Directory(target, names, atomic=options.atomic, durable=options.durable) as directory,
-            _naming(target, str(directory.path)),
+            _errors_name_target(target, str(directory.path)),
         ):
             root = Path(directory.path)
             save = plan.start(
@@ -120,13 +120,13 @@ def save_directory(request: SaveRequest) -> Saved:
                 shutil.copyfile(path, root / name)
             (root / saving_lib._ASSETS_DIRNAME).mkdir(exist_ok=True)
             if options.durable:
-                durability.sync(root / saving_lib._ASSETS_DIRNAME)
+                _core.sync(root / saving_lib._ASSETS_DIRNAME)
             log_placed(None, directory.commit(), target)
-    return reported(plan, store, info, target)
+    return make_report(plan, store, info, target)
 
 
 @contextmanager
-def _naming(target: str, temporary: str) -> Iterator[None]:
+def _errors_name_target(target: str, temporary: str) -> Iterator[None]:
     """Errors name the files of a directory as the user will know them, not where they are made."""
     try:
         yield
@@ -152,9 +152,9 @@ def save_weights(request: SaveRequest) -> Saved:
     with recorded(request, assets=False) as (store, _):
         plan = _core.plan(**layout(store))
         if request.writer is not None:
-            return _defer(request.writer, plan, store, request.target, settings.current())
+            return _write_later(request.writer, plan, store, request.target, settings.current())
         info = write_image(plan, store, request.target)
-    return reported(plan, store, info, path_of(request.target))
+    return make_report(plan, store, info, path_of(request.target))
 
 
 def check_weights(request: SaveRequest) -> None:
@@ -164,17 +164,17 @@ def check_weights(request: SaveRequest) -> None:
         NotOurs: As `save_archive`.
     """
     text = str(request.target)
-    writer.settle(text)
+    writer.wait_for(text)
     reason = keras_names.unsupported("h5", text)
     if reason is not None:
         if isinstance(request.target, Stream):
             raise UnsupportedError(f"Stock Keras must do this save ({reason}), and writes weights to paths only.")
-        place = text if request.max_shard_size is None else os.path.dirname(text) or "."  # shards are many files
+        place = text if request.max_shard_size is None else os.path.dirname(text) or "."  # shards: their directory
         raise NotOurs(reason, request.beyond(), place)
 
 
-def _defer(
-    queue: writer.Request,
+def _write_later(
+    queue: writer.Reservation,
     plan: _core.Plan,
     store: RecordStore,
     path: str,
@@ -185,7 +185,7 @@ def _defer(
     """Takes the values and opens the file now; the writer's thread does the rest."""
     path = locations.absolute(path)
     if not options.atomic or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-        writer.settle(path)  # the old content is written over from now on
+        writer.wait_for(path)  # the old content is written over from now on
     values = queue.stage([d.memory for d in store.datasets.values()])
     save = plan.start(
         path,
@@ -196,14 +196,14 @@ def _defer(
         hold=True,
     )
     kept = assets.move() if assets is not None else AssetStore("w")
-    files = [(name, Path(file)) for name, file in kept.files()]  # now: one that is gone later is an error
-    for dataset in store.datasets.values():  # the core holds the memory, and lets it go first
+    files = [(name, Path(file)) for name, file in kept.files()]  # listed now: a file that vanishes later is an error
+    for dataset in store.datasets.values():  # only the core holds the memory now, and frees it when it is written
         del dataset.memory
 
     def write() -> SaveReport:
-        info = _finishing(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
+        info = _with_progress(save, path, plan.nbytes, lambda: save.finish([*(members or []), *files]))
         log_placed(info["in_place"], info["lost"], path)
-        return reported(plan, store, info, path)
+        return make_report(plan, store, info, path)
 
     def drop() -> None:
         save.cancel()
@@ -249,6 +249,7 @@ def layout(store: RecordStore) -> dict[str, Any]:
         "compression": options.compression,
         "shuffle": options.shuffle,
         "chunk_bytes": options.chunk_bytes,
+        "casts": store.casts(),
     }
 
 
@@ -261,7 +262,7 @@ def buffers(store: RecordStore) -> list[np.ndarray | None]:
 
 
 def puller(store: RecordStore) -> Callable[[int], np.ndarray]:
-    """Gives the memory of the values that were not lent at the start."""
+    """Gives the memory of the deferred values, which the writer asks for later."""
     datasets = list(store.datasets.values())
     return lambda i: tensors.as_buffer(datasets[i].array())
 
@@ -286,7 +287,9 @@ def _members(model: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _finishing(save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _with_progress(
+    save: _core.Save, path: str | None, nbytes: int, work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """Runs `work` while the writer writes; stops the writer if it fails, or is interrupted anywhere."""
     try:
         with progress.watch("save", path, nbytes, lambda: save.written):
@@ -306,7 +309,7 @@ def _write(
     base: int,
     options: settings.Options,
 ) -> dict[str, Any]:
-    # Where the old content is written over, nothing may be until the config is known to be fine.
+    # Where the old content is written over, the config is made first: it may raise.
     early = None if isinstance(target, str) and options.atomic else _members(model)
     save = plan.start(
         target,
@@ -323,7 +326,7 @@ def _write(
         members += [(name, Path(file)) for name, file in assets.files()]
         return save.finish(members, puller(store))
 
-    info = _finishing(save, path, plan.nbytes, work)
+    info = _with_progress(save, path, plan.nbytes, work)
     if isinstance(target, str):
         log_placed(info["in_place"], info["lost"], target)
     return info
@@ -355,18 +358,18 @@ def write_image(plan: _core.Plan, store: RecordStore, place: Any) -> dict[str, A
         if before is not None:
             _restore(file, before)
         raise
-    _cut(file, info["bytes"])
+    _truncate(file, info["bytes"])
     return info
 
 
-def _cut(file: Any, end: int) -> None:
+def _truncate(file: Any, end: int) -> None:
     """Puts a file object at the end of what was written, and drops what was behind it before."""
     if not file_objects.is_seekable(file):
         return
     try:
         file.seek(0, io.SEEK_END)
         more = file.tell() > end
-    except (OSError, ValueError):  # it only goes forward, like those that compress: nothing is behind
+    except (OSError, ValueError):  # like compressing files, it only moves forward: nothing can be behind
         return
     file.seek(end)
     if more:
@@ -387,7 +390,7 @@ def _restore(file: io.BytesIO, content: bytes) -> None:
 
 def _finish(save: _core.Save, plan: _core.Plan, store: RecordStore, path: str | None) -> dict[str, Any]:
     """Waits for a bare weights image."""
-    return _finishing(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
+    return _with_progress(save, path, plan.nbytes, lambda: save.finish([], puller(store)))
 
 
 def _write_memory(
@@ -434,9 +437,10 @@ def log_placed(in_place: str | None, lost: str | None, path: str) -> None:
         counters.logger.warning("'%s' was replaced, but %s could not be kept", path, lost)
 
 
-def reported(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
+def make_report(plan: _core.Plan, store: RecordStore, info: dict[str, Any], path: str | None) -> SaveReport:
     """Counts a save, and says what it was."""
     counters.count(engine=plan.engine, saves=1, bytes_written=info["bytes"], tensors_written=len(store.datasets))
+    store.note_casts(info["casts"])
     report = store.report
     report.path, report.engine, report.tensors = path, plan.engine, len(store.datasets)
     report.bytes, report.crc = info["bytes"], info.get("crc")

@@ -32,7 +32,7 @@ class Structure(RecordStore):
             )
 
     def __setitem__(self, key: str, value: Any) -> None:
-        # Others may be refilled, or changed by who asks for them.
+        # Other arrays are copied: their owner may refill them.
         variable = isinstance(value, keras.Variable)
         self.values[self._path(key)] = value if variable else np.array(keras.ops.convert_to_numpy(value))
 
@@ -86,7 +86,7 @@ class Selection:
         source: Path in the model → path in the file, of what is loaded; everything else keeps its value.
         direct: Those paths of it whose variables are assigned without their object, and the object of each.
         missing: Paths in the model that were asked for and are not in the file.
-        lenient: Those of them that need not be.
+        may_be_missing: Those of them that need not be.
 
     Raises:
         ValueError: For a pattern that fits nothing, and names that do not tell one thing from another.
@@ -133,15 +133,15 @@ class Selection:
         self.direct: dict[str, Any] = {}
         self._extras = choice.extras if choice is not None else {}
         if choice is not None:
-            missing -= self._apart(choice, part=part)
+            missing -= self._note_direct(choice, part=part)
         self.missing = sorted(missing)
-        self.lenient = {p for p in self.missing if part or request.by_name or structure.is_optimizer(p)}
+        self.may_be_missing = {p for p in self.missing if part or request.by_name or structure.is_optimizer(p)}
         self._places = {name: path for path, name in self.source.items()}
         self._loaded: dict[str, set[str]] = {}
         for path in self.source.keys() - self.direct.keys():
             self._loaded.setdefault(path.rpartition("/")[0], set()).add(path)
 
-    def _apart(self, choice: parts.Choice, *, part: bool) -> set[str]:
+    def _note_direct(self, choice: parts.Choice, *, part: bool) -> set[str]:
         """Notes what is assigned without its object; returns what is missing only because something else is there."""
         found: set[str] = set()
         for group in {path.rpartition("/")[0] for path in (*choice.extras, *self.source)} & choice.owners.keys():
@@ -208,14 +208,14 @@ def _group(path: str) -> str:
 
 def _foreign_slots(request: LoadRequest, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """The optimizer's entries, where those of the file may belong to other variables: slots have only numbers."""
-    ours = {p: tuple(getattr(v, "shape", ())) for p, v in structure.values.items() if p.startswith("optimizer/")}
-    theirs = {p: tuple(shape) for p, shape in shapes.items() if p.startswith("optimizer/")}
+    in_model = {p: tuple(getattr(v, "shape", ())) for p, v in structure.values.items() if p.startswith("optimizer/")}
+    in_file = {p: tuple(shape) for p, shape in shapes.items() if p.startswith("optimizer/")}
     renamed = request.name_map is not None or request.by_name
-    if ours == theirs and not renamed:
+    if in_model == in_file and not renamed:
         return set()
-    if ours and theirs and not renamed:
+    if in_model and in_file and not renamed:
         warnings.warn("Skipping the optimizer's state: it belongs to other variables than the model has.", stacklevel=2)
-    return set(ours)
+    return set(in_model)
 
 
 def _renamer(
@@ -228,14 +228,14 @@ def _renamer(
         return lambda name: name_map.get(name, name)
     if not request.by_name or names is not None:
         return lambda name: name
-    ours, theirs = _by_layer(structure.groups), _by_layer(groups)
-    if not theirs:
+    in_model, in_file = _by_layer(structure.groups), _by_layer(groups)
+    if not in_file:
         raise ValueError("The file does not say what its layers are called, so `by_name` cannot find them.")
     where = {}
-    for called in ours.keys() & theirs.keys():
-        if len(ours[called]) > 1 or len(theirs[called]) > 1:
+    for called in in_model.keys() & in_file.keys():
+        if len(in_model[called]) > 1 or len(in_file[called]) > 1:
             raise ValueError(f"`by_name` cannot tell apart several layers that are called '{'/'.join(called)}'.")
-        where[theirs[called][0]] = ours[called][0]
+        where[in_file[called][0]] = in_model[called][0]
 
     def rename(name: str) -> str | None:
         group, _, key = name.rpartition("/")

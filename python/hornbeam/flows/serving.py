@@ -6,7 +6,6 @@ Keras asks that a store be an instance of its own `H5IOStore`; nothing of that c
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ class LoadStore(saving_lib.H5IOStore):
         taken: Paths in the file that were handed over.
         fitting: What the objects planned so far have places for.
         passes: Whether nothing of the object whose turn it is is loaded; Keras asks whether the store is true.
+        by_keras: Whether Keras' own code loads that object. It neither keeps nor changes what it assigns.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class LoadStore(saving_lib.H5IOStore):
         self.error: Exception | None = None
         self.taken: set[str] = set()
         self.passes = False
+        self.by_keras = False
         self.fitting: dict[Image, set[int]] = {}
         self._prefix: str | None = None
         in_file: dict[str, tuple[Image, int]] = {}
@@ -110,7 +111,7 @@ class LoadStore(saving_lib.H5IOStore):
         try:
             names = self.get(path).keys()
         except ValueError:
-            return  # is raised when it loads
+            return  # raised again by the load itself
         shapes = [tuple(v.shape) for v in variables]
         if len(shapes) != len(names):
             return
@@ -161,19 +162,18 @@ class LoadStore(saving_lib.H5IOStore):
 
     def __getitem__(self, key: str) -> Any:
         path = f"{self._prefix}/{key}"
-        by_keras = ownership.is_keras_code(sys._getframe(1))
         if self._prefix is not None and path in self.own:
             value = self.own[path]
-            return value if by_keras else np.array(keras.ops.convert_to_numpy(value))
+            return value if self.by_keras else np.array(keras.ops.convert_to_numpy(value))
         if self._prefix is None or path not in self.where:
             if self._prefix is not None and path in self.members:
                 raise ValueError(f"Invalid H5 file, expected Dataset, received a group at '{path}'")
             raise KeyError(key)
         image, i = self.where[path]
-        if by_keras and i in image.unfit:
+        if self.by_keras and i in image.unfit:
             return Unread(self.shape(path), lambda: self._take(image, i))
         array = self._take(image, i)
-        if by_keras:
+        if self.by_keras:
             return ownership.give_away(array)
         return np.array(array)  # others may keep and change it
 
@@ -185,7 +185,7 @@ class LoadStore(saving_lib.H5IOStore):
         try:
             array = image.take(i)
         except Exception as error:
-            # Keras collects what its layers raise while loading; a broken file must not become one of those.
+            # Keras collects errors of its layers; that of a broken file is kept, and raised by `complete`.
             self.error = self.error or error
             raise
         self.taken.add(image.datasets[i][0])

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from keras.src.utils.module_utils import tensorflow as tf
 
 from hornbeam import _core
 from hornbeam.base import counters, durability, locations, settings
+from hornbeam.base.reports import ExportReport, remember
 from hornbeam.base.savedmodel_parts import _DEBUG_INFO, FINGERPRINT, GRAPHS, PARTS, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError, VerificationError
 from hornbeam.seam import entry, keras_names, targets
@@ -35,27 +35,6 @@ from hornbeam.seam.operation import NotOurs
 _TOLERANCE_16, _TOLERANCE = 2e-2, 1e-4
 #: Sizes that stand for an unknown dimension other than the batch: the second where a model needs more than the first.
 _SIZES = (4, 64)
-
-
-@dataclasses.dataclass
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        path: The directory.
-        endpoints: The endpoints, in the order they were added.
-        differences: Endpoint and output (`serve`, `serve/logits`) → the largest difference between what the reloaded
-            artifact and the model answered; empty unless they were compared.
-    """
-
-    path: str
-    endpoints: list[str]
-    differences: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def largest(self) -> float | None:
-        """The largest difference of all, or `None` if nothing was compared."""
-        return max(self.differences.values(), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +52,6 @@ class ExportRequest:
     tolerance: float | None = None
     extra: Callable[[Path], None] | None = None
     foreign: bool = True
-
-
-_last: ContextVar[ExportReport | None] = ContextVar("hornbeam_last_export", default=None)
-
-
-def last_report() -> ExportReport | None:
-    """The report of this thread's or task's last export, or `None`."""
-    return _last.get()
-
-
-def remember(report: ExportReport | None) -> None:
-    """Makes a report the last one."""
-    _last.set(report)
 
 
 @dataclasses.dataclass
@@ -163,7 +129,6 @@ def add_variable_collection(self: Any, name: str, variables: Any) -> Any:
 
 def write_out(self: Any, filepath: Any, options: Any = None, verbose: bool = True) -> None:
     """`ExportArchive.write_out`: the directory appears, or is replaced, when it is complete."""
-    remember(None)
     remember(write(self, filepath, ExportRequest(), options, verbose=verbose))
 
 
@@ -184,7 +149,7 @@ def write(
         durability.tell(target)
         raise NotOurs("remote path")
     target = locations.absolute(target)
-    others = _others(target)
+    others = _other_files(target)
     if others and not request.foreign:
         shown = ", ".join(repr(name) for name in others[:3])
         raise InvalidError(
@@ -217,7 +182,7 @@ def write(
                     tolerance = known[name].tolerance
                 _compare(archive, name, artifact, tolerance, report)
         if current.durable:
-            durability.sync(root)
+            _core.sync(root)
         lost = directory.commit()
     if lost is not None:
         counters.logger.warning("'%s' was replaced, but %s could not be kept", target, lost)
@@ -233,10 +198,10 @@ def write(
 
 def _keep_extra(old: Path, new: Path) -> None:
     """What others put into `assets.extra/`, warm-up requests for example, and `debug/` stays."""
-    ours = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT), _DEBUG_INFO)
+    own = (WHOLE, os.path.join(os.path.dirname(WHOLE), FINGERPRINT), _DEBUG_INFO)
     for path in (*(old / "assets.extra").rglob("*"), *(old / "debug").rglob("*")):
         name = path.relative_to(old)
-        if path.is_file() and str(name) not in ours and not (new / name).exists():
+        if path.is_file() and str(name) not in own and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, new / name)
 
@@ -245,7 +210,7 @@ def _is_savedmodel(target: str) -> bool:
     return any(os.path.exists(os.path.join(target, name)) for name in GRAPHS)
 
 
-def _others(target: str) -> list[str]:
+def _other_files(target: str) -> list[str]:
     """What is in the directory besides a SavedModel: everything, where there is none (`assets/` may be anybody's).
 
     Raises:
@@ -305,7 +270,7 @@ def _compare(archive: Any, name: str, artifact: Any, tolerance: float | None, re
             )
     kept = _kept_values(archive, concrete)
     try:
-        inputs, expected = _ask(name, endpoint.function, signature)
+        inputs, expected = _call_on_example(name, endpoint.function, signature)
     finally:
         for variable, value in kept:
             if not np.array_equal(value, variable.numpy()):
@@ -328,7 +293,7 @@ def _kept_values(archive: Any, concrete: Any) -> list[tuple[Any, Any]]:
     return [(v, v.numpy()) for v in function.variables if not v.trainable]
 
 
-def _ask(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
+def _call_on_example(name: str, function: Any, signature: Any) -> tuple[Any, Any]:
     """Random inputs, and what the model answers to them."""
     for size in _SIZES:
         inputs = _structure(signature, functools.partial(_example, size, np.random.default_rng(0)))

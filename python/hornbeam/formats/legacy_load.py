@@ -25,10 +25,9 @@ from keras.src.models import Functional
 from keras.src.saving import object_registration, serialization_lib
 
 from hornbeam import _core
-from hornbeam.base import contents, counters, dtypes, progress, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of
+from hornbeam.base import contents, dtypes, progress, settings, writer
+from hornbeam.base.file_objects import path_of
 from hornbeam.base.reports import LoadReport
-from hornbeam.errors import IncompleteLoadError
 from hornbeam.flows import loads, parts
 from hornbeam.flows.requests import LoadRequest
 from hornbeam.flows.serving import Image, LoadStore
@@ -49,13 +48,13 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
         NotOurs: Where stock Keras has to do it; nothing was touched.
     """
     filepath, compile = request.source, request.compile
-    writer.settle(filepath, loads=True)
+    writer.wait_for(filepath, loads=True)
     reason = unsupported(filepath)
     if reason is not None:
-        raise loads.leave(request, reason, filepath if isinstance(filepath, str) else None)
+        raise loads.not_ours(request, reason, filepath if isinstance(filepath, str) else None)
     text = str(filepath)
     report = LoadReport(path_of(filepath))
-    weights = _open(filepath)
+    weights = contents.open_weights(filepath, "h5")
     attributes = dict(weights.attributes)
     if "model_config" not in attributes:
         raise ValueError(
@@ -91,7 +90,7 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
         report.stage("assign")
     report.initialised = [v.path for v in loads.variables(model) if id(v) not in journal.assigned]
     outside = () if model.compiled else (f"{_OPTIMIZER}/",)
-    _settle(report, request, journal, file, model, outside=outside, untrained=untrained)
+    _fill_report(report, request, journal, file, model, outside=outside, untrained=untrained)
     return model, report
 
 
@@ -118,13 +117,13 @@ def load_weights(request: LoadRequest) -> LoadReport:
         NotOurs: Where stock Keras has to do it; nothing was touched.
     """
     model, filepath, skip_mismatch = request.model, request.source, request.skip_mismatch
-    writer.settle(filepath, loads=True)
+    writer.wait_for(filepath, loads=True)
     reason = unsupported(filepath)
     if reason is not None:
-        raise loads.leave(request, reason, str(filepath))
+        raise loads.not_ours(request, reason, str(filepath))
     text = str(filepath)
     report = LoadReport(path_of(filepath))
-    weights = _open(filepath)
+    weights = contents.open_weights(filepath, "h5")
     with ExitStack() as stack:
         file = _File(weights, text)
         stack.callback(file.store.close)
@@ -149,14 +148,8 @@ def load_weights(request: LoadRequest) -> LoadReport:
             journal.visit(step.owner, step.group)
         file.assign(steps)
         report.stage("assign")
-        _settle(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",), partial=request.partial)
+        _fill_report(report, request, journal, file, model, outside=(f"{_OPTIMIZER}/",))
     return report
-
-
-def _open(place: str | Stream) -> _core.Weights:
-    """The index of a legacy file."""
-    with contents.explained(place, "h5"):
-        return _core.open(openable(place), archive=False).weights(engine=settings.current().engine)
 
 
 def _is_no_slot(path: str) -> bool:
@@ -383,11 +376,11 @@ class _File:
     def assign(self, steps: Iterable[_Step]) -> None:
         for step in steps:
             for variable, i in step.values:
-                self.give(variable, i)
+                self.assign_one(variable, i)
             if hasattr(step.owner, "finalize_state") and step.whole:
                 step.owner.finalize_state()
 
-    def give(self, variable: Any, i: int) -> None:
+    def assign_one(self, variable: Any, i: int) -> None:
         """Assigns a dataset; types that HDF5 has not are bytes in it, and what the variable says."""
         array = self.image.take(i)
         if array.dtype.kind == "V" and array.dtype.names is None:
@@ -452,7 +445,7 @@ def _part_of(steps: list[_Step], model: Any, request: LoadRequest) -> list[_Step
     return steps_of_part
 
 
-def _settle(
+def _fill_report(
     report: LoadReport,
     request: LoadRequest,
     journal: assignments.Journal,
@@ -461,9 +454,8 @@ def _settle(
     *,
     outside: tuple[str, ...],
     untrained: AbstractSet[int] = frozenset(),
-    partial: bool = False,
 ) -> None:
-    """Fills the report, counts, and raises if the load is not what it had to be."""
+    """Sorts everything into the lists of the report, and finishes it."""
     refused = tuple(f"{place}/" for place, _ in file.mismatched)
     for path in file.where:
         if path in file.store.taken:
@@ -473,25 +465,14 @@ def _settle(
         elif path.startswith(refused or "//"):
             report.refused.append(path)
         else:
-            (report.skipped if partial else report.unexpected).append(path)
+            (report.skipped if request.partial else report.unexpected).append(path)
     whole = model.weights if outside else loads.variables(model)
-    variables = _asked_for(model, request) if partial else whole
+    variables = _asked_for(model, request) if request.partial else whole
     report.missing = [v.path for v in variables if id(v) not in {*journal.assigned, *untrained}]
     report.mismatched = file.mismatched
     report.unmatched = request.unmatched(name.removeprefix("model_weights/") for name in file.where)
-    report.cast = journal.cast
-    report.bytes = file.image.bytes
-    report.crc = file.image.crc
-    report.engine = file.image.weights.engine
-    lenient = request.name_map is None or bool(file.mismatched)
-    if (report.missing and not lenient) or (request.strict and not report.complete):
-        differences = loads.differences(report, file.store, {}, None)
-        raised = IncompleteLoadError(f"The load is not complete.\n\n{differences}")
-        raised.path, raised.report = report.path, report
-        raise raised
-    if partial:
-        report.warn_of_nothing()
-    counters.count(engine=report.engine, loads=1, bytes_read=report.bytes, tensors_read=file.image.tensors)
+    unfit = bool(report.missing) and request.name_map is not None and not file.mismatched
+    loads.finish(report, request, journal, file.store, {}, unfit=unfit)
 
 
 def _asked_for(model: Any, request: LoadRequest) -> list[Any]:
@@ -563,9 +544,9 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
     with object_registration.CustomObjectScope(known):
         arguments = {
             "optimizer": _optimizer(config["optimizer_config"]),
-            "loss": _each(keras.losses, config.get("loss")),
-            "metrics": _each(keras.metrics, config.get("metrics")),
-            "weighted_metrics": _each(keras.metrics, config.get("weighted_metrics")),
+            "loss": _deserialize_each(keras.losses, config.get("loss")),
+            "metrics": _deserialize_each(keras.metrics, config.get("metrics")),
+            "weighted_metrics": _deserialize_each(keras.metrics, config.get("weighted_metrics")),
             "loss_weights": config["loss_weights"],
         }
     if type(model).compile is keras.Model.compile:
@@ -579,11 +560,11 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
         _load_optimizer(model.optimizer, file)
 
 
-def _each(module: Any, config: Any) -> Any:
-    return saving_utils._deserialize_nested_config(functools.partial(_one, module), config)
+def _deserialize_each(module: Any, config: Any) -> Any:
+    return saving_utils._deserialize_nested_config(functools.partial(_deserialize_one, module), config)
 
 
-def _one(module: Any, config: Any) -> Any:
+def _deserialize_one(module: Any, config: Any) -> Any:
     """A loss or metric. A name stays a name, as `compile` was given it, unless it is that of a custom object."""
     if isinstance(config, str):
         custom = object_registration.get_registered_object(config)
@@ -594,7 +575,7 @@ def _one(module: Any, config: Any) -> Any:
         return config
     wrapped = keras2.wrapped_function(config)
     if wrapped is not None:
-        return _one(module, wrapped)
+        return _deserialize_one(module, wrapped)
     found = module.deserialize(keras2.loss_config(config))
     if isinstance(found, str):  # no class of Keras 3
         return module.get(config["config"]["name"])
@@ -605,8 +586,8 @@ def _optimizer(config: Any) -> Any:
     config = keras2.optimizer_config(config)
     name = config["class_name"]
     cls: Any = getattr(keras.optimizers, name, None) if isinstance(name, str) else None
-    ours = isinstance(cls, type) and issubclass(cls, keras.optimizers.Optimizer)
-    if ours and object_registration.get_registered_object(name) is None:
+    of_keras = isinstance(cls, type) and issubclass(cls, keras.optimizers.Optimizer)
+    if of_keras and object_registration.get_registered_object(name) is None:
         return cls.from_config(config["config"])  # Keras' own table of names lacks some of its classes
     return keras.optimizers.deserialize(config)
 
@@ -627,4 +608,4 @@ def _load_optimizer(optimizer: Any, file: _File) -> None:
         )
         return
     for variable, i in pairs:
-        file.give(variable, i)
+        file.assign_one(variable, i)

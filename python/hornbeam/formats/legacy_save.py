@@ -23,7 +23,7 @@ from keras.src.saving import object_registration, saving_lib, serialization_lib
 from keras.src.utils import io_utils
 
 from hornbeam import _core
-from hornbeam.base import durability, settings, writer
+from hornbeam.base import settings, writer
 from hornbeam.base.file_objects import Stream, path_of
 from hornbeam.base.reports import SaveReport
 from hornbeam.errors import UnsupportedError
@@ -60,7 +60,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
     """
     filepath, model = request.target, request.model
     request.refuse_writer("the legacy HDF5 format")
-    writer.settle(filepath)
+    writer.wait_for(filepath)
     if request.dtype == "bfloat16":
         raise UnsupportedError(
             f"Legacy HDF5 files have no bfloat16: save as float16, or to a `.keras` file. Received: {filepath}"
@@ -85,12 +85,12 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
             compression=options.compression,
             shuffle=options.shuffle,
             chunk_bytes=options.chunk_bytes,
+            casts=file.store.casts(),
         )
         if not isinstance(filepath, Stream):
-            with durability.directories(text, durable=options.durable):
-                os.makedirs(os.path.dirname(text) or ".", exist_ok=True)
+            _core.make_directories(os.path.dirname(text) or ".", durable=options.durable)
         info = saves.write_image(plan, file.store, filepath)
-    return saves.reported(plan, file.store, info, path_of(filepath))
+    return saves.make_report(plan, file.store, info, path_of(filepath))
 
 
 class Recorded:

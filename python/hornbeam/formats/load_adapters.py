@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from hornbeam.base import file_objects, reports
-from hornbeam.base.file_objects import plain
+from hornbeam.base.file_objects import path_to_str
 from hornbeam.base.reports import LoadReport
 from hornbeam.flows import loads
 from hornbeam.flows.requests import LoadRequest
@@ -17,7 +17,7 @@ from hornbeam.formats.operations import load_request
 from hornbeam.seam import entry, targets
 from hornbeam.seam.operation import NotOurs
 
-_ASKED = ("strict", "only", "skip", "name_map")
+_MORE = ("strict", "only", "skip", "name_map")
 
 
 def api_load_model(
@@ -31,9 +31,9 @@ def api_load_model(
 ) -> Any:
     """`saving_api.load_model`."""
     request = LoadRequest(
-        plain(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
+        path_to_str(filepath), strict=strict, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         model, report = load_formats.load_model(request)
     reports.remember(report)
     return model
@@ -50,12 +50,12 @@ def api_load_weights(
     **kwargs: Any,
 ) -> LoadReport:
     """`saving_api.load_weights`, and so `model.load_weights`."""
-    place, asked = plain(filepath), {name: kwargs.pop(name) for name in _ASKED if name in kwargs}
+    place, more = path_to_str(filepath), {name: kwargs.pop(name) for name in _MORE if name in kwargs}
     if kwargs:
         raise NotOurs(None)
     if by_name is not None:
         place = load_formats.weights_source(place) if file_objects.is_file_object(place) else place
-        if str(place).endswith((".weights.h5", ".weights.json", ".keras")) and not asked:
+        if str(place).endswith((".weights.h5", ".weights.json", ".keras")) and not more:
             entry.original(targets.SAVING_API, "load_weights")(model, place, by_name=by_name)  # raises
     request = load_request(
         model,
@@ -63,9 +63,9 @@ def api_load_weights(
         skip_mismatch=skip_mismatch,
         objects_to_skip=objects_to_skip,
         by_name=bool(by_name),
-        **asked,
+        **more,
     )
-    with operations.showing(progress):
+    with operations.with_progress(progress):
         report = load_formats.load_weights(request)
     reports.remember(report)
     return report
@@ -89,7 +89,7 @@ def lib_load_model_from_dir(dirpath: Any, custom_objects: Any, compile: bool, sa
 
 def lib_load_weights_only(model: Any, filepath: Any, skip_mismatch: bool = False, objects_to_skip: Any = None) -> None:
     """`saving_lib.load_weights_only`."""
-    place = plain(filepath)
+    place = path_to_str(filepath)
     if not str(place).endswith(("weights.h5", "weights.json", ".keras")):
         raise NotOurs(None)
     request = LoadRequest(place, model, skip_mismatch=skip_mismatch, objects_to_skip=objects_to_skip)
@@ -102,7 +102,7 @@ def h5_load_model_from_hdf5(
     """`legacy_h5_format.load_model_from_hdf5`."""
     from hornbeam.formats import legacy_load
 
-    request = LoadRequest(plain(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+    request = LoadRequest(path_to_str(filepath), custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
     model, report = legacy_load.load_model(request)
     reports.remember(report)
     return model

@@ -13,8 +13,7 @@ from typing import Any
 
 from keras.src.utils import file_utils
 
-from hornbeam import _core
-from hornbeam.base import contents, file_objects, settings, writer
+from hornbeam.base import contents, file_objects, writer
 from hornbeam.base.file_objects import Stream
 from hornbeam.base.reports import LoadReport
 from hornbeam.base.savedmodel_parts import GRAPHS
@@ -38,7 +37,7 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
     place = request.source
     if file_objects.is_file_object(place):
         return _load_model_from(request)
-    writer.settle(place, loads=True)
+    writer.wait_for(place, loads=True)
     if _is_savedmodel(place):
         keras_names.require("savedmodel")
         from hornbeam.formats import savedmodel
@@ -47,26 +46,26 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
     text = str(place)
     if text.endswith(_HDF5):
         return _load_h5(request)
-    hdf5 = contents.is_hdf5(place)
+    hdf5 = contents.kind(place) == "h5"
     _check_content(place, hdf5=hdf5)
     if hdf5:  # Keras 2 called it `.keras`, too
         return _load_h5(request)
     if text.startswith("hf://") or file_utils.is_remote_path(text):
-        raise loads.leave(request, "remote path", text)
+        raise loads.not_ours(request, "remote path", text)
     archive = text.endswith(".keras")
     if archive and zipfile.is_zipfile(text):
         return loads.load_archive(request)
     if os.path.isdir(text) and not archive:
         if os.path.exists(os.path.join(text, "config.json")):
             return loads.load_directory(request)
-        raise loads.leave(request, "a checkpoint of Orbax", text)
-    raise loads.leave(request, None)
+        raise loads.not_ours(request, "a checkpoint of Orbax", text)
+    raise loads.not_ours(request, None)
 
 
 def _load_h5(request: LoadRequest) -> tuple[Any, LoadReport]:
     reason = keras_names.unknown("legacy load")
     if reason is not None:
-        raise loads.leave(request, reason, request.source if isinstance(request.source, str) else None)
+        raise loads.not_ours(request, reason, request.source if isinstance(request.source, str) else None)
     from hornbeam.formats import legacy_load
 
     return legacy_load.load_model(request)
@@ -86,7 +85,7 @@ def _check_content(filepath: Any, *, hdf5: bool) -> None:
             return  # a directory of Keras', or a checkpoint of Orbax
     elif archive and os.path.isfile(filepath) and zipfile.is_zipfile(filepath):  # a pipe would be waited for
         return
-    found = contents.look(filepath)
+    found = contents.identify(filepath)
     if found is not None and not (hdf5 and found.kind == "h5"):
         what = "no `.keras` archive" if archive else "not a file that Keras loads as a model"
         error = ConfigError(f"'{filepath}' is {what}. {found}")
@@ -101,9 +100,10 @@ def _has_steps(path: str) -> bool:
 def _load_model_from(request: LoadRequest) -> tuple[Any, LoadReport]:
     """From a file object, whose content says what it is."""
     file = readable(request.source)
-    if contents.is_hdf5(file):
+    kind = contents.kind(file)
+    if kind == "h5":
         return _load_h5(dataclasses.replace(request, source=Stream(file, ".h5")))
-    found = None if contents.head(file).startswith(b"PK") or zipfile.is_zipfile(file) else contents.look(file)
+    found = None if kind == "keras" or zipfile.is_zipfile(file) else contents.identify(file)
     if found is not None and found.kind != "keras":
         raise ConfigError(f"The file object holds no model that Keras loads. {found}")
     return loads.load_archive(dataclasses.replace(request, source=file))
@@ -124,7 +124,7 @@ def load_weights(request: LoadRequest) -> LoadReport:
     if file_objects.is_file_object(request.source):
         request = dataclasses.replace(request, source=weights_source(request.source))
     place, text = request.source, str(request.source)
-    writer.settle(place, loads=True)
+    writer.wait_for(place, loads=True)
     if text.endswith(_SAFETENSORS):
         keras_names.require("safetensors")
         from hornbeam.formats import safetensors
@@ -133,7 +133,7 @@ def load_weights(request: LoadRequest) -> LoadReport:
     if text.endswith(_HDF5) and not text.endswith(".weights.h5"):
         reason = keras_names.unknown("legacy load")
         if reason is not None or request.objects_to_skip is not None:  # that, Keras refuses
-            raise loads.leave(request, reason, text)
+            raise loads.not_ours(request, reason, text)
         from hornbeam.formats import legacy_load
 
         return legacy_load.load_weights(request)
@@ -150,22 +150,22 @@ def load_weights(request: LoadRequest) -> LoadReport:
         with contents.explained(place):
             entry.original(targets.SAVING_API, "load_weights")(request.model, place)  # raises
     if text.endswith(_WEIGHTS) or not os.path.isdir(text):
-        raise loads.leave(request, None)
-    raise loads.leave(request, "a checkpoint of Orbax", text)
+        raise loads.not_ours(request, None)
+    raise loads.not_ours(request, "a checkpoint of Orbax", text)
 
 
 def weights_source(file: Any) -> Stream:
     """A file object as what its content is."""
     file = readable(file)
-    if contents.head(file).startswith(b"PK"):
+    kind = contents.kind(file)
+    if kind == "keras":
         return Stream(file, ".keras")
-    if contents.is_hdf5(file):
-        with contents.explained(file, "h5"):
-            opened = _core.open(file_objects.source(file), archive=False).weights(engine=settings.current().engine)
+    if kind == "h5":
+        opened = contents.open_weights(Stream(file, ".h5"), "h5")
         legacy = any(name == "layer_names" for name, _ in opened.attributes)
         legacy = legacy or any(name == "model_weights" for name, _ in opened.groups())
         return Stream(file, ".h5" if legacy else ".weights.h5")
-    found = contents.look(file)
+    found = contents.identify(file)
     if found is not None and found.kind == "safetensors":
         return Stream(file, ".safetensors")
     if found is not None and found.kind == "shards":

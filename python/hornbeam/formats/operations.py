@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from os import PathLike
+from typing import IO, Any, TypedDict
 
 from keras.src.saving import saving_api
 
-from hornbeam.base.file_objects import plain
+from hornbeam.base.file_objects import path_to_str
+from hornbeam.base.progress import Progress
 from hornbeam.base.reports import LoadReport, SaveReport, remember
 from hornbeam.base.settings import options
-from hornbeam.base.writer import Handle, Request, cancelled
-from hornbeam.base.writer import asked as asked_for
+from hornbeam.base.writer import Handle, Reservation, cancelled, reserve
 from hornbeam.errors import UnsupportedError
 from hornbeam.flows.requests import LoadRequest, SaveRequest
 from hornbeam.seam import entry
 
 _SAVES = "hornbeam.formats.save_formats"
 LOADS = "hornbeam.formats.load_formats"
+Target = str | bytes | PathLike[str] | IO[bytes]
+Progressed = Callable[[Progress], Any] | bool | None
+
+
+class SaveArguments(TypedDict, total=False):
+    """What hornbeam's saves take beside Keras' arguments and `asynchronous`; `hornbeam.saving` says what it means."""
+
+    include_optimizer: bool
+    dtype: str | None
+    allow_overflow: bool
+    compression: str | int | None
+    progress: Progressed
+
+
+class SaveModelArguments(SaveArguments, total=False):
+    """Those of whole models, with what Keras has in its `**kwargs`."""
+
+    save_format: str | None
+
+
+class SaveWeightsArguments(SaveArguments, total=False):
+    """Those of weights, with what Keras has in its `**kwargs`."""
+
+    only: str | Sequence[str] | None
+    skip: str | Sequence[str]
+    replace_complete: bool
+    objects_to_skip: Sequence[Any] | None
 
 
 @contextlib.contextmanager
@@ -31,10 +59,10 @@ def save_request(
     compression: str | int | None = None,
     progress: Any = None,
     asynchronous: bool = False,
-    writer: Request | None = None,
+    writer: Reservation | None = None,
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] = (),
-    **asked: Any,
+    **fields: Any,
 ) -> Iterator[SaveRequest]:
     """The request for a save inside, with the options that its arguments stand for.
 
@@ -47,17 +75,17 @@ def save_request(
         writer: A place in the queue that somebody has taken for it.
         only: Patterns of what is saved, or one; `None` for everything.
         skip: Patterns of what is not.
-        **asked: Fields of the request.
+        **fields: Fields of the request.
 
     Raises:
         TypeError: For what is no field.
         ValueError: For a value that a field cannot have.
     """
     with _options(compression=compression, progress=progress), contextlib.ExitStack() as stack:
-        # A mistake is told before anybody waits.
+        # A mistake is raised before anybody waits.
         chosen = None if only is None else _patterns(only)
-        request = SaveRequest(model, plain(filepath), only=chosen, skip=_patterns(skip), **asked)
-        queue = writer or stack.enter_context(asked_for(asynchronous))
+        request = SaveRequest(model, path_to_str(filepath), only=chosen, skip=_patterns(skip), **fields)
+        queue = writer or stack.enter_context(reserve(asynchronous))
         yield dataclasses.replace(request, writer=queue)
 
 
@@ -79,12 +107,12 @@ def _options(**given: Any) -> contextlib.AbstractContextManager[Any]:
     return options(**given) if given else contextlib.nullcontext()
 
 
-def showing(progress: Any) -> contextlib.AbstractContextManager[Any]:
+def with_progress(progress: Any) -> contextlib.AbstractContextManager[Any]:
     """The option `progress`, where it is given."""
     return _options(progress=progress)
 
 
-def told(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
+def handle_or_none(saved: SaveReport | Handle | None, request: SaveRequest) -> Handle | None:
     """What a caller is given: the handle of an asynchronous save; the report of another is the last one from now on."""
     if isinstance(saved, Handle):
         return saved
@@ -133,11 +161,11 @@ def load_request(
     *,
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] = (),
-    **asked: Any,
+    **fields: Any,
 ) -> LoadRequest:
     """The request for a load of weights; one pattern stands for a list of one."""
     chosen = None if only is None else _patterns(only)
-    return LoadRequest(plain(filepath), model, only=chosen, skip=_patterns(skip), **asked)
+    return LoadRequest(path_to_str(filepath), model, only=chosen, skip=_patterns(skip), **fields)
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

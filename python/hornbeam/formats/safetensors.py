@@ -21,8 +21,8 @@ from keras.src.utils import io_utils
 
 from hornbeam import _core
 from hornbeam.base import contents, settings, writer
-from hornbeam.base.file_objects import Stream, openable, path_of
-from hornbeam.base.model_file import read_index
+from hornbeam.base.file_objects import Stream, path_of
+from hornbeam.base.model_file import open_shards, read_index
 from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.errors import InvalidError, UnsupportedError, WeightsFileError
 from hornbeam.flows import loads, marks, saves
@@ -63,7 +63,7 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> SaveReport 
         )
     _check_local(text)
     request.refuse_writer("safetensors")
-    writer.settle(text)
+    writer.wait_for(text)
     if settings.current().compression is not None:
         raise UnsupportedError(f"safetensors files are not compressed. Received: {text}")
     with saves.recorded(request, assets=False) as (store, _):
@@ -104,7 +104,7 @@ class _Named(RecordStore):
         metadata = [("format", "keras"), ("keras_version", keras.__version__), (_PATHS, json.dumps(self.paths))]
         metadata += self.groups.get("", [])
         rows = [(name, d.dtype, d.shape, [("dtype", d.name)]) for name, d in self.datasets.items()]
-        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors")
+        return _core.plan([("__metadata__", metadata)], rows, engine="safetensors", casts=self.casts())
 
 
 def _name(store: RecordStore) -> _Named:
@@ -169,7 +169,7 @@ def _split(named: _Named, limit: float | None) -> list[_Named]:
 def _save_one(named: _Named, place: str | Stream) -> SaveReport:
     plan = named.plan()
     info = saves.write_image(plan, named, place)
-    return saves.reported(plan, named, info, path_of(place))
+    return saves.make_report(plan, named, info, path_of(place))
 
 
 class _Places:
@@ -245,29 +245,13 @@ def open_weights(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     Raises:
         WeightsFileError: When a tensor that the index names is not there.
     """
-    with contents.explained(place, "shards" if str(place).endswith(".json") else "safetensors"):
-        return _open(place)
-
-
-def _open(place: str | Stream) -> list[tuple[str, _core.Weights]]:
     text = str(place)
-    if text.endswith(_SUFFIX):
-        index = f"{text.removesuffix(_SUFFIX)}{_INDEX}"
-        if isinstance(place, Stream) or os.path.exists(text) or not os.path.exists(index):
-            return [(text, _core.open(openable(place), archive=False).weights(engine="safetensors"))]
-        text = index
-    path = Path(text)
-    content, names = read_index(path)
-    opened = []
-    for name in names:
-        shard = str(path.with_name(name))
-        with contents.explained(shard, "safetensors"):
-            opened.append((name, _core.open(shard, archive=False).weights(engine="safetensors")))
-    there = {name for _, weights in opened for name in weights.names()}
-    missing = next((name for name in content["weight_map"] if name not in there), None)
-    if missing is not None:
-        raise WeightsFileError(f"'{text}' names '{missing}', which is in none of its shards")
-    return opened
+    index = Path(f"{text.removesuffix(_SUFFIX)}{_INDEX}" if text.endswith(_SUFFIX) else text)
+    alone = isinstance(place, Stream) or os.path.exists(text) or not index.exists()
+    if text.endswith(_SUFFIX) and alone:
+        return [(text, contents.open_weights(place, "safetensors"))]
+    with contents.explained(place, "shards" if text.endswith(".json") else "safetensors"):
+        return open_shards(index, "safetensors")
 
 
 class Names:
@@ -291,17 +275,17 @@ class Names:
     ) -> None:
         there = _paths(opened)
         self._places = {name: path for path, name in there.items()}
-        ours = _names(structure.values, structure)
-        weights = {path: name for path, name in ours.items() if not structure.is_optimizer(path)}
-        slots = {path: name for path, name in ours.items() if structure.is_optimizer(path)}
-        theirs = {path for path in there if structure.is_optimizer(path)}
+        in_model = _names(structure.values, structure)
+        weights = {path: name for path, name in in_model.items() if not structure.is_optimizer(path)}
+        slots = {path: name for path, name in in_model.items() if structure.is_optimizer(path)}
+        in_file = {path for path in there if structure.is_optimizer(path)}
         if marks.is_part(opened):  # what the file has is all there is to fit
-            names = shapes.keys() - {there[path] for path in theirs}
-            slots = {path: name for path, name in slots.items() if path in theirs}
-            fits, placed = names <= set(weights.values()), there.keys() - theirs <= weights.keys()
+            names = shapes.keys() - {there[path] for path in in_file}
+            slots = {path: name for path, name in slots.items() if path in in_file}
+            fits, placed = names <= set(weights.values()), there.keys() - in_file <= weights.keys()
         else:
             fits, placed = shapes.keys() >= set(weights.values()), there.keys() >= weights.keys()
-        if slots and theirs and theirs != slots.keys():
+        if slots and in_file and in_file != slots.keys():
             warnings.warn("Skipping the optimizer's state: the file has other variables for it.", stacklevel=2)
             slots = {}
         by_place = not by_name and not fits and placed
@@ -312,7 +296,7 @@ class Names:
             same = all(shapes.get(there.get(path, "")) == tuple(structure.values[path].shape) for path in slots)
             slots = {path: there[path] for path in slots} if same else {}
         elif not shapes.keys() >= set(slots.values()):
-            same = all(_tail(there.get(path, "")) == _tail(name) for path, name in slots.items())
+            same = all(_slot(there.get(path, "")) == _slot(name) for path, name in slots.items())
             slots = {path: there[path] for path in slots} if same else {}
         targets: dict[str, list[str]] = {}
         for path, name in (*weights.items(), *slots.items()):
@@ -324,24 +308,24 @@ class Names:
         return self._places.get(name, name)
 
 
-def _warn_of_counts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+def _warn_of_counts(in_model: Mapping[str, str], in_file: Mapping[str, str]) -> None:
     """Warns where names fit, but differ by their counts (`dense`, `dense_1`) from those of the same places."""
-    both = [(path, name, theirs[path]) for path, name in ours.items() if path in theirs]
-    found = next((path for path, name, other in both if name != other and _uncounted(name) == _uncounted(other)), None)
+    differ = [path for path, name in in_model.items() if in_file.get(path, name) != name]
+    found = next((p for p in differ if _without_numbers(in_model[p]) == _without_numbers(in_file[p])), None)
     if found is not None:
         warnings.warn(
-            f"Names and places disagree: what was saved as '{theirs[found]}' is '{ours[found]}' in the model. The "
+            f"Names and places disagree: what was saved as '{in_file[found]}' is '{in_model[found]}' in the model. The "
             "weights are loaded by name. If the names are automatic, build the model as when it was saved (after "
             "`keras.utils.clear_session()`), or give the layers names of their own.",
             stacklevel=2,
         )
 
 
-def _uncounted(name: str) -> str:
+def _without_numbers(name: str) -> str:
     return re.sub(r"_\d+(?=/|$)", "", name)
 
 
-def _tail(name: str) -> str:
+def _slot(name: str) -> str:
     """The name without the optimizer's."""
     return name.partition("/")[2]
 

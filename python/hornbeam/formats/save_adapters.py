@@ -13,7 +13,7 @@ from typing import Any
 from keras.src.utils import file_utils
 
 from hornbeam.base import file_objects, reports
-from hornbeam.base.file_objects import plain
+from hornbeam.base.file_objects import path_to_str
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.writer import Handle
 from hornbeam.flows import saves
@@ -30,7 +30,7 @@ def api_save_model(
     save_format = kwargs.pop("save_format", None)
     with _requested(model, filepath, kwargs) as request:
         saved = save_formats.save_model(request, overwrite=overwrite, zipped=zipped, save_format=save_format)
-        return operations.told(saved, request)
+        return operations.handle_or_none(saved, request)
 
 
 def api_save_weights(
@@ -39,25 +39,22 @@ def api_save_weights(
     """`saving_api.save_weights`, and so `model.save_weights`."""
     skipped = kwargs.pop("objects_to_skip", None)
     with _requested(model, filepath, kwargs, max_shard_size=max_shard_size, objects_to_skip=skipped) as request:
-        return operations.told(save_formats.save_weights(request, overwrite=overwrite), request)
-
-
-#: Hornbeam's arguments, beside Keras'.
-_OURS = ("include_optimizer", "dtype", "allow_overflow", "compression", "progress", "asynchronous")
-_OF_WEIGHTS = ("only", "skip", "replace_complete")  # those of saves of weights
+        return operations.handle_or_none(save_formats.save_weights(request, overwrite=overwrite), request)
 
 
 def _requested(
-    model: Any, filepath: Any, kwargs: dict[str, Any], **asked: Any
+    model: Any, filepath: Any, kwargs: dict[str, Any], **fields: Any
 ) -> contextlib.AbstractContextManager[SaveRequest]:
-    weights = "max_shard_size" in asked
+    weights = "max_shard_size" in fields
     if not weights:
         operations.refuse_part(filepath, kwargs)
-    unknown = {n: value for n, value in kwargs.items() if n not in (*_OURS, *(_OF_WEIGHTS if weights else ()))}
+    known = (operations.SaveWeightsArguments if weights else operations.SaveArguments).__optional_keys__
+    unknown = {name: value for name, value in kwargs.items() if name not in known and name != "asynchronous"}
     if unknown:  # Keras says so, and of nothing else
         name = "save_weights" if weights else "save_model"
-        entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
-    return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **asked)
+        with operation.changed(stock=True):
+            entry.original(targets.SAVING_API, name)(model, filepath, **unknown)
+    return operations.save_request(model, filepath, writer=operation.claim(model, filepath), **kwargs, **fields)
 
 
 def model_save_weights(
@@ -69,7 +66,7 @@ def model_save_weights(
 
 def lib_save_model(model: Any, filepath: Any, weights_format: str = "h5", zipped: bool = True) -> None:
     """`saving_lib.save_model`."""
-    place = plain(filepath)
+    place = path_to_str(filepath)
     if file_objects.is_file_object(place):
         file_objects.check(place, "write")
         zipped = True
@@ -101,7 +98,7 @@ def lib_save_weights_only(
     text = str(filepath)
     if text.endswith(".safetensors"):
         raise NotOurs(None)
-    request = SaveRequest(model, plain(filepath), max_shard_size=max_shard_size, objects_to_skip=objects_to_skip)
+    request = SaveRequest(model, path_to_str(filepath), max_shard_size=max_shard_size, objects_to_skip=objects_to_skip)
     _remember(save_formats.save_weights(request))
 
 
@@ -109,7 +106,7 @@ def h5_save_model_to_hdf5(model: Any, filepath: Any, overwrite: bool = True, inc
     """`legacy_h5_format.save_model_to_hdf5`."""
     from hornbeam.formats import legacy_save
 
-    request = SaveRequest(model, plain(filepath), include_optimizer=include_optimizer)
+    request = SaveRequest(model, path_to_str(filepath), include_optimizer=include_optimizer)
     report = legacy_save.save_model(request, overwrite=overwrite)
     if report is not None:
         reports.remember(report)

@@ -44,8 +44,8 @@ def save_model(
     if file_objects.is_file_object(target):
         return _save_model_to(request, zipped, save_format)
     if not overwrite:
-        writer.settle(target)  # whoever is asked shall see the file
-    if _is_savedmodel_asked_for(target, zipped, save_format):
+        writer.wait_for(target)  # whoever is asked shall see the file
+    if _wants_savedmodel(target, zipped, save_format):
         keras_names.require("savedmodel")
         from hornbeam.formats import savedmodel
 
@@ -134,7 +134,7 @@ def save_weights(request: SaveRequest, *, overwrite: bool = True) -> Saved:
     if file_objects.is_file_object(request.target):
         request = _weights_target(request)
     elif not overwrite:
-        writer.settle(request.target)
+        writer.wait_for(request.target)
     if request.partial:
         keras_names.require("partial save")
     text, shards = str(request.target), request.max_shard_size is not None
@@ -168,7 +168,7 @@ def _weights_target(request: SaveRequest) -> SaveRequest:
     return dataclasses.replace(request, target=Stream(file, suffix))
 
 
-def _is_savedmodel_asked_for(filepath: Any, zipped: bool | None, save_format: Any) -> bool:
+def _wants_savedmodel(filepath: Any, zipped: bool | None, save_format: Any) -> bool:
     """Whether a save is to be a SavedModel: by `save_format`, or by a name without an extension."""
     if not isinstance(filepath, str | os.PathLike) or zipped is not None:
         return False

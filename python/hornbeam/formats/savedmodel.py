@@ -16,7 +16,6 @@ from keras.src.saving import serialization_lib
 from keras.src.utils import io_utils
 from keras.src.utils.module_utils import tensorflow as tf
 
-from hornbeam.base import locations
 from hornbeam.base.reports import LoadReport, SaveReport
 from hornbeam.base.savedmodel_parts import FINGERPRINT, WHOLE
 from hornbeam.errors import InvalidError, UnsupportedError
@@ -37,7 +36,7 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
         ImportError: Without TensorFlow.
     """
     filepath, model = request.target, request.model
-    target = locations.absolute(filepath)
+    target = os.fsdecode(filepath)
     request.refuse_writer("a SavedModel")
     if request.dtype is not None:
         raise UnsupportedError(f"A SavedModel is saved in the types of the model. Received: filepath={filepath}")
@@ -67,8 +66,8 @@ def save_model(request: SaveRequest, *, overwrite: bool = True) -> SaveReport | 
 
         archive = stock_export.ExportArchive()
         archive.track_and_add_endpoint(stock_export.DEFAULT_ENDPOINT_NAME, model, signature)
-        exports.write(archive, target, exports.ExportRequest(extra=whole, foreign=False), verbose=False)
-    reports[0].path = target  # it was written under another name
+        written = exports.write(archive, target, exports.ExportRequest(extra=whole, foreign=False), verbose=False)
+    reports[0].path = written.path  # it was written under another name
     return reports[0]
 
 
@@ -101,8 +100,8 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
 
 def _check_fingerprint(root: Path) -> None:
     """Refuses a SavedModel that was written over since by something that left our archive where it was."""
-    theirs, ours = root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT)
-    if theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
+    of_graph, of_archive = root / FINGERPRINT, (root / WHOLE).with_name(FINGERPRINT)
+    if of_graph.exists() and of_archive.exists() and of_graph.read_bytes() != of_archive.read_bytes():
         raise InvalidError(
             f"The SavedModel '{root}' was written over since the model in it was saved, so they differ. Save the "
             f"model again; the one that was saved is still there, to be loaded as '{root / WHOLE}'."

@@ -13,7 +13,7 @@ from keras.src.utils import dtype_utils
 
 from hornbeam import _core
 from hornbeam.base import contents, counters, progress, settings
-from hornbeam.base.model_file import read_index
+from hornbeam.base.model_file import open_shards
 from hornbeam.base.reports import SaveReport
 from hornbeam.flows import marks, saves
 from hornbeam.flows.recording import RecordStore
@@ -76,29 +76,19 @@ def write(
                 durable=options.durable,
             )
             running.append((save, 0))
-            running[-1] = save, save.finish([], saves.puller(shard), commit=False)["bytes"]
-    if options.atomic:
-        _withdraw(path)
-    for (name, *_), (save, _) in zip(planned, running, strict=True):
-        saves.log_placed(*save.commit(), name)
-    placed = _core.write_file(str(path), index, atomic=options.atomic, durable=options.durable)
-    saves.log_placed(*placed, str(path))
+            info = save.finish([], saves.puller(shard), commit=False)
+            running[-1] = save, info["bytes"]
+            shard.report = report
+            shard.note_casts(info["casts"])
+    saved = [save for save, _ in running]
+    placed = _core.commit_indexed(saved, path, index, atomic=options.atomic, durable=options.durable)
+    for name, how in zip([*(name for name, *_ in planned), str(path)], placed, strict=True):
+        saves.log_placed(*how, name)
     total, tensors = sum(nbytes for _, nbytes in running), sum(len(shard.datasets) for _, shard, _ in planned)
     report.path, report.engine, report.tensors, report.bytes = str(path), planned[0][2].engine, tensors, total
     for i, ((_, shard, plan), (_, nbytes)) in enumerate(zip(planned, running, strict=True)):
         counters.count(engine=plan.engine, saves=int(i == 0), bytes_written=nbytes, tensors_written=len(shard.datasets))
     return report
-
-
-def _withdraw(index: Path) -> None:
-    """Takes the old index away; an empty one is refused as well."""
-    if not _core.keeps_inode(index):
-        try:
-            index.unlink(missing_ok=True)
-            return
-        except PermissionError:  # the directory gives no file away
-            pass
-    _core.write_file(str(index), b"", atomic=False)
 
 
 def _split(store: RecordStore, path: Path, limit: float) -> tuple[list[tuple[str, RecordStore]], dict[str, Any], float]:
@@ -152,11 +142,4 @@ def open_weights(place: Any) -> list[tuple[str, _core.Weights]]:
         FileNotFoundError: When a shard is missing.
     """
     with contents.explained(place, "shards"):
-        path = _index_path(str(place), saving=False)
-        _, names = read_index(path)
-        opened = [(name, _core.open(str(path.with_name(name)), archive=False)) for name in names]
-    shards = []
-    for name, file in opened:
-        with contents.explained(str(path.with_name(name)), "h5"):
-            shards.append((name, file.weights(engine=settings.current().engine)))
-    return shards
+        return open_shards(_index_path(str(place), saving=False), "h5")

@@ -40,7 +40,7 @@ class Journal:
         self.part = part
         self.undoable = undoable
         self._held: set[int] = set()
-        self._kept: list[Any] = []
+        self._alive: list[Any] = []
         self._values: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
@@ -55,7 +55,7 @@ class Journal:
         self.assigned[id(variable)] = variable
         if isinstance(value, np.ndarray) and dtypes.name_of(value.dtype) != variable._dtype:
             noted = (variable.path, value.dtype.name, variable._dtype)
-            if self.cast[-1:] != [noted]:  # twice where somebody's code stands between two of our own
+            if self.cast[-1:] != [noted]:  # an `assign` of others may call ours twice
                 self.cast.append(noted)
 
     def visit(self, saveable: Any, path: str) -> None:
@@ -65,7 +65,7 @@ class Journal:
             attributes = getattr(saveable, "__dict__", None)
             if attributes is not None:
                 self._states.append((attributes, dict(attributes)))
-                if _is_custom(saveable):
+                if not walking.is_by_keras(saveable, "load_own_variables"):
                     self._keep_contents(saveable)
 
     def _keep_contents(self, saveable: Any) -> None:
@@ -83,10 +83,10 @@ class Journal:
                 if value._value is not None:
                     self.before(value)
             elif id(value) not in self._held:
-                restore = _kept(value)
+                restore = _content_restorer(value)
                 if restore is not None:
                     self._held.add(id(value))
-                    self._kept.append(value)  # its id stays its own
+                    self._alive.append(value)  # as long as it lives, no other object has its id
                     self._values.append(restore)
             if isinstance(value, KerasSaveable) and not isinstance(value, KerasVariable):
                 attributes = vars(value)
@@ -97,12 +97,12 @@ class Journal:
             elif isinstance(value, list | tuple | set):
                 todo += value
 
-    def take_over(self, inner: Journal) -> None:
+    def absorb(self, inner: Journal) -> None:
         """Makes what a load inside of this one did a part of it."""
         self.assigned.update(inner.assigned)
         self.cast += inner.cast
         self._held |= inner._held
-        self._kept += inner._kept
+        self._alive += inner._alive
         self._values += inner._values
         self._states += inner._states
 
@@ -112,7 +112,7 @@ class Journal:
         for restore in reversed(self._values):
             try:
                 restore()
-            except BaseException as error:  # another Ctrl-C, say: the others come first
+            except BaseException as error:  # another Ctrl-C, say: first everything else is restored
                 failed = error
         for attributes, before in reversed(self._states):
             if attributes.keys() != before.keys() or any(attributes[k] is not v for k, v in before.items()):
@@ -122,18 +122,12 @@ class Journal:
             raise failed
 
 
-def _is_custom(saveable: Any) -> bool:
-    """Whether its state is loaded by code that is not Keras'."""
-    owner = next((c for c in type(saveable).__mro__ if "load_own_variables" in vars(c)), None)
-    return "load_own_variables" in vars(saveable) or (owner is not None and not owner.__module__.startswith("keras."))
-
-
-def _kept(value: Any) -> Callable[[], None] | None:
+def _content_restorer(value: Any) -> Callable[[], None] | None:
     """What gives a container, an array or a variable of the backend its content back; `None` for anything else."""
     if isinstance(value, np.ndarray):
         array = value.copy()
         return functools.partial(np.copyto, value, array) if value.flags.writeable else None
-    # The classes' own methods: Keras' containers track what comes in, and may be locked; a proxy is none of these.
+    # Methods of list, set and dict themselves: those of Keras' containers track what is added, and may be locked.
     if issubclass(type(value), list):
         items = list(value)
         return lambda: value.__setitem__(slice(None), items)
@@ -146,11 +140,11 @@ def _kept(value: Any) -> Callable[[], None] | None:
 
         return refill
     if issubclass(type(value), dict):
-        return functools.partial(_refill, value, list(value.items()))
+        return functools.partial(_restore_dict, value, list(value.items()))
     return holding.hold_raw(value)
 
 
-def _refill(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
+def _restore_dict(value: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
     base = OrderedDict if isinstance(value, OrderedDict) else dict
     base.clear(value)
     for key, item in items:
@@ -162,9 +156,11 @@ class Store(Protocol):
 
     Attributes:
         passes: Whether nothing of the object whose turn it is is loaded.
+        by_keras: Whether Keras' own code loads it.
     """
 
     passes: bool
+    by_keras: bool
 
 
 class Part(Protocol):
@@ -226,6 +222,7 @@ def _assign(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """`saving_lib._load_state`, which calls itself through its module."""
+    in_turn = walking.in_turn("load_own_variables", original)
 
     def load(saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kwargs: Any) -> Any:
         journal = current()
@@ -237,7 +234,7 @@ def _load_state(original: Callable[..., Any]) -> Callable[..., Any]:
             weights_store.passes = not journal.part.has(inner_path)
             kept = [holding.hold(variable) for variable in journal.part.keeps(inner_path, saveable)]
         try:
-            return original(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
+            return in_turn(saveable, weights_store, assets_store, inner_path, *args, **kwargs)
         finally:
             for restore in kept:
                 restore()
@@ -287,4 +284,4 @@ def journal(*, undoable: bool, part: Part | None = None) -> Iterator[Journal]:
                 made.roll_back()
             raise
         if outer is not None:
-            outer.take_over(made)
+            outer.absorb(made)

@@ -42,7 +42,7 @@ class _Lazy:
 
     @_value.setter
     def _value(self, value: Any) -> None:
-        _settle(self)
+        _make_ordinary(self)
         self._value = value
 
     @property
@@ -65,22 +65,22 @@ class _Lazy:
         journal = assignments.current()
         if journal is not None:
             journal.before(variable)
-            if not isinstance(variable, _Lazy):  # to keep the value it had, it had to get one
+            if not isinstance(variable, _Lazy):  # the journal has read its value, so it has one now
                 return variable.assign(value)
         tensor = None
-        # What our store gave to Keras' own code is dropped after this; anything else may be kept, and changed.
+        # Keras' own code drops what our store gave it; any other array may be changed later.
         if ownership.is_given_away(value) and dtypes.name_of(value.dtype) == variable._dtype:
             tensor = on_tensorflow.share(value)
         if tensor is None:
             tensor = variable._convert_to_tensor(value, dtype=variable._dtype)
-        _give(variable, tensor)
+        _set_first_value(variable, tensor)
         if journal is not None:
             journal.after(variable, value)
         return tensor
 
     def _direct_assign(self, value: Any) -> None:
         variable: Any = self
-        _give(variable, variable._convert_to_tensor(value, dtype=variable._dtype))
+        _set_first_value(variable, variable._convert_to_tensor(value, dtype=variable._dtype))
 
 
 _classes: dict[type, type] = {}
@@ -93,16 +93,16 @@ def _lazy_class(cls: type) -> type:
     return _classes[cls]
 
 
-def _settle(variable: Any) -> tuple[Any, Any, Any]:
+def _make_ordinary(variable: Any) -> tuple[Any, Any, Any]:
     """Makes the variable an ordinary one, still without a value."""
     pending: tuple[Any, Any, Any] = variable.__dict__.pop("_pending")
     variable.__class__ = variable.__dict__.pop("_plain_class")
     return pending
 
 
-def _give(variable: Any, value: Any) -> None:
+def _set_first_value(variable: Any, value: Any) -> None:
     """The variable's first value."""
-    _, creation, _ = _settle(variable)
+    _, creation, _ = _make_ordinary(variable)
     made = shortcuts.make_variable(variable, value, creation)
     if made is None:
         creating.create(creation, variable, lambda: variable._initialize(value))
@@ -112,11 +112,11 @@ def _give(variable: Any, value: Any) -> None:
 
 def _initialize(variable: Any) -> None:
     """What stock Keras does at once."""
-    initializer, creation, initialize = _settle(variable)
+    initializer, creation, initialize = _make_ordinary(variable)
     creating.create(creation, variable, lambda: initialize(variable, initializer))
 
 
-def _can_wait(variable: Any, initializer: Any) -> bool:
+def _may_wait(variable: Any, initializer: Any) -> bool:
     return (
         type(variable) is keras.Variable
         and isinstance(initializer, keras.initializers.Initializer)
@@ -125,11 +125,11 @@ def _can_wait(variable: Any, initializer: Any) -> bool:
         and getattr(variable, "_layout", None) is None  # Keras 3.12 has it on JAX only
         and global_state.get_global_attribute("distribution") is None
         and not in_stateless_scope()
-        and not _nnx()
+        and not _is_nnx()
     )
 
 
-def _nnx() -> bool:
+def _is_nnx() -> bool:
     """Whether variables are Flax objects, which keep their value elsewhere."""
     return bool(getattr(config, "is_nnx_enabled", lambda: False)())
 
@@ -139,7 +139,7 @@ def _initialize_later(original: Callable[..., None]) -> Callable[..., None]:
 
     def initialize(variable: Any, initializer: Any) -> None:
         pending = running().pending
-        if pending is None or not _can_wait(variable, initializer):
+        if pending is None or not _may_wait(variable, initializer):
             original(variable, initializer)
             return
         creation = creating.note_creation(variable)

@@ -50,7 +50,7 @@ _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
         "Model.save_weights": ("self", "filepath", "overwrite", "max_shard_size"),
         "model_from_json": ("json_string", "custom_objects"),
     },
-    targets.EXPORTS: {  # what the module has not is of the class of its archives
+    targets.EXPORTS: {  # what the module lacks is a method of its archive class
         "get_input_signature": ("model",),
         "track": ("self", "resource"),
         "add_endpoint": ("self", "name", "fn", "input_signature", "kwargs"),
@@ -118,7 +118,7 @@ def _dispatcher(module: str, name: str, original: Callable[..., Any]) -> Callabl
                 return ours()(*args, **kwargs)
             except NotOurs as error:
                 left = error
-        return _leave(left, original, *args, **kwargs)
+        return _hand_over(left, original, *args, **kwargs)
 
     dispatch.__hornbeam__ = True  # type: ignore[attr-defined]
     return dispatch
@@ -155,7 +155,7 @@ def run(
             left = error
     else:
         left.beyond = [*beyond, *left.beyond]
-    return _leave(left, stock)
+    return _hand_over(left, stock)
 
 
 def _unknown(operation: str) -> NotOurs | None:
@@ -168,7 +168,7 @@ def _unknown(operation: str) -> NotOurs | None:
     return NotOurs(reason, ["does not wait for stable storage"] if durable else [], saves=saves)
 
 
-def _leave(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _hand_over(left: NotOurs, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock Keras does all of it.
 
     Raises:
@@ -205,12 +205,12 @@ def _translated(ours: Callable[..., T], original: Callable[..., Any]) -> Callabl
             given = theirs.bind(*args, **kwargs)
         except TypeError:
             raise NotOurs(None) from None  # Keras says what is wrong
-        return ours(**_named(given))
+        return ours(**_by_name(given))
 
     return call
 
 
-def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+def _by_name(given: inspect.BoundArguments) -> dict[str, Any]:
     """All arguments by name."""
     named = dict(given.arguments)
     for parameter in given.signature.parameters.values():
@@ -232,21 +232,21 @@ def patch(module: ModuleType) -> None:
     """Puts the dispatchers of a module in place, over whatever is there of what they replace."""
     where = module.__name__
     if where == targets.EXPORTS and keras_names.archive_class() is None:
-        return  # a backend that exports nothing
+        return  # this backend cannot export
     with _lock:
         for name in _REPLACED[where]:
             original: Any = getattr(*_place(where, name), None)
             if original is None or reaches(original, _placed.get((where, name), ((), ()))[1]):
                 continue
             made = _made.get((where, name))
-            if made is not None and original in made:  # ours is there when somebody has put it back since
+            if made is not None and original in made:  # somebody has put an old dispatcher back: use it again
                 original, dispatcher = made
             else:
                 dispatcher = _dispatcher(where, name, original)
                 if getattr(sys.modules.get(original.__module__), name, None) is original:
-                    dispatcher.__module__ = where  # else `pickle` would look where the original comes from
+                    dispatcher.__module__ = where  # so that `pickle` finds it: the original is from another module
             _placed[where, name] = _made[where, name] = original, dispatcher
-            displaced.displace(original, "original")  # at every moment both can be found, by other threads too
+            displaced.displace(original, "original")  # first, so that other threads can pickle both at any moment
             setattr(*_place(where, name), dispatcher)
             displaced.put_back(dispatcher)
 

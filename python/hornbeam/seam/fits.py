@@ -49,7 +49,7 @@ def watch_fit() -> None:
                     watcher.fit_failed(error)
                 raise
             finally:
-                with contextlib.ExitStack() as stack:  # the last to come is the first to go, and all do
+                with contextlib.ExitStack() as stack:  # in reverse order, and all of them even if one raises
                     for watcher in watchers:
                         stack.callback(watcher.fit_ended)
 

@@ -61,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             _catch_up()
             return None
         names: set[str] = _asking.__dict__.setdefault("names", set())
-        if fullname in names:  # by one that asks everybody, too
+        if fullname in names:  # a finder that asks all others has come back to this one
             return None
         names.add(fullname)
         try:
@@ -100,7 +100,7 @@ def _patch(module: ModuleType) -> None:
 
 def _catch_up() -> None:
     """Patches modules that were imported by what comes before the hook."""
-    if not _is_behind() or not _lock.acquire(blocking=False):  # one that is held may wait for this import
+    if not _is_behind() or not _lock.acquire(blocking=False):  # whoever holds it may be waiting for this import
         return
     try:
         if is_installed() and _is_behind():

@@ -168,7 +168,7 @@ def _object(config: dict[str, Any], notes: Notes, known: frozenset[str]) -> None
             if config.get("registered_name") == name:
                 config["registered_name"] = found[1] if found[0] != "keras" else None
     elif "module" in config or name in known:
-        return  # somebody's own
+        return  # a custom class
     inner, module = config.get("config"), config.get("module")
     if not isinstance(inner, dict):
         return
@@ -245,7 +245,7 @@ def _exists(module: str) -> bool:
 def _for_every_output(compiled: dict[str, Any], outputs: Any, notes: Notes) -> None:
     """A plain list of metrics was for each of several outputs; in Keras 3 it would be one for each."""
     if not (isinstance(outputs, list) and all(isinstance(output, list) for output in outputs)):
-        return  # one alone
+        return  # a single output
     for key in ("metrics", "weighted_metrics"):
         given = compiled.get(key)
         plain = isinstance(given, list) and all(

@@ -51,7 +51,7 @@ def unknown(operation: str) -> str | None:
     if operation not in _verdicts:
         _verdicts[operation] = reason = _compare(operation)
         if reason is not None:
-            _tell(operation, reason)
+            _warn_once(operation, reason)
     return _verdicts[operation]
 
 
@@ -61,7 +61,7 @@ def unsupported(weights_format: str = "h5", path: Any = None) -> str | None:
 
     if weights_format != "h5":
         return f"weights_format={weights_format!r}"
-    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # a patch of somebody else's
+    if saving_lib.H5IOStore.__module__ != saving_lib.__name__:  # another library has patched it
         return "saving_lib.H5IOStore is replaced"
     if path is not None and saving_lib.file_utils.is_remote_path(str(path)):
         return "remote path"
@@ -123,7 +123,7 @@ def _compare(operation: str) -> str | None:
     for name in needed(operation):
         if name.startswith("backend.tensorflow.") and keras.backend.backend() != "tensorflow":
             continue
-        known, found = table()["known"][name], _look(name)
+        known, found = table()["known"][name], _describe(name)
         if found not in known:
             where = name if name.startswith(("archive", "keras.")) else f"keras.src.{name}"
             what = "is missing" if found == "-" else f"is {found or 'no function'}, expected {' | '.join(known)}"
@@ -131,7 +131,7 @@ def _compare(operation: str) -> str | None:
     return None
 
 
-def _tell(operation: str, reason: str) -> None:
+def _warn_once(operation: str, reason: str) -> None:
     text = (
         f"{reason}. From now on stock Keras does without hornbeam what it can do itself (operation: {operation}). A "
         "newer hornbeam may know this Keras; `hornbeam.options(fallback=False)` makes this an error."
@@ -156,14 +156,14 @@ def archive_class() -> Any:
     return next((cls for cls in backend_archive_class().__mro__ if "write_out" in vars(cls)), None)
 
 
-def _look(name: str) -> str:
+def _describe(name: str) -> str:
     """What is there: `(its, parameters)`, nothing for what is no function, `-` for nothing at all."""
     place, _, attribute = name.partition(":")
     owner = _resolve(place)
     if attribute and owner is not _MISSING:
         found = getattr(owner, attribute, _MISSING)
         if found is _MISSING:
-            found = None if _mentions(owner, attribute) else _MISSING
+            found = None if _code_mentions(owner, attribute) else _MISSING
     else:
         found = owner
     if found is _MISSING:
@@ -195,7 +195,7 @@ def _resolve(name: str) -> Any:
     return found
 
 
-def _mentions(cls: Any, attribute: str) -> bool:
+def _code_mentions(cls: Any, attribute: str) -> bool:
     """Whether the code of a class, or of one that it derives from, has an attribute of that name."""
     todo: list[Any] = []
     for base in cls.__mro__:

@@ -33,13 +33,13 @@ def explained(config: Callable[[], Any], custom_objects: dict[str, Any] | None) 
         if type(error) not in (TypeError, ValueError):
             raise
         missing = _missing(config(), custom_objects or {})
-        what, cause = _texts(str(error))
+        what, cause = _head_and_cause(str(error))
         if not any(name in cause or name.rpartition(">")[2] in cause for _, name in missing):
             raise  # it is about something else
         raise type(error)(f"{what}\n\n{_message(missing)}") from error
 
 
-def _texts(message: str) -> tuple[str, str]:
+def _head_and_cause(message: str) -> tuple[str, str]:
     """How Keras' message begins, and what it gives as the cause, both without the config that it quotes."""
     head = message.partition("\n\nconfig=")[0].partition(" Full object config:")[0]
     tail = message.rpartition("Exception encountered: ")[2].partition(" Full object config:")[0]
@@ -91,7 +91,7 @@ def _is_located(node: dict[str, Any], name: str, known: dict[str, Any]) -> bool:
         return True
     module, is_function = node.get("module"), node["class_name"] == "function"
     if not isinstance(module, str) or (module == "builtins" and is_function):
-        # Keras looks into its own modules; into which for a config of an older version, whoever asks says.
+        # Keras looks into its own modules, and for configs of older versions into layers and models.
         modules = (*serialization_lib.BUILTIN_MODULES, "layers", "models")
         plain = name if is_function else node["class_name"]
         builtin = any(api_export.get_symbol_from_name(f"keras.{m}.{plain}") is not None for m in modules)

@@ -36,10 +36,10 @@ class NotOurs(Exception):
 class _Offer:
     """An asynchronous save that waits to be claimed by the save of just this model to just this path."""
 
-    def __init__(self, model: Any, path: str, request: writer.Request) -> None:
+    def __init__(self, model: Any, path: str, request: writer.Reservation) -> None:
         self.model = model
         self.path = os.path.abspath(path)
-        self.request: writer.Request | None = request
+        self.request: writer.Reservation | None = request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def changed(**changes: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def offered(model: Any, path: str, request: writer.Request | None) -> Iterator[None]:
+def offered(model: Any, path: str, request: writer.Reservation | None) -> Iterator[None]:
     """Makes the save of `model` to `path` that happens inside asynchronous; others, of its encoder say, are not."""
     if request is None:
         yield
@@ -103,7 +103,7 @@ def offered(model: Any, path: str, request: writer.Request | None) -> Iterator[N
         counters.logger.warning("`asynchronous=True` did nothing: '%s' was not saved by hornbeam", path)
 
 
-def claim(model: Any, path: Any) -> writer.Request | None:
+def claim(model: Any, path: Any) -> writer.Reservation | None:
     """The offer for this save, once."""
     offer = running().offer
     if offer is None or offer.model is not model or not isinstance(path, str | os.PathLike):

@@ -116,7 +116,7 @@ class Patch:
 
 _collector_lock = threading.Lock()
 _resting = Users()
-_threshold: tuple[int, int, int] | None = None  # before the first of them
+_threshold: tuple[int, int, int] | None = None  # what it was before the first of them
 
 
 @contextlib.contextmanager
@@ -142,8 +142,8 @@ def _wake_collector() -> None:
     before = _threshold
     if _resting or before is None:
         return
-    if gc.isenabled() and gc.get_freeze_count() == 0:  # else they would be somebody's
-        gc.freeze()  # what was built is old now: no collection goes through it at once
+    if gc.isenabled() and gc.get_freeze_count() == 0:  # otherwise a user has disabled or frozen it
+        gc.freeze()  # makes all objects old, so that the next collection does not go through them
         gc.unfreeze()
     if gc.get_threshold() == (0, *before[1:]):  # nobody has set another one meanwhile
         gc.set_threshold(*before)

@@ -1,7 +1,7 @@
 """Shortcuts through Keras' construction and description of layers, for the time of a load or save and its thread.
 
-Each leaves the same objects behind, is tried once against the real thing before it is used, and has a switch of its
-own: `hornbeam.options(shortcuts=...)`.
+Each leaves the same objects behind, and is tried once against the real thing before it is used.
+`hornbeam.options(shortcuts=False)` does without them.
 
 Small models do without those that take long to try, until they add up to what trying them costs.
 
@@ -27,7 +27,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Set
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 from keras.src.layers import layer as layer_module
@@ -43,11 +43,12 @@ from hornbeam.seam.operation import changed, running
 from hornbeam.seam.patches import Patch
 from hornbeam.values import creating, tf_variables
 
+T = TypeVar("T")
 #: Trying the shortcuts out takes longer than building so many variables without them.
 WORTH_TRYING = 64
 _built = 0  # variables that this process has built, and layers that it has described
 #: Those for building a model, and for describing one.
-BUILDING = settings.SHORTCUTS - {"copies"}
+BUILDING = frozenset(["attributes", "signatures", "tensors", "variables"])
 DESCRIBING = frozenset(["copies", "tensors"])
 
 
@@ -61,8 +62,7 @@ class _Scope:
         self.tracked: dict[type, bool] = {}
         self.handle_data: dict[Any, Any] = {}
         self.no_tensors: set[type] = set()
-        self.signatures: dict[Any, inspect.Signature] = {}
-        self.specs: dict[Any, inspect.FullArgSpec] = {}
+        self.signatures: dict[Any, Any] = {}
 
 
 #: What Keras tracks the elements of, and how.
@@ -100,9 +100,9 @@ def _set_attribute(original: Callable[..., None]) -> Callable[..., None]:
         elif _is_tracked(scope, kind) and not (kind is tuple and _ATOMS.issuperset(map(type, value))):
             original(self, name, value)
             return
-        elif scope.tensorflow and hasattr(type(self), name):  # a property, or a default: TensorFlow sets no same value
+        elif scope.tensorflow and hasattr(type(self), name):  # a property or class attribute
             try:
-                if getattr(self, name) is value:
+                if getattr(self, name) is value:  # which TensorFlow does not set again
                     return
             except AttributeError:
                 pass
@@ -144,29 +144,31 @@ def _is_plain(scope: _Scope, cls: type) -> bool:
 
 
 class _Inspect:
-    """The module `inspect`, which remembers signatures."""
+    """The module `inspect`, which remembers what functions take."""
 
     def signature(self, function: Any, **kwargs: Any) -> inspect.Signature:
-        scope = running().shortcuts
-        if scope is None or "signatures" not in scope.shortcuts or kwargs or type(function) not in _FUNCTIONS:
+        if kwargs or type(function) not in _FUNCTIONS:
             return inspect.signature(function, **kwargs)
-        key = (function.__func__, "bound") if type(function) is MethodType else function
-        found = scope.signatures.get(key)
-        if found is None:
-            found = scope.signatures[key] = inspect.signature(function)
-        return found
+        bound = type(function) is MethodType
+        return _remembered(inspect.signature, function, (function.__func__ if bound else function, bound))
 
     def getfullargspec(self, function: Any) -> inspect.FullArgSpec:
-        scope = running().shortcuts
-        if scope is None or "signatures" not in scope.shortcuts or type(function) is not FunctionType:
+        if type(function) is not FunctionType:
             return inspect.getfullargspec(function)
-        found = scope.specs.get(function)
-        if found is None:
-            found = scope.specs[function] = inspect.getfullargspec(function)
-        return found
+        return _remembered(inspect.getfullargspec, function, function)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(inspect, name)
+
+
+def _remembered(inspected: Callable[[Any], T], function: Any, key: Any) -> T:
+    scope = running().shortcuts
+    if scope is None or "signatures" not in scope.shortcuts:
+        return inspected(function)
+    if key not in scope.signatures:
+        scope.signatures[key] = inspected(function)
+    found: T = scope.signatures[key]
+    return found
 
 
 class _Copy:
@@ -222,14 +224,14 @@ def make_variable(variable: Any, value: Any, creation: creating.Creation) -> Any
         return None
     if tuple(value.shape) != tuple(variable._shape) or not creating.is_eager():
         return None
-    return tf_variables.put_together(
+    return tf_variables.build(
         variable, value, creation.name_scope, creation.key, trainable=creation.trainable, known=scope.handle_data
     )
 
 
 @contextlib.contextmanager
 def scope(among: Set[str], amount: int) -> Iterator[None]:
-    """Takes those shortcuts that are switched on and work here.
+    """Takes those shortcuts that work here, unless they are switched off.
 
     Args:
         among: Those that the caller can use.
@@ -238,13 +240,13 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
     """
     global _built
     _built += amount
-    wanted = settings.current().shortcuts & among
+    wanted = set(among) if settings.current().shortcuts else set()
     if keras.backend.backend() != "tensorflow":
         wanted -= {"tensors", "variables"}
     if _built < WORTH_TRYING:
         wanted -= {"attributes", "copies", "variables"}
     with contextlib.ExitStack() as stack:
-        wanted = frozenset(shortcut for shortcut in wanted if _works[shortcut]())
+        wanted = {shortcut for shortcut in wanted if _works[shortcut]()}
         if "attributes" in wanted:
             stack.enter_context(_attributes())
         if "signatures" in wanted:
@@ -254,7 +256,7 @@ def scope(among: Set[str], amount: int) -> Iterator[None]:
             stack.enter_context(_copies())
         if "tensors" in wanted:
             stack.enter_context(_tensor_patch(tf_variables.module(), "is_tensor"))
-        with changed(shortcuts=_Scope(wanted)):
+        with changed(shortcuts=_Scope(frozenset(wanted))):
             yield
 
 
@@ -275,7 +277,7 @@ def _copies() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _taken(shortcut: str) -> Iterator[None]:
+def _with_only(shortcut: str) -> Iterator[None]:
     """For the trying thread, which has no scope yet."""
     with changed(shortcuts=_Scope(frozenset([shortcut]))):
         yield
@@ -285,7 +287,7 @@ class _WithDefault(keras.layers.Layer):
     default = False
 
 
-# None of them may draw from a random state: Python's and NumPy's belong to the process.
+# None of the trials may use random numbers: Python's and NumPy's states belong to the user.
 def _try_attributes() -> bool:
     def work() -> Any:
         layer = _WithDefault(name="hornbeam_tries")
@@ -307,13 +309,13 @@ def _try_attributes() -> bool:
         return found, same, tracked, getattr(layer, "_tracked", None), layer.supports_masking, str(layer.input_spec)
 
     real = work()
-    with _taken("attributes"), _attributes():
+    with _with_only("attributes"), _attributes():
         return bool(work() == real)
 
 
 def _try_signatures() -> bool:
     functions = [keras.layers.Dense.call, keras.layers.Layer.add_weight, keras.layers.Flatten().call]
-    with _taken("signatures"):
+    with _with_only("signatures"):
         for function in [*functions, *functions]:
             if _Inspect().signature(function) != inspect.signature(function):
                 return False
@@ -330,18 +332,18 @@ def _try_copies() -> bool:
     inner = keras.Sequential([keras.Input((2, 2)), layers.Reshape([4], name="tries_shape")], name="tries_inner")
     model = keras.Model(inputs, inner(x), name="tries_model")
     real = json.dumps(serialization_lib.serialize_keras_object(model))
-    with _taken("copies"), _copies():
+    with _with_only("copies"), _copies():
         found = [serialization_lib.serialize_keras_object(model), model.get_config()]
         same = json.dumps(found[0]) == real
-        _spoil(found)
+        _empty(found)
         return same and json.dumps(serialization_lib.serialize_keras_object(model)) == real
 
 
-def _spoil(item: Any) -> None:
+def _empty(item: Any) -> None:
     """Empties every list and dictionary."""
     if isinstance(item, list | dict):
         for value in [*(item.values() if isinstance(item, dict) else item)]:
-            _spoil(value)
+            _empty(value)
         item.clear()
 
 
@@ -350,7 +352,7 @@ def _try_tensors() -> bool:
     values += [keras.KerasTensor((2,)), *tf_variables.samples()]
     tf = tf_variables.module()
     real = [bool(tf.is_tensor(value)) for value in values]
-    with _taken("tensors"), _tensor_patch(tf, "is_tensor"):
+    with _with_only("tensors"), _tensor_patch(tf, "is_tensor"):
         return [bool(tf.is_tensor(value)) for value in [*values, *values]] == [*real, *real]
 
 
@@ -359,5 +361,5 @@ _works = {
     "copies": Tried("the shortcut 'copies'", _try_copies),
     "signatures": Tried("the shortcut 'signatures'", _try_signatures),
     "tensors": Tried("the shortcut 'tensors'", _try_tensors),
-    "variables": Tried("the shortcut 'variables'", tf_variables.try_put_together),
+    "variables": Tried("the shortcut 'variables'", tf_variables.try_build),
 }

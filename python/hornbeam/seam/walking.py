@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -41,38 +40,40 @@ class FastWalk:
                 child = getattr(saveable, name)
             except Exception:
                 continue
-            if isinstance(child, KerasSaveable) or (isinstance(child, _CONTAINERS) and _leads_on(child, KerasSaveable)):
+            if isinstance(child, KerasSaveable) or (
+                isinstance(child, _CONTAINERS) and _contains_saveable(child, KerasSaveable)
+            ):
                 yield name, child
 
     def _names(self, saveable: Any, kind: str) -> list[str]:
         skip = self.skip_names(kind)  # also for its side effect
         cls = type(saveable)
-        if _listing(cls) is not _listing(object):  # torch modules list what is in no __dict__
-            return self._chosen(dir(saveable), skip)
+        if _dir_method(cls) is not _dir_method(object):  # torch modules list names that are in no `__dict__`
+            return self._without_skipped(dir(saveable), skip)
         own = (cls, *vars(saveable))
         names = self.names.get(own)
         if names is None:
-            names = self.names[own] = self._chosen({*dir(cls), *own[1:]}, skip)
+            names = self.names[own] = self._without_skipped({*dir(cls), *own[1:]}, skip)
         return names
 
-    def _chosen(self, names: Iterable[str], skip: frozenset[str]) -> list[str]:
+    def _without_skipped(self, names: Iterable[str], skip: frozenset[str]) -> list[str]:
         return sorted((n for n in names if not n.startswith("__") and n not in skip), key=self.name_key)
 
 
 _CONTAINERS = (list, dict, tuple)
 
 
-def _leads_on(container: Any, saveable: type, depth: int = 2) -> bool:
+def _contains_saveable(container: Any, saveable: type, depth: int = 2) -> bool:
     """Whether Keras would find an object in `container`, or in containers inside it; true beyond `depth`."""
     for item in container.values() if isinstance(container, dict) else container:
         if isinstance(item, saveable) or (
-            isinstance(item, _CONTAINERS) and (depth == 0 or _leads_on(item, saveable, depth - 1))
+            isinstance(item, _CONTAINERS) and (depth == 0 or _contains_saveable(item, saveable, depth - 1))
         ):
             return True
     return False
 
 
-def _listing(cls: type) -> Any:
+def _dir_method(cls: type) -> Any:
     return cls.__dir__
 
 
@@ -91,22 +92,6 @@ class _Naming:
         return getattr(self._naming, name)
 
 
-class _FileUtils:
-    """Stands in for Keras' `file_utils` in the walk, where every path inside the model is looked at like a URL."""
-
-    def __init__(self, file_utils: ModuleType) -> None:
-        self._file_utils = file_utils
-
-    def join(self, path: Any, *paths: Any) -> Any:
-        """`file_utils.join`; only what starts with a slash or has a scheme can be remote."""
-        if type(path) is str and path[:1] != "/" and "://" not in path:
-            return os.path.join(path, *paths)
-        return self._file_utils.join(path, *paths)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file_utils, name)
-
-
 _skip_cache: dict[str, tuple[frozenset[str], dict[str, int]]] = {}
 
 
@@ -121,7 +106,7 @@ def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
         for name, step in steps.items():
             counters[name] += step
         return names
-    with _undistributed():  # the dummies' variables would wait for the other processes of a `keras.distribution`
+    with _without_distribution():  # the dummies' variables would wait for the other processes of a `keras.distribution`
         names = frozenset(saving_lib.get_attr_skipset(kind))
         once = dict(counters)
         saving_lib.get_attr_skipset(kind)
@@ -132,7 +117,7 @@ def _skip_names(saving_lib: ModuleType, kind: str) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _undistributed() -> Iterator[None]:
+def _without_distribution() -> Iterator[None]:
     import keras
 
     before = keras.distribution.distribution()
@@ -156,6 +141,32 @@ def _walk(original: Callable[[Any], Iterator[tuple[str, Any]]]) -> Callable[[Any
     return walk
 
 
+def is_by_keras(saveable: Any, method: str) -> bool:
+    """Whether the method that stores or loads the state of an object is Keras' own code, or hornbeam's."""
+    module = getattr(getattr(saveable, method, None), "__globals__", {}).get("__name__", "")
+    return str(module).startswith(("keras.src.", "hornbeam."))
+
+
+def in_turn(method: str, original: Callable[..., None]) -> Callable[..., None]:
+    """`saving_lib._save_state` or `_load_state`, which call themselves through their module.
+
+    Our store learns whose turn it is: what Keras' own code stores or assigns, it does not change afterwards.
+    """
+
+    def take_turn(saveable: Any, weights_store: Any, *args: Any, **kwargs: Any) -> None:
+        before = getattr(weights_store, "by_keras", None)
+        if before is None:  # not ours
+            original(saveable, weights_store, *args, **kwargs)
+            return
+        weights_store.by_keras = is_by_keras(saveable, method)
+        try:
+            original(saveable, weights_store, *args, **kwargs)
+        finally:
+            weights_store.by_keras = before
+
+    return take_turn
+
+
 def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     """`BaseOptimizer.save_own_variables`; our store takes variables, where stock needs copies of their values."""
 
@@ -172,8 +183,8 @@ def _save_optimizer(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _walk_patch = Patch(_walk)
+_save_patch = Patch(lambda original: in_turn("save_own_variables", original))
 _naming_patch = Patch(_Naming)
-_file_utils_patch = Patch(_FileUtils)
 _optimizer_patch = Patch(_save_optimizer)
 
 
@@ -188,8 +199,8 @@ def fast_walk() -> Iterator[None]:
         return
     with (
         _walk_patch(saving_lib, "_walk_saveable"),
+        _save_patch(saving_lib, "_save_state"),
         _naming_patch(saving_lib, "naming"),
-        _file_utils_patch(saving_lib, "file_utils"),
         _optimizer_patch(BaseOptimizer, "save_own_variables"),
         changed(walk=FastWalk(saving_lib)),
     ):

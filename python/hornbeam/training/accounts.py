@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hornbeam import _core
-from hornbeam.base import durability, settings
+from hornbeam.base import settings
 from hornbeam.base.counters import logger
 from hornbeam.base.retention import Entry, best_first, plan_retention
 from hornbeam.errors import CheckpointError
@@ -375,12 +375,6 @@ class Manifest(Account):
         left = [_LEFTOVER.fullmatch(name) for name in os.listdir(self.directory)]
         for target in {match[1] for match in left if match}:
             _core.clear_leftovers(self.directory / target)
-
-
-def make_directory(path: str | os.PathLike[str], *, durable: bool) -> None:
-    """Makes the directory of a file."""
-    with durability.directories(path, durable=durable):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
 def delete(names: Iterable[Any], remove: Callable[[Any], None]) -> list[Any]:

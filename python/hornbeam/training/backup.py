@@ -59,6 +59,7 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
             the shuffling of arrays on TensorFlow.
         asynchronous: Training goes on while a backup is written.
         durable: A backup is on stable storage before the one before it is deleted.
+        timeout: Seconds that processes of one training wait for each other.
 
     Raises:
         ValueError: As Keras' own.
@@ -74,12 +75,18 @@ class BackupAndRestore(BeginsAnew, keras.callbacks.BackupAndRestore):
         seed: int | None = None,
         asynchronous: bool = False,
         durable: bool = True,
+        timeout: float = 600.0,
     ) -> None:
         backup_dir = locations.absolute(backup_dir) if backup_dir else backup_dir  # as it is meant now
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.seed = seed
-        keep = 2 if double_checkpoint else 1
-        self._manager = CheckpointManager(backup_dir, keep_last=keep, asynchronous=asynchronous, durable=durable)
+        self._manager = CheckpointManager(
+            backup_dir,
+            keep_last=2 if double_checkpoint else 1,
+            asynchronous=asynchronous,
+            durable=durable,
+            timeout=timeout,
+        )
         self._forget()
 
     def _forget(self) -> None:

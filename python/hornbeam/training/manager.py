@@ -16,7 +16,6 @@ from typing import Any
 from hornbeam import _core
 from hornbeam.base import barrier, locations, retention, writer
 from hornbeam.base.counters import logger
-from hornbeam.base.locks import FileLock
 from hornbeam.base.model_file import File
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.settings import options
@@ -93,7 +92,7 @@ class CheckpointManager(BeginsAnew):
         """Makes it a manager that neither has the directory nor restored anything."""
         self.extra: dict[str, Any] = {}
         self.random: dict[str, Any] | None = None
-        self._lock: FileLock | None = None
+        self._lock: _core.FileLock | None = None
         self._cleaner: threading.Thread | None = None
         self._pending: Handle | None = None
         self._place = barrier.Place(0, 1)
@@ -366,7 +365,7 @@ class CheckpointManager(BeginsAnew):
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(directory)  # what was not committed is removed
-            with options(durable=self.durable, atomic=False), writer.asked(asynchronous, in_the_background) as queue:
+            with options(durable=self.durable, atomic=False), writer.reserve(asynchronous, in_the_background) as queue:
                 request = SaveRequest(model, str(root / file), writer=queue)
                 save = operations.save_weights if self.save_weights_only else operations.save_model
                 written = save(request)
@@ -424,10 +423,10 @@ class CheckpointManager(BeginsAnew):
 
     def _take(self) -> None:
         lock = self.directory / ".lock"
-        accounts.make_directory(lock, durable=self.durable)
+        _core.make_directories(self.directory, durable=self.durable)
         manifest = self._manifest()  # raises where there are checkpoints without one
         try:
-            self._lock = FileLock(lock)
+            self._lock = _core.FileLock(lock)
         except BlockingIOError:
             raise CheckpointError(
                 f"'{self.directory}' is in use: another process, or another manager of this one, writes to it. "

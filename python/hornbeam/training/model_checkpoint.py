@@ -16,14 +16,14 @@ import keras
 import keras.callbacks as _stock
 from keras.src.utils.io_utils import print_msg
 
+from hornbeam import _core
 from hornbeam.base import barrier, durability, retention, writer
 from hornbeam.base.counters import logger
-from hornbeam.base.locks import FileLock
 from hornbeam.base.reports import SaveReport
 from hornbeam.base.settings import options
 from hornbeam.errors import CheckpointError, UnsupportedError
 from hornbeam.seam import entry, fits, operation
-from hornbeam.training import accounts, processes
+from hornbeam.training import processes
 from hornbeam.training.accounts import PatternAccount
 from hornbeam.training.copies import BeginsAnew
 
@@ -62,8 +62,8 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             on is given; `None`: they do not wait.
 
     Attributes:
-        history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stalled`, and when it is complete
-            `bytes`, `written`, `kept` and `deleted`.
+        history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stall_seconds`, and when it is
+            complete `bytes`, `write_seconds`, `kept` and `deleted`.
         remembers: Whether the best score is that of the files, also those of earlier processes.
 
     Raises:
@@ -134,7 +134,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         self._handlers: dict[int, Any] = {}
         self._process = 0  # whose handlers they are
         self._saved_at = time.monotonic()
-        self._held: FileLock | None = None
+        self._held: _core.FileLock | None = None
         self._trained = False  # a batch, so that there is something to save when training is interrupted
         self._begun_at: int | None = None
 
@@ -253,7 +253,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         record = self._record(path, epoch, batch, metric, reason)
         account, pending = self._account(), None
         try:
-            accounts.make_directory(path, durable=self.durable)
+            _core.make_directories(os.path.dirname(path) or ".", durable=self.durable)
             with self._lock:
                 account.mode = self._mode() or account.mode
                 pending = account.begin(path, record["step"], metric, durable=self.durable)
@@ -270,10 +270,10 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             raise
         handle = request.handle if request is not None else None
         self._saved_at = time.monotonic()
-        record["stalled"] = time.perf_counter() - since if handle is None else handle.stalled
+        record["stall_seconds"] = time.perf_counter() - since if handle is None else handle.stall_seconds
         self.history.append(record)
         if handle is None:
-            self._confirm(record, pending, os.path.getsize(path), record["stalled"])
+            self._confirm(record, pending, os.path.getsize(path), record["stall_seconds"])
 
     def _in_the_background(self, record: dict[str, Any], pending: dict[str, Any]) -> writer.Around:
         """What the writer's thread does with a save."""
@@ -285,7 +285,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             except BaseException:
                 self._abandon(pending)
                 raise
-            record["stalled"] = handle.stalled
+            record["stall_seconds"] = handle.stall_seconds
             self._confirm(record, pending, report.bytes, time.perf_counter() - since)
             return report
 
@@ -297,13 +297,15 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         return record | {"step": epoch + 1 if batch is None else self._steps(batch)}
 
     @contextlib.contextmanager
-    def _saving(self, path: str, around: writer.Around | None = None) -> Iterator[tuple[Any, writer.Request | None]]:
+    def _saving(
+        self, path: str, around: writer.Around | None = None
+    ) -> Iterator[tuple[Any, writer.Reservation | None]]:
         """What saves the model to `path` inside; with `around` while training goes on."""
         model = self.model
         with (
             entry.scope(),
             options(durable=self.durable),
-            writer.asked(around is not None, around) as request,
+            writer.reserve(around is not None, around) as request,
             operation.offered(model, path, request),
         ):
             yield model.save_weights if self.save_weights_only else model.save, request
@@ -343,9 +345,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         except Exception as error:
             logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], account.path, error)
             raise
-        record.update(bytes=size, written=written, kept=kept, deleted=deleted)
-        text = f"saved '{record['path']}': {size / 1e6:.1f} MB, training stood still for {record['stalled']:.3f} s, "
-        text += f"written in {written:.2f} s; {len(kept)} kept"
+        record.update(bytes=size, write_seconds=written, kept=kept, deleted=deleted)
+        text = f"saved '{record['path']}': {size / 1e6:.1f} MB, training stood still for "
+        text += f"{record['stall_seconds']:.3f} s, written in {written:.2f} s; {len(kept)} kept"
         text += f", deleted {', '.join(deleted)}" if deleted else ""
         logger.info(text, extra={"hornbeam": record})
         if self.verbose > 0:
@@ -382,9 +384,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             if owner._account().busy:
                 writer.finish()
             owner._held.release()
-        accounts.make_directory(path, durable=self.durable)
+        _core.make_directories(os.path.dirname(path) or ".", durable=self.durable)
         try:
-            self._held = FileLock(Path(path))
+            self._held = _core.FileLock(path)
         except BlockingIOError:
             self._refuse("another process trains with a ModelCheckpoint of it")
         _owners[path] = self
@@ -479,13 +481,13 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
                 return path
         record = self._record(account.rescue, epoch, batch, None, reason)
         since = time.perf_counter()
-        accounts.make_directory(account.rescue, durable=self.durable)
+        _core.make_directories(account.directory or ".", durable=self.durable)
         with self._saving(account.rescue) as (save, _):
             save(account.rescue, overwrite=True)
         with self._lock:
             account.interrupted = retention.Entry(os.path.basename(account.rescue), record["step"], None, time.time())
             account.write(durable=self.durable)
-        record |= {"stalled": time.perf_counter() - since, "bytes": os.path.getsize(account.rescue)}
+        record |= {"stall_seconds": time.perf_counter() - since, "bytes": os.path.getsize(account.rescue)}
         self.history.append(record)
         cause = "an exception" if reason == "exception" else "a signal"
         logger.warning("saved '%s' after %s", account.rescue, cause, extra={"hornbeam": record})

@@ -17,7 +17,7 @@ class Creation:
     def __init__(self, name_scope: str | None, key: str | None, trainable: bool) -> None:
         self.name_scope = name_scope
         self.key = key
-        self.trainable = trainable  # a layer that is frozen makes its variables before it freezes them
+        self.trainable = trainable  # a frozen layer freezes its variables after it has made them
 
 
 _keys = itertools.count()

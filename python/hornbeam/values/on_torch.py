@@ -17,7 +17,7 @@ def view(value: Any) -> np.ndarray | Deferred | None:
 
     if not isinstance(value, torch.Tensor):
         return None
-    into = functools.partial(_fill_torch, value)  # from a device, too: its driver copies in pieces
+    into = functools.partial(_fill_torch, value)  # also from a GPU, whose driver copies in pieces
     return Deferred(lambda: _copy_torch(value), str(value.dtype).removeprefix("torch."), value.shape, into)
 
 

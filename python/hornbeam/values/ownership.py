@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from types import FrameType
 
 import numpy as np
-
-
-def is_keras_code(frame: FrameType) -> bool:
-    """Whether a call comes from Keras itself, which does not change what it stores or assigns afterwards."""
-    return frame.f_globals.get("__name__", "").startswith(("keras.src.", "hornbeam."))
-
 
 _given: dict[int, weakref.ref[np.ndarray]] = {}
 

@@ -30,7 +30,7 @@ def view(value: Any) -> np.ndarray | Deferred:
     viewer = _VIEWERS.get(backend_name())
     found = viewer(value.value if deferrable else value) if viewer is not None else None
     if found is None or (isinstance(found, Deferred) and not deferrable):
-        return _copy(value)  # the Keras variable: NumPy cannot convert what is in a distributed scalar one
+        return _copy(value)  # not `value.value`: NumPy cannot convert that of a distributed scalar variable
     return found
 
 
@@ -67,7 +67,7 @@ def as_buffer(array: np.ndarray) -> np.ndarray:
         array = np.ascontiguousarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    array = array.reshape(-1)  # scalars lend no shape
+    array = array.reshape(-1)  # the buffer of a scalar has no shape
     return array if dtype_name(array.dtype)[0] != "V" else array.view(np.uint8)
 
 

@@ -73,7 +73,7 @@ def save_iterator(iterator: Any) -> bytes:
     import tensorflow as tf
 
     resource = iterator._iterator_resource
-    state = tf.raw_ops.SerializeIterator(resource_handle=resource, external_state_policy=2)  # FAIL
+    state = tf.raw_ops.SerializeIterator(resource_handle=resource, external_state_policy=2)  # 2 is FAIL
     return bytes(tf.io.serialize_tensor(state).numpy())
 
 

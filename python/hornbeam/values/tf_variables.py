@@ -47,7 +47,7 @@ def _private() -> Any:
     return context, ops, generated, handle_data_util, resource_variable_ops
 
 
-def put_together(
+def build(
     variable: Any, value: Any, name_scope: str, key: str | None, *, trainable: bool, known: dict[Any, Any]
 ) -> Any:
     """The TensorFlow variable that `tf.Variable(value, ...)` would make for a Keras variable.
@@ -93,7 +93,7 @@ def put_together(
     return made
 
 
-def try_put_together() -> bool:
+def try_build() -> bool:
     """Whether what is put together equals the real thing, attribute by attribute, and is updated alike."""
     if not on_tensorflow.shares():
         return False
@@ -115,4 +115,4 @@ def try_put_together() -> bool:
     real = describe(variable._value)
     value = tf.constant([[1.0, 2.0]])
     with tf.init_scope():
-        return bool(describe(put_together(variable, value, "", None, trainable=True, known={})) == real)
+        return bool(describe(build(variable, value, "", None, trainable=True, known={})) == real)

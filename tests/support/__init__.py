@@ -1,0 +1,1 @@
+"""What the tests share: models, comparisons, small trainings, processes; no tests."""
