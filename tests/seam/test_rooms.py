@@ -17,7 +17,7 @@ import hornbeam
 from support import rooms
 from support.zoo import chain
 
-#: Lines of code of each room at most; who raises a row says in the commit what for.
+#: The most lines of code that each room may have. A commit that raises a limit says what for.
 SIZES = {
     "errors": 70,
     "base": 1720,

@@ -2,7 +2,7 @@
 
 The one of formats is in README.md, the one of files of older Keras in docs/formats.md.
 
-`make tables` writes them; a format more is a line in `FORMATS`, a version of Keras more a golden file.
+`make tables` writes them; to add a format, add a line to `FORMATS`; to add a version of Keras, a golden file.
 """
 
 from __future__ import annotations

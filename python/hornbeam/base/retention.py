@@ -14,7 +14,8 @@ class Entry(NamedTuple):
         name: Its name; of two entries with the same name, the later one is meant.
         step: The epoch or step it was made at; what `keep_every` counts.
         metric: Its score, or `None` where there is none.
-        time: When it was committed, in seconds since 1970; for people, the order of the entries is what counts.
+        time: When it was committed, in seconds since 1970. It also says which of several accounts, or of an interrupted
+            save, is the newest.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Entry(NamedTuple):
 
 
 def check(*, keep_last: int | None, keep_best: int | None, keep_every: int | None) -> None:
-    """Refuses numbers that mean nothing.
+    """Refuses invalid numbers.
 
     Raises:
         ValueError: For anything but `None` and whole numbers from 1 on.

@@ -33,8 +33,9 @@ OpenWeights = Callable[[Any], list[tuple[str, _core.Weights]]]
 NamesOf = Callable[..., Names]
 #: Bytes the reader may be ahead of a model whose variables have memory of their own already.
 _READ_AHEAD = 32 << 20
+#: No limit on reading ahead.
 ALL = 1 << 62
-#: Another format of weights; Keras 3.16 has it no more.
+#: Another format of weights; removed in Keras 3.16.
 _NPZ: str | None = getattr(saving_lib, "_VARS_FNAME_NPZ", None)
 
 
@@ -44,7 +45,7 @@ def not_ours(request: LoadRequest, reason: str | None, path: str | None = None) 
 
 
 def read_ahead_limit() -> int:
-    """Without a limit where what is read becomes the variables' memory."""
+    """Bytes; unlimited where the memory that is read becomes the variables'."""
     return ALL if on_tensorflow.shares() else _READ_AHEAD
 
 

@@ -58,7 +58,7 @@ class RecordStore(saving_lib.H5IOStore):
     """Notes what a save stores, in order; holds shared views and copies, never the bytes of a deferred value.
 
     Attributes:
-        by_keras: Whether Keras' own code stores the object whose turn it is.
+        by_keras: Whether Keras' own code stores the object that is being walked.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ class LoadStore(saving_lib.H5IOStore):
     Attributes:
         taken: Paths in the file that were handed over.
         fitting: What the objects planned so far have places for.
-        passes: Whether nothing of the object whose turn it is is loaded; Keras asks whether the store is true.
+        passes: Whether nothing is loaded for the object that is being walked; Keras asks whether the store is true.
         by_keras: Whether Keras' own code loads that object. It neither keeps nor changes what it assigns.
     """
 

@@ -44,7 +44,7 @@ def save_model(
     if file_objects.is_file_object(target):
         return _save_model_to(request, zipped, save_format)
     if not overwrite:
-        writer.wait_for(target)  # whoever is asked shall see the file
+        writer.wait_for(target)  # the question about overwriting must see the finished file
     if _wants_savedmodel(target, zipped, save_format):
         keras_names.require("savedmodel")
         from hornbeam.formats import savedmodel

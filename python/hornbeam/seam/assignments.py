@@ -155,7 +155,7 @@ class Store(Protocol):
     """What a load is served from.
 
     Attributes:
-        passes: Whether nothing of the object whose turn it is is loaded.
+        passes: Whether nothing is loaded for the object that is being walked.
         by_keras: Whether Keras' own code loads it.
     """
 

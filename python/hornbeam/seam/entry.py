@@ -24,7 +24,7 @@ from hornbeam.seam.operation import NotOurs, changed, running
 from hornbeam.seam.patches import Users, reaches
 
 T = TypeVar("T")
-#: Module of Keras' → function that is replaced → what it takes as hornbeam's stands in for it.
+#: Module of Keras' → function that is replaced → its parameters, for which hornbeam's function is called.
 _REPLACED: dict[str, dict[str, tuple[str, ...]]] = {
     targets.SAVING_LIB: {
         "save_model": ("model", "filepath", "weights_format", "zipped"),
@@ -64,7 +64,7 @@ _PREFIXES = {targets.SAVING_LIB: "lib_", targets.SAVING_API: "api_", targets.LEG
 _SAVE_WEIGHTS = "Model.save_weights"  # takes no arguments of ours
 _OTHERS = {targets.MODEL: "hornbeam.formats.to_json", targets.EXPORTS: "hornbeam.formats.exports"}
 _lock = threading.RLock()
-#: (module, function) → the original and the dispatcher that stands in its place, or below what others put over it.
+#: (module, function) → the original and the dispatcher in its place, which another library's patch may wrap.
 _placed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 #: The same of those placed last: one dispatcher for a function, so that references to it stay good.
 _made: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
@@ -197,7 +197,7 @@ def original(module: str, name: str) -> Callable[..., Any]:
 
 
 def _translated(ours: Callable[..., T], original: Callable[..., Any]) -> Callable[..., T]:
-    """Hornbeam's function for a Keras whose own takes fewer arguments than hornbeam's."""
+    """Hornbeam's function for a Keras whose own takes other arguments than hornbeam's."""
     theirs = inspect.signature(original)
 
     def call(*args: Any, **kwargs: Any) -> T:

@@ -150,7 +150,7 @@ def is_by_keras(saveable: Any, method: str) -> bool:
 def in_turn(method: str, original: Callable[..., None]) -> Callable[..., None]:
     """`saving_lib._save_state` or `_load_state`, which call themselves through their module.
 
-    Our store learns whose turn it is: what Keras' own code stores or assigns, it does not change afterwards.
+    Our store learns which object is being walked: what Keras' own code stores or assigns does not change afterwards.
     """
 
     def take_turn(saveable: Any, weights_store: Any, *args: Any, **kwargs: Any) -> None:

@@ -90,7 +90,7 @@ class PatternAccount(Account):
 
     Attributes:
         path: Its name begins with a dot and ends like no model file.
-        lock: The file that whoever trains with the pattern has locked.
+        lock: The file that the training process holds locked.
         processes: The folder through which several processes wait for each other.
         rescue: Where a model goes that is saved after an exception.
         monitor: The metric that scores are of.
@@ -133,7 +133,7 @@ class PatternAccount(Account):
         adopted: set[str] = set()
         for pending in found["pending"]:
             if pending["entry"][0] not in adopted and self._adopt(pending):
-                adopted.add(pending["entry"][0])  # the next of this name would not have begun before this was confirmed
+                adopted.add(pending["entry"][0])  # a later save of this name begins only after this one was confirmed
         self.entries = [e for e in self.entries if self._identity(e.name) is not None]
         kept = {e.name for e in self.entries}
         self._deleting = [name for name in found["deleting"] if name not in kept]

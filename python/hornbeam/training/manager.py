@@ -57,7 +57,7 @@ class CheckpointManager(BeginsAnew):
         random: The random state it found.
 
     Raises:
-        ValueError: For arguments that mean nothing.
+        ValueError: For invalid arguments.
     """
 
     def __init__(

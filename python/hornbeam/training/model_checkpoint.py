@@ -1,4 +1,4 @@
-"""`ModelCheckpoint`: Keras' own, and, when asked for, asynchronous, with retention, a memory and a last save."""
+"""`ModelCheckpoint`: Keras' own; on request asynchronous, with retention, a remembered best, saves on signals."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         save_on_exception: Save once more when an exception leaves `fit`, to `<name>-interrupted.<extension>`.
         save_on_signal: Signals, say `(signal.SIGTERM,)`, after which the next batch end saves; then whatever would have
             handled the signal does. With `save_best_only` to `<name>-interrupted.<extension>`.
-        remember: Whether the best score of earlier processes counts; by default, if any argument from `asynchronous` on
-            is given.
-        timeout: Seconds that processes of one training wait for the chief's save, if any argument from `asynchronous`
-            on is given; `None`: they do not wait.
+        remember: Whether the best score of earlier processes counts; by default, if any of `asynchronous`, `keep_*`,
+            `every_seconds` and `save_on_*` is given.
+        timeout: Seconds that processes of one training wait for the chief's save; `None`: they do not wait. As
+            `durable`, it does not make the callback keep an account.
 
     Attributes:
         history: For every save `path`, `epoch`, `batch`, `step`, `metric`, `reason`, `stall_seconds`, and when it is
@@ -67,7 +67,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         remembers: Whether the best score is that of the files, also those of earlier processes.
 
     Raises:
-        ValueError: For arguments that mean nothing.
+        ValueError: For invalid arguments.
         UnsupportedError: For an asynchronous save to legacy HDF5.
         CheckpointError: When training begins, and another process trains with the same `filepath`.
     """
