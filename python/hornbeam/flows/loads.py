@@ -68,6 +68,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
         if saving_lib._CONFIG_FILENAME not in sizes:
             raise KeyError(f"There is no item named '{saving_lib._CONFIG_FILENAME}' in the archive")
     config = _read_member(file, saving_lib._CONFIG_FILENAME)
+    metadata = _read_member(file, saving_lib._METADATA_FILENAME) if saving_lib._METADATA_FILENAME in sizes else b""
     weights_name = saving_lib._VARS_FNAME_H5
     if weights_name not in sizes:
         if _NPZ is not None and _NPZ in sizes:
@@ -86,7 +87,7 @@ def load_archive(request: LoadRequest) -> tuple[Any, LoadReport]:
         return store
 
     weights = file.weights(engine=settings.current().engine)
-    return _load_model(report, request, weights, weights_name, config, assets)
+    return _load_model(report, request, weights, weights_name, config, _version(metadata), assets)
 
 
 def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
@@ -104,6 +105,8 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
         raise not_ours(request, reason, str(root))
     report = LoadReport(str(root))
     config = (root / saving_lib._CONFIG_FILENAME).read_bytes()
+    metadata = root / saving_lib._METADATA_FILENAME
+    version = _version(metadata.read_bytes() if metadata.exists() else b"")
 
     def assets(stack: ExitStack) -> Any:
         if not (root / saving_lib._ASSETS_DIRNAME).is_dir():
@@ -113,7 +116,16 @@ def load_directory(request: LoadRequest) -> tuple[Any, LoadReport]:
         return store
 
     weights = contents.open_weights(str(weights_path), "h5")
-    return _load_model(report, request, weights, str(weights_path), config, assets)
+    return _load_model(report, request, weights, str(weights_path), config, version, assets)
+
+
+def _version(metadata: bytes) -> Any:
+    """Which Keras wrote a file, as far as its metadata say so; stock Keras does not read them."""
+    try:
+        found = _core.decode_json(metadata, trusted=False)
+    except ValueError:
+        return None
+    return found.get("keras_version") if isinstance(found, dict) else None
 
 
 def _load_model(
@@ -122,6 +134,7 @@ def _load_model(
     weights: _core.Weights,
     weights_name: str,
     config: bytes,
+    version: Any,
     assets: Callable[[ExitStack], Any],
 ) -> tuple[Any, LoadReport]:
     with ExitStack() as stack:
@@ -142,9 +155,10 @@ def _load_model(
         stack.callback(store.close)
         stack.enter_context(progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
-        model = _from_config(config, request)
+        model, of_keras2 = _from_config(config, version, request)
         report.stage("build")
-        keras2.place_optimizer(model, store, config)
+        if of_keras2:
+            keras2.place_optimizer(model, store)
         if image.decoded and not verify:
             plan(model, store)
             image.read(store.fitting.get(image, set()) & image.decoded, check=False, read_ahead=read_ahead_limit())
@@ -286,17 +300,24 @@ def _is_slot(path: str) -> bool:
     return path.startswith("optimizer/")
 
 
-def _from_config(config: bytes, request: LoadRequest) -> Any:
-    """`saving_lib._model_from_config` through the Rust codec."""
+def _from_config(config: bytes, version: Any, request: LoadRequest) -> tuple[Any, bool]:
+    """`saving_lib._model_from_config` through the Rust codec, and whether Keras 2 wrote the configuration."""
+    decoded = _core.decode_json(config, trusted=False)
+    of_keras2 = keras2.is_keras2(decoded, version)
 
-    def decoded() -> Any:
-        found = keras2.keras_config(config, _core.decode_json(config, trusted=False))
+    def prepared(found: Any) -> Any:
+        found = keras2.keras_config(found) if of_keras2 else found
         if not request.compile:
             found["compile_config"] = None
         return found
 
-    with saving_lib.ObjectSharingScope(), missing_classes.explained(decoded, request.custom_objects):
-        return saving_lib.deserialize_keras_object(decoded(), request.custom_objects, safe_mode=request.safe_mode)
+    def again() -> Any:
+        return prepared(_core.decode_json(config, trusted=False))
+
+    with saving_lib.ObjectSharingScope(), missing_classes.explained(again, request.custom_objects):
+        found = prepared(decoded)
+        model = saving_lib.deserialize_keras_object(found, request.custom_objects, safe_mode=request.safe_mode)
+    return model, of_keras2
 
 
 def _load_state(

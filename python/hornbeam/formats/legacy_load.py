@@ -73,7 +73,7 @@ def load_model(request: LoadRequest) -> tuple[Any, LoadReport]:
         image.read(None if verify else first, check=verify, read_ahead=loads.read_ahead_limit())
         stack.enter_context(progress.watch("load", report.path, lambda: image.nbytes, lambda: image.done))
         report.stage("open")
-        config = _decode(attributes["model_config"], known)
+        config = _decode(attributes["model_config"], attributes.get("keras_version"), known)
         safe = serialization_lib.SafeModeScope(request.safe_mode)
         with saving_options.keras_option_scope(use_legacy_config=True), safe:
             model = _model_from_config(config, known)
@@ -481,11 +481,12 @@ def _asked_for(model: Any, request: LoadRequest) -> list[Any]:
     ]
 
 
-def _decode(text: Any, known: dict[str, Any]) -> Any:
+def _decode(text: Any, version: Any, known: dict[str, Any]) -> Any:
     """`json_utils.decode`, with the limits of the core; what Keras 2 calls differently is called as in Keras 3."""
     if not isinstance(text, str | bytes):
         raise ValueError("Invalid H5 file, a configuration is no string")
-    return keras2.keras_config(text, _revive(_core.decode_json(text, trusted=False)), known)
+    config = _revive(_core.decode_json(text, trusted=False))
+    return keras2.keras_config(config, known) if keras2.is_keras2(config, version) else config
 
 
 def _revive(value: Any) -> Any:
@@ -540,7 +541,7 @@ def _compile(model: Any, text: Any, known: dict[str, Any], file: _File) -> None:
             "No training configuration found in the save file, so the model was *not* compiled. Compile it manually."
         )
         return
-    config = _decode(text, known)
+    config = _decode(text, file.groups[""].get("keras_version"), known)
     with object_registration.CustomObjectScope(known):
         arguments = {
             "optimizer": _optimizer(config["optimizer_config"]),

@@ -29,4 +29,5 @@ def model_from_json(json_string: Any, custom_objects: Any = None) -> Any:
 
 
 def _decoded(text: Any) -> Any:
-    return keras2.architecture(keras2.keras_config(text, _core.decode_json(text)))
+    config = _core.decode_json(text)
+    return keras2.architecture(keras2.keras_config(config) if keras2.is_keras2(config) else config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -90,36 +91,58 @@ _ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "SGD": (("momentums",),),
 }
 
-#: What the text of every configuration has that needs a change.
-_MARKS = (
-    "keras.src.engine.",
-    "keras.engine.",
-    "tf_keras",
-    "is_legacy_optimizer",
-    "optimizers.legacy",
-    "batch_input_shape",
-    "time_major",
-)
+#: Modules that Keras 3 does not have; what is below them, too.
+_MODULES = ("tf_keras", "keras.engine", "keras.src.engine", "keras.optimizers.legacy")
+#: Argument that Keras 3 does not write → the module of Keras' own classes that have it in Keras 2.
+_OLD_ARGUMENTS = {
+    "batch_input_shape": "keras.layers",
+    "time_major": "keras.layers",
+    "is_legacy_optimizer": "keras.optimizers",
+}
+_VERSION = re.compile(r"\s*(\d+)\.")
 Notes = dict[str, None]
 
 
-def is_keras2(text: bytes | str) -> bool:
-    """Whether the text of a configuration has something that only Keras 2 wrote."""
-    if isinstance(text, str):
-        return any(mark in text for mark in _MARKS)
-    return any(mark.encode() in text for mark in _MARKS)
-
-
-def keras_config(text: bytes | str, config: Any, known: Iterable[str] = ()) -> Any:
-    """A configuration with the names and arguments of Keras 3 for those that only Keras 2 knows; says so in the log.
+def is_keras2(config: Any, version: Any = None) -> bool:
+    """Whether Keras 2 (or 1) wrote a configuration.
 
     Args:
-        text: As it is in the file.
         config: As it was decoded.
+        version: The version of Keras that the file says it was written by; where it says none, what `to_json` of Keras
+            2 puts into the configuration. Without any, the objects tell: one of a module that Keras 3 does not have,
+            or one of Keras' own with an argument that Keras 3 does not write. Names and values are never searched.
+    """
+    if version is None and isinstance(config, dict):
+        version = config.get("keras_version")
+    version = version.decode(errors="replace") if isinstance(version, bytes) else version
+    major = _VERSION.match(version) if isinstance(version, str) else None
+    return int(major[1]) < 3 if major is not None else _has_old_object(config)
+
+
+def _has_old_object(config: Any) -> bool:
+    todo = [config]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            module, inner = item.get("module"), item.get("config")
+            if isinstance(item.get("class_name"), str) and isinstance(module, str):
+                if any(module == old or module.startswith(f"{old}.") for old in _MODULES):
+                    return True
+                if isinstance(inner, dict) and any(module == _OLD_ARGUMENTS.get(key) for key in inner):
+                    return True
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+    return False
+
+
+def keras_config(config: Any, known: Iterable[str] = ()) -> Any:
+    """A configuration of Keras 2 with the names and arguments of Keras 3; says so in the log.
+
+    Args:
+        config: As it was decoded, and `is_keras2`.
         known: Names of custom objects, whose configurations are theirs where no module says otherwise.
     """
-    if not is_keras2(text):
-        return config
     notes: Notes = {}
     migrated = _migrated(config, notes, frozenset(known))
     if notes:
@@ -386,17 +409,16 @@ def optimizer_places(optimizer: Any, count: int) -> list[Any] | None:
     return None
 
 
-def place_optimizer(model: Any, store: Any, text: bytes) -> None:
+def place_optimizer(model: Any, store: Any) -> None:
     """Has the store of a `.keras` file of Keras 2 give the optimizer its state; Keras 3 expects another order.
 
     Args:
         model: As it was built from the configuration.
         store: Of its weights.
-        text: The configuration.
     """
     optimizer, group = getattr(model, "optimizer", None), "optimizer/vars"
     names = sorted(set(store.members.get(group, ())))
-    if optimizer is None or not names or len(names) == len(optimizer.variables) or not is_keras2(text):
+    if optimizer is None or not names or len(names) == len(optimizer.variables):
         return
     places = optimizer_places(optimizer, len(names))
     found = {i: store.where.get(f"{group}/{i}") for i in range(len(names))}
