@@ -20,7 +20,7 @@ def held(values: Sequence[Any] = ()) -> Iterator[writer.Handle]:
     release = threading.Event()
 
     def write() -> hornbeam.SaveReport:
-        assert release.wait(60)
+        assert release.wait(600)
         return hornbeam.SaveReport()
 
     with writer.Reservation() as request:

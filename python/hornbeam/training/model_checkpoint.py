@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -262,7 +263,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             since = time.perf_counter()
             # A save after a signal has to be complete before the signal goes its way.
             asynchronous = self.asynchronous and reason != "signal"
-            around = self._in_the_background(record, pending) if asynchronous else None
+            around = functools.partial(self._in_the_background, record, pending) if asynchronous else None
             with self._saving(path, around) as (save, request):
                 save(path, overwrite=True)
         except BaseException:
@@ -275,21 +276,17 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if handle is None:
             self._confirm(record, pending, os.path.getsize(path), record["stall_seconds"])
 
-    def _in_the_background(self, record: dict[str, Any], pending: dict[str, Any]) -> writer.Around:
+    def _in_the_background(self, record: dict[str, Any], pending: Any, handle: writer.Handle, write: Any) -> SaveReport:
         """What the writer's thread does with a save."""
-
-        def around(handle: writer.Handle, write: Callable[[], SaveReport]) -> SaveReport:
-            since = time.perf_counter()
-            try:
-                report = write()
-            except BaseException:
-                self._abandon(pending)
-                raise
-            record["stall_seconds"] = handle.stall_seconds
-            self._confirm(record, pending, report.bytes, time.perf_counter() - since)
-            return report
-
-        return around
+        since = time.perf_counter()
+        try:
+            report: SaveReport = write()
+        except BaseException:
+            self._abandon(pending)
+            raise
+        record["stall_seconds"] = handle.stall_seconds
+        self._confirm(record, pending, report.bytes, time.perf_counter() - since)
+        return report
 
     def _record(self, path: str, epoch: int, batch: int | None, metric: float | None, reason: str) -> dict[str, Any]:
         """What `history` has of a save, to begin with."""
@@ -297,18 +294,15 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         return record | {"step": epoch + 1 if batch is None else self._steps(batch)}
 
     @contextlib.contextmanager
-    def _saving(
-        self, path: str, around: writer.Around | None = None
-    ) -> Iterator[tuple[Any, writer.Reservation | None]]:
+    def _saving(self, path: str, around: writer.Around | None = None) -> Iterator[tuple[Any, Any]]:
         """What saves the model to `path` inside; with `around` while training goes on."""
-        model = self.model
         with (
             entry.scope(),
             options(durable=self.durable),
             writer.reserve(around is not None, around) as request,
-            operation.offered(model, path, request),
+            operation.offered(self.model, path, request),
         ):
-            yield model.save_weights if self.save_weights_only else model.save, request
+            yield self.model.save_weights if self.save_weights_only else self.model.save, request
 
     def _abandon(self, pending: dict[str, Any] | None) -> None:
         """A save came to nothing: the best is what is there, or still being written."""
@@ -346,8 +340,9 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
             logger.error("'%s' was saved, but its account '%s' was not: %s", record["path"], account.path, error)
             raise
         record.update(bytes=size, write_seconds=written, kept=kept, deleted=deleted)
-        text = f"saved '{record['path']}': {size / 1e6:.1f} MB, training stood still for "
-        text += f"{record['stall_seconds']:.3f} s, written in {written:.2f} s; {len(kept)} kept"
+        stall = record["stall_seconds"]
+        text = f"saved '{record['path']}': {size / 1e6:.1f} MB, training stood still for {stall:.3f} s, "
+        text += f"written in {written:.2f} s; {len(kept)} kept"
         text += f", deleted {', '.join(deleted)}" if deleted else ""
         logger.info(text, extra={"hornbeam": record})
         if self.verbose > 0:
@@ -438,7 +433,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def _answer(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
         """Saves after signals, and lets each go its way."""
-        failed = self._settle()
+        failed = self._failure_of_pending()
         try:
             if self._trained:
                 self._rescue(epoch, batch, logs, "signal")
@@ -457,7 +452,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
         if failed is not None:
             raise failed
 
-    def _settle(self) -> Exception | None:
+    def _failure_of_pending(self) -> Exception | None:
         """Waits for pending saves; what went wrong with them keeps nobody from saving once more."""
         try:
             if self.asynchronous:
@@ -495,7 +490,7 @@ class ModelCheckpoint(BeginsAnew, _stock.ModelCheckpoint, fits.FitWatcher):
 
     def fit_failed(self, error: BaseException) -> None:
         """Saves after an exception, never over the best or an ordinary checkpoint; says so if it cannot."""
-        failed = self._settle()  # also for who trains next, who shall not go on from less than there is
+        failed = self._failure_of_pending()  # also for who trains next, who shall not go on from less than there is
         if failed is not None and failed is not error:
             error.add_note(f"A save before this had failed: {type(failed).__name__}: {failed}")
         if not self.save_on_exception or not processes.is_chief():
