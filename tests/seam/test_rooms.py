@@ -22,7 +22,7 @@ SIZES = {
     "errors": 70,
     "base": 1720,
     "values": 480,
-    "seam": 2000,
+    "seam": 2015,
     "flows": 1615,
     "formats": 2000,
     "training": 2000,
