@@ -203,7 +203,7 @@ impl Pending {
             None => File::open(&temporary).during("cannot read the new file again")?,
         };
         if self.durable {
-            sync_directory(&temporary)?;
+            sync_directory(&self.target)?; // the temporary file is beside it
         }
         if let Err(e) = overwrite(&file, &self.target, len, self.durable) {
             let what = if self.target.metadata().is_ok_and(|m| m.len() == 0) {

@@ -7,16 +7,16 @@ use std::path::Path;
 use super::{directory, follow_links};
 use crate::error::{Context, Error, Kind, Result};
 
-/// Brings the names in the directory that a file is in to stable storage.
+/// Brings the names in the directory that a file is in to stable storage; an error names the file.
 pub(super) fn sync_directory(target: &Path) -> Result<()> {
-    sync_names(directory(target))
+    sync_names(directory(target)).map_err(|e| e.with_path(target))
 }
 
-/// Brings the names in a directory to stable storage, where a directory can be opened.
+/// Brings the names in a directory to stable storage, where a directory can be opened; an error names no path yet.
 pub(super) fn sync_names(path: &Path) -> Result<()> {
     if cfg!(unix) {
-        let opened = File::open(path).during("cannot open the directory").map_err(|e| e.with_path(path))?;
-        opened.sync_all().during("cannot bring the directory to stable storage").map_err(|e| e.with_path(path))?;
+        let opened = File::open(path).during("cannot open the directory")?;
+        opened.sync_all().during("cannot bring the directory to stable storage")?;
     }
     Ok(())
 }
@@ -34,7 +34,7 @@ pub fn sync(path: &Path) -> Result<()> {
                 sync(&inner)?;
             }
         }
-        return sync_names(path);
+        return sync_names(path).map_err(|e| e.with_path(path));
     }
     if !path.is_file() {
         return Ok(()); // nobody waits for a pipe

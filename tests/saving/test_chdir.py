@@ -261,7 +261,7 @@ def test_a_savedmodel(places: Places) -> None:
     here, leave = places
     save_model(small(), "artifact")
     leave()
-    assert hornbeam.last_save_report().path == str(here / "artifact")
+    assert hornbeam.last_report("save").path == str(here / "artifact")
     assert written(here)["here"] == ["artifact"]
 
 
