@@ -65,6 +65,7 @@ SAVES: dict[str, Any] = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SAVES)
 def test_every_format_stores_and_every_reader_gets_the_cast_weights(name: str, dtype: str, tmp_path: Path) -> None:
@@ -324,6 +325,7 @@ def test_only_wider_floats_are_cast(tmp_path: Path) -> None:
 # Without the optimizer
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_model_without_its_optimizers_state_loads_compiled_with_a_fresh_one(ours: bool, tmp_path: Path) -> None:
     model, x, y = ZOO["functional"]()
@@ -386,6 +388,7 @@ def test_every_format_leaves_the_optimizers_state_out(name: str, tmp_path: Path)
             assert "optimizer_weights" not in file
 
 
+@pytest.mark.trains
 def test_installed_keras_takes_the_arguments(tmp_path: Path) -> None:
     model, *_ = ZOO["functional"]()
     with hornbeam.installed():

@@ -8,13 +8,20 @@ import numpy as np
 
 
 def extended_dtype(name: str) -> np.dtype:
-    """NumPy's dtype of that name, or the extension's."""
+    """NumPy's dtype of that name, or the extension's.
+
+    Raises:
+        ValueError: Neither has one; in Keras' words.
+    """
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        found = getattr(ml_dtypes, name, None)
+        if found is None:
+            raise ValueError(f"Invalid dtype: {name}") from None
+        return np.dtype(found)
 
 
 @functools.cache
