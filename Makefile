@@ -67,7 +67,8 @@ test-backend-torch: .venv-torch/.wheel
 
 test-versions: .venv-keras312/.wheel .venv-nightly/.wheel ## The tests marked keras_versions on the oldest Keras supported and on the next
 	@echo "==> Python tests, Keras 3.12.4"
-	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m keras_versions $(PYTEST_ARGS)
+	KERAS_BACKEND=tensorflow .venv-keras312/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m keras_versions tests/saving \
+	  tests/loading tests/seam/test_names.py $(PYTEST_ARGS)
 	@echo "==> Python tests, Keras' nightly build, TensorFlow and JAX"
 	for backend in tensorflow jax; do \
 	  KERAS_BACKEND=$$backend .venv-nightly/$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m keras_versions $(PYTEST_ARGS) || exit 1; \
