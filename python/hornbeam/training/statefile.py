@@ -128,7 +128,7 @@ def _is_named(dtype: np.dtype) -> bool:
         return False
     try:
         return dtypes.extended_dtype(dtype.name) == dtype.newbyteorder("=")
-    except (TypeError, AttributeError):
+    except (TypeError, ValueError):
         return False
 
 
