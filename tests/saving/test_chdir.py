@@ -194,6 +194,15 @@ def data(model: Any) -> tuple[Any, Any]:
     return np.ones((32, *model.input_shape[1:]), "float32"), np.ones((32, *model.output_shape[1:]), "float32")
 
 
+def test_a_file_object_that_is_open_stands_for_its_file(places: Places) -> None:
+    here, leave = places
+    save_model(small(), "m.keras")
+    with open("m.keras", "rb") as stream, hornbeam.open(stream) as file:
+        leave()
+        assert file.path == str(here / "m.keras")
+        assert file["layers/dense/vars/0"].ndim == 2
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5", "m.h5", "m.safetensors", "m.weights.json", "m"])
 def test_an_open_file(name: str, mmap: bool, places: Places) -> None:
