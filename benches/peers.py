@@ -64,7 +64,7 @@ def save_hornbeam(engine: str, path: Path, tensors: Tensors, *, archive: bool = 
     """As `hornbeam.saving` does it, without a model."""
     from hornbeam import _core
 
-    dtypes = {dtype: dtype.name for dtype in {a.dtype for a in tensors.values()}}  # slow, so cached as in _tensors.py
+    dtypes = {dtype: dtype.name for dtype in {a.dtype for a in tensors.values()}}  # slow, so cached
     datasets: list[Any] = [(name, dtypes[a.dtype], a.shape, []) for name, a in tensors.items()]
     plan = _core.plan([] if engine == "safetensors" else _groups(tensors), datasets, engine=engine)
     buffers = [a.reshape(-1) for a in tensors.values()]

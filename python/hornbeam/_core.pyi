@@ -1,4 +1,4 @@
-"""The boundary to the Rust core. Nothing here knows Keras; `_save.py`, `_load.py` and `_shards.py` are its users.
+"""The boundary to the Rust core. Nothing here knows Keras; `flows/` and `formats/` are its users.
 
 Errors are classes of `hornbeam.errors`; a Python exception raised by a callback or file object passes through.
 """

@@ -196,7 +196,7 @@ mod tests {
         (bits, loss)
     }
 
-    /// The rest is compared with NumPy in `tests/test_cast.py`.
+    /// The rest is compared with NumPy in `tests/saving/test_cast.py`.
     #[test]
     fn ties_go_to_the_even_one_and_limits_are_met() {
         let half = |x| narrowed(&[x], DType::F16).0[0];

@@ -32,7 +32,7 @@ impl Buffer {
             return &[];
         }
         // SAFETY: the exporter keeps `len_bytes` bytes at `buf_ptr` alive until the buffer is released, which is when
-        // `self` is dropped. The protocol cannot promise that nobody writes to them meanwhile: `_tensors.py` lends
+        // `self` is dropped. The protocol cannot promise that nobody writes to them meanwhile: `values/tensors.py` lends
         // only memory that no one changes (see docs/threads.md), and a racing write would spoil values, not memory.
         unsafe { std::slice::from_raw_parts(self.0.buf_ptr().cast(), self.0.len_bytes()) }
     }
@@ -77,7 +77,7 @@ impl Sink for Memory {
         let inside = bytes.len().min(size.saturating_sub(at));
         if inside > 0 {
             // SAFETY: `at + inside` ≤ `size`; the memory is writable, alive while `target` is, and used by nobody else: it was
-            // made for this save (see `_save.py`).
+            // made for this save (see `flows/saves.py`).
             let memory = unsafe { std::slice::from_raw_parts_mut(self.target.buf_ptr().cast::<u8>(), size) };
             memory[at..at + inside].copy_from_slice(&bytes[..inside]);
         }

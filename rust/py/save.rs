@@ -440,8 +440,8 @@ impl Save {
     }
 }
 
-/// Puts what was saved with `finish(commit=False)` in its places, and then the index that names it; what `Save.commit`
-/// returns, for each of them and for the index.
+/// Puts what was saved with `finish(commit=False)` in its places, and then the index that names it; why each was written over
+/// instead, and what it could not take over from the old one; of the index, too.
 #[pyfunction]
 #[pyo3(signature = (saves, index, content, *, atomic = true, durable = false))]
 pub(super) fn commit_indexed(

@@ -10,19 +10,15 @@ import logging
 import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
-import hypothesis
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from keras.src.legacy.saving import saving_options, saving_utils
 from keras.src.saving import serialization_lib
 
@@ -313,61 +309,6 @@ def test_nothing_else_is_imported(module: str, golden: Path, tmp_path: Path) -> 
             new.writestr(item.filename, content)
     with pytest.raises((TypeError, ValueError)):
         keras.models.load_model(path)
-
-
-#: What only Keras 2 wrote where it wrote it; in a file of Keras 3, a word like any other.
-WORDS = [*keras2._MODULES, *keras2._OLD_ARGUMENTS, "tf_keras_backbone", "keras.src.engine.functional", "Custom>Adam"]
-
-
-@keras.saving.register_keras_serializable("hornbeam_tests")
-class Worded(keras.layers.Layer):
-    """Takes arguments by names that Keras 2 has, of any value."""
-
-    def __init__(self, words: Any = None, time_major: Any = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.words, self.time_major = words, time_major
-
-    def call(self, x: Any) -> Any:
-        return x
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "words": self.words, "time_major": self.time_major}
-
-
-words = st.recursive(
-    st.sampled_from(WORDS) | st.booleans(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@hypothesis.settings(max_examples=20, deadline=None)
-@given(given_words=words, name=st.sampled_from(WORDS), kind=st.sampled_from([".keras", ".h5", "json"]))
-def test_keras_3_files_are_left_alone(given_words: Any, name: str, kind: str) -> None:
-    """Two outputs and one list of metrics: what migration changed, once a layer had one of the words in its name."""
-    layer_name = name.replace(".", "_").replace(">", "_")
-    inputs = keras.Input((2,))
-    worded = Worded(given_words, time_major=True, name=layer_name)(inputs)
-    model = keras.Model(inputs, [keras.layers.Dense(1, name="a")(worded), keras.layers.Dense(1, name="b")(worded)])
-    model.compile("sgd", "mse", metrics=["mae", "mse"])
-    x, y = np.ones((2, 2), "float32"), [np.zeros((2, 1), "float32"), np.ones((2, 1), "float32")]
-    with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/m{kind}"
-        found = []
-        for load in (keras.models.load_model, hornbeam.saving.load_model):
-            if kind == "json":
-                parse = keras.models.model_from_json if not found else hornbeam.models.model_from_json
-                found.append(parse(model.to_json()))
-            else:
-                model.save(path)
-                found.append(load(path))
-    stock, loaded = found
-    assert loaded.get_config() == stock.get_config()
-    assert loaded.get_layer(layer_name).words == stock.get_layer(layer_name).words
-    if kind != "json":
-        assert loaded.get_compile_config() == stock.get_compile_config()
-        if TRAINABLE_BACKEND:
-            assert loaded.evaluate(x, y, verbose=0) == stock.evaluate(x, y, verbose=0)
 
 
 def test_the_version_says_who_wrote_a_file() -> None:
